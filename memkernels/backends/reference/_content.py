@@ -1,0 +1,54 @@
+"""The mathematics that content_address and content_read share: similarity, masked softmax and their gradients."""
+
+import torch
+
+EPS = 1e-6  # inside both square roots of the cosine: a zero row has finite gradients in every dtype
+
+
+def hide(rows, mask):
+    """`rows` "B N W" with masked rows zeroed, so that a NaN in one reaches nothing."""
+    return rows if mask is None else rows.masked_fill(~mask[..., None], 0)
+
+
+def similarity_of(memory, key, similarity):
+    """`c` "B R N"."""
+    if similarity == "l2":
+        return -(key[:, :, None] - memory[:, None]).square().sum(-1)
+    dot = key @ memory.mT
+    if similarity == "dot":
+        return dot
+    return dot / (_norm(key)[:, :, None] * _norm(memory)[:, None])
+
+
+def softmax(logit, mask):
+    """Weights and log-sum-exp; masked rows weigh exactly 0, a row with nothing to attend has log-sum-exp -inf."""
+    if mask is not None:
+        logit = logit.masked_fill(~mask[:, None], -torch.inf)
+    nothing = (logit == -torch.inf).all(-1, keepdim=True)
+    lse = torch.logsumexp(logit.masked_fill(nothing, 0), -1, keepdim=True)
+    weights = torch.exp(logit - lse).masked_fill(nothing, 0)
+    return weights, lse.masked_fill(nothing, -torch.inf).squeeze(-1)
+
+
+def softmax_backward(dweights, weights):
+    return weights * (dweights - (dweights * weights).sum(-1, keepdim=True))
+
+
+def similarity_backward(dlogit, similar, memory, key, strength, similarity):
+    """-> dmemory, dkey, dstrength, where logit = strength * similar."""
+    dstrength = (dlogit * similar).sum(-1)
+    d = dlogit * strength[..., None]
+    if similarity == "dot":
+        return d.mT @ key, d @ memory, dstrength
+    if similarity == "l2":
+        return 2 * (d.mT @ key - memory * d.sum(1)[..., None]), 2 * (d @ memory - key * d.sum(2)[..., None]), dstrength
+    norm_memory, norm_key = _norm(memory)[..., None], _norm(key)[..., None]
+    dot = d / (norm_key * norm_memory.mT)
+    along = d * similar
+    dmemory = dot.mT @ key - memory * (along.sum(1)[..., None] / norm_memory.square())
+    dkey = dot @ memory - key * (along.sum(2)[..., None] / norm_key.square())
+    return dmemory, dkey, dstrength
+
+
+def _norm(rows):
+    return (rows.square().sum(-1) + EPS).sqrt()

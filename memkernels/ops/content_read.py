@@ -1,0 +1,98 @@
+"""Read a memory by content, in one pass over it."""
+
+from __future__ import annotations
+
+import torch
+
+from memkernels._checks import check_choice, check_dims, check_dtype, check_floating
+from memkernels._registry import Arg, Out, define_op
+
+SIMILARITIES = ("cosine", "dot", "l2")
+
+
+def content_read(
+    memory: torch.Tensor,
+    key: torch.Tensor,
+    strength: torch.Tensor,
+    *,
+    value: torch.Tensor | None = None,
+    similarity: str = "cosine",
+    mask: torch.Tensor | None = None,
+    return_weights: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Read a memory by content: ``content_address`` and ``memory_read`` in one pass that keeps no weights.
+
+    Formula:
+        ``weights = softmax_i(strength * c(key, memory_i))``, ``read = sum_i weights_i * value_i``, where c is
+
+        - ``"cosine"``: ``k . m / (sqrt(|k|^2 + 1e-6) * sqrt(|m|^2 + 1e-6))``
+        - ``"dot"``: ``k . m``
+        - ``"l2"``: ``-|k - m|^2``
+
+    Args:
+        memory: "B N W", float64, float32, bfloat16 or float16; any strides.
+        key: "B R W", same dtype and device.
+        strength: "B R", same dtype and device; any finite value, usually positive.
+        value: "B N V", same dtype and device; what is read. Default: the memory itself.
+        similarity: "cosine", "dot" or "l2".
+        mask: bool "B N"; True = the row takes part. A row that does not has weight exactly 0, and what it holds (NaN too) reaches nothing.
+        return_weights: also return the weights.
+
+    Returns:
+        read: "B R V" (V = W without value), same dtype, contiguous; 0 where no row takes part. With ``return_weights``: (read, weights "B R N").
+
+    Gradients:
+        To ``memory``, ``key``, ``strength`` and ``value``, of any order; zero where no row takes part, finite for zero rows and zero keys.
+
+    Numerics:
+        float32 inside for float32, bfloat16 and float16, float64 for float64; rounded once, at the end. Memory beyond inputs and outputs
+        is O(B R V): backward recomputes the weights from the log-sum-exp. Deterministic; a batch row does not depend on the other rows.
+
+    Raises:
+        ValueError: a size differs from what another argument says, or an unknown similarity.
+        TypeError: a dtype differs, is not a floating one, or the mask is not bool.
+
+    Source:
+        Graves, Wayne and Danihelka, Neural Turing Machines (2014), equations 2, 5 and 6; with "dot" and a value, one step of a Hopfield
+        retrieval (Ramsauer et al. 2020, equation 3).
+
+    Example:
+        >>> import torch, memkernels as mk
+        >>> memory = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+        >>> key = torch.tensor([[[2.0, 0.0]]])
+        >>> value = torch.tensor([[[5.0], [7.0]]])
+        >>> mk.content_read(memory, key, torch.tensor([[20.0]]), value=value).round(decimals=3)
+        tensor([[[5.]]])
+    """
+    check_dims(
+        "content_read", memory=(memory, "B N W"), key=(key, "B R W"), strength=(strength, "B R"), value=(value, "B N V"), mask=(mask, "B N")
+    )
+    check_floating("content_read", memory=memory, key=key, strength=strength, value=value)
+    check_dtype("content_read", "mask", mask, torch.bool, memory)
+    check_choice("content_read", "similarity", similarity, SIMILARITIES)
+    read, weights, _, _ = OP(memory, key, strength, value, mask, similarity, bool(return_weights))
+    return (read, weights) if return_weights else read
+
+
+def _allocate(memory, key, strength, value, mask, similarity, return_weights):
+    wide = torch.float64 if memory.dtype == torch.float64 else torch.float32
+    heads, read_width = key.shape[:2], (memory if value is None else value).shape[2]
+    weights = memory.new_empty(*heads, memory.shape[1]) if return_weights else memory.new_empty(0)
+    total = memory.new_empty(*heads, read_width, dtype=wide)
+    return memory.new_empty(*heads, read_width), weights, memory.new_empty(heads, dtype=wide), total
+
+
+# `total` is the read before it is rounded: backward needs read . dread to more digits than a bfloat16 read has.
+OP = define_op(
+    "content_read",
+    inputs=(Arg("memory"), Arg("key"), Arg("strength"), Arg("value", optional=True), Arg("mask", differentiable=False, optional=True)),
+    outputs=(
+        Out("read"),
+        Out("weights", save=True),
+        Out("lse", differentiable=False, save=True),
+        Out("total", differentiable=False, save=True),
+    ),
+    options="str similarity, bool return_weights",
+    allocate=_allocate,
+    autocast="float32",
+)

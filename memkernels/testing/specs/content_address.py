@@ -1,0 +1,101 @@
+"""The spec of `content_address`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from memkernels.ops.content_address import content_address
+from memkernels.testing.spec import ErrorCase, Input, OpSpec, Sample, mostly
+
+
+def _eager(memory, key, strength, similarity="cosine", mask=None):
+    if similarity == "cosine":
+        score = F.normalize(key, dim=-1) @ F.normalize(memory, dim=-1).mT
+    else:
+        score = key @ memory.mT if similarity == "dot" else -torch.cdist(key, memory).square()
+    score = strength[..., None] * score
+    return torch.softmax(score if mask is None else score.masked_fill(~mask[:, None], -torch.inf), -1)
+
+
+def _close_mask(inputs):
+    """The first row of the batch attends to nothing; what is masked is NaN."""
+    mask = inputs["mask"].clone()
+    mask[0] = False
+    memory = inputs["memory"].clone()
+    memory.masked_fill_(~mask[..., None], float("nan"))
+    return {**inputs, "mask": mask, "memory": memory}
+
+
+def _all_masked(inputs):
+    mask = inputs["mask"].clone()
+    mask[0] = False
+    return {**inputs, "mask": mask}
+
+
+def _zero_rows(inputs):
+    memory, key = inputs["memory"].clone(), inputs["key"].clone()
+    memory[:, 0], key[:, 0] = 0, 0
+    return {**inputs, "memory": memory, "key": key}
+
+
+def _sharp(inputs):
+    return {**inputs, "strength": inputs["strength"] * 1000}
+
+
+def _wrong_width(inputs, options):
+    inputs["key"] = inputs["key"].new_zeros(2, 3, 6)
+
+
+def _wrong_mask(inputs, options):
+    inputs["mask"] = inputs["memory"].new_ones(2, 5)
+
+
+def _wrong_similarity(inputs, options):
+    options["similarity"] = "cos"
+
+
+def _wrong_dtype(inputs, options):
+    inputs["strength"] = inputs["strength"].long()
+
+
+SPEC = OpSpec(
+    name="content_address",
+    function=content_address,
+    inputs={
+        "memory": Input("B N W"),
+        "key": Input("B R W"),
+        "strength": Input("B R"),
+        "mask": Input("B N", mostly(0.7), torch.bool, optional=True),
+    },
+    samples=(
+        Sample("typical", dict(B=2, N=5, W=4, R=3)),
+        Sample("dot", dict(B=2, N=5, W=4, R=3), dict(similarity="dot")),
+        Sample("l2", dict(B=2, N=5, W=4, R=3), dict(similarity="l2")),
+        Sample("masked", dict(B=2, N=9, W=4, R=3), present=("mask",)),
+        Sample("all_masked", dict(B=2, N=5, W=4, R=2), present=("mask",), twist=_all_masked),
+        Sample("all_masked_l2", dict(B=2, N=5, W=4, R=2), dict(similarity="l2"), present=("mask",), twist=_all_masked),
+        Sample("masked_nan", dict(B=2, N=9, W=4, R=3), present=("mask",), twist=_close_mask, hard=True),
+        Sample("zero_rows", dict(B=2, N=5, W=4, R=2), twist=_zero_rows),
+        Sample("sharp", dict(B=2, N=7, W=5, R=2), twist=_sharp, hard=True),
+        Sample("one", dict(B=1, N=1, W=1, R=1)),
+        Sample("odd", dict(B=3, N=37, W=19, R=2)),
+        Sample("wide", dict(B=2, N=67, W=65, R=5)),
+        Sample("no_batch", dict(B=0, N=5, W=4, R=3)),
+        Sample("no_rows", dict(B=2, N=0, W=4, R=3)),
+        Sample("no_width", dict(B=2, N=5, W=0, R=3)),
+        Sample("no_heads", dict(B=2, N=5, W=4, R=0)),
+    ),
+    bench=(Sample("B4_N65536", dict(B=4, N=65536, W=64, R=4)), Sample("B32_N128", dict(B=32, N=128, W=64, R=4))),
+    peers={"eager": _eager},
+    bytes=lambda d, s: s * d["B"] * (d["N"] * d["W"] + d["R"] * (d["N"] + d["W"] + 1)),
+    bytes_backward=lambda d, s: s * d["B"] * (2 * d["N"] * d["W"] + d["R"] * (2 * d["N"] + 2 * d["W"] + 2)),
+    flops=lambda d: 2 * d["B"] * (d["R"] + 1) * d["N"] * d["W"],
+    errors=(
+        ErrorCase("width", _wrong_width, ValueError, r"content_address: key: expected .*W=4.*got .*6"),
+        ErrorCase("mask", _wrong_mask, TypeError, r"content_address: mask: expected bool, got float64"),
+        ErrorCase("similarity", _wrong_similarity, ValueError, r"content_address: similarity: expected .*'cosine'.*got 'cos'"),
+        ErrorCase("dtype", _wrong_dtype, TypeError, r"content_address: strength: expected .*float64.*got .*int64"),
+    ),
+    rows=(("memory", 0), ("key", 0), ("strength", 0)),
+)
