@@ -1,0 +1,50 @@
+"""Fused, differentiable memory mechanisms for PyTorch: recurrent state, attention, external memory.
+
+Every op runs on several backends (CUDA C++, Triton, C++ for the CPU, plain torch) behind one name; `explain` tells which and why.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from memkernels import backends
+from memkernels._backends import backend, cpu_level
+from memkernels._checks import BackendError
+from memkernels._registry import explain
+from memkernels.ops import (
+    attention,
+    content_address,
+    content_read,
+    lstm,
+    lstm_gates,
+    memory_read,
+    memory_write,
+    memory_write_,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "attention",
+    "backend",
+    "backends",
+    "content_address",
+    "content_read",
+    "cpu_level",
+    "explain",
+    "lstm",
+    "lstm_gates",
+    "memory_read",
+    "memory_write",
+    "memory_write_",
+]
+
+_LAZY = ("bench", "models", "nn", "testing")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return import_module(f"memkernels.{name}")
+    raise AttributeError(f"module 'memkernels' has no attribute {name!r}")

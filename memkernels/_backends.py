@@ -1,0 +1,141 @@
+"""Which backend runs a call: order, reasons, and the user's explicit choice."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from memkernels import _config
+from memkernels._checks import BackendError, check_choice
+
+NAMES = ("cuda", "triton", "cpp", "reference")
+ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpp", "reference")}
+
+forced: ContextVar[str | None] = ContextVar("memkernels_backend", default=None)
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Force every op called inside to use one backend; None goes back to automatic choice.
+
+    Args:
+        name: "cuda", "triton", "cpp", "reference" or None.
+
+    Raises:
+        ValueError: unknown name, at once. BackendError: from the op, with the reason, when the backend cannot run the call.
+
+    Example:
+        >>> import torch, memkernels as mk
+        >>> with mk.backend("reference"):
+        ...     mk.memory_read(torch.ones(1, 2, 3), torch.ones(1, 1, 2)).tolist()
+        [[[2.0, 2.0, 2.0]]]
+    """
+    check_choice("backend", "name", name, (*NAMES, None))
+    token = forced.set(name)
+    try:
+        yield
+    finally:
+        forced.reset(token)
+
+
+@cache
+def package(name: str) -> ModuleType | str:
+    """The backend's package, or the reason why it is not there."""
+    try:
+        return importlib.import_module(f"memkernels.backends.{name}")
+    except (ImportError, OSError) as error:
+        return str(error)
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend with None when it is there, or with the reason why it is not.
+
+    Example:
+        >>> import memkernels as mk
+        >>> mk.backends()["reference"] is None
+        True
+    """
+    return {name: found if isinstance(found := package(name), str) else None for name in NAMES}
+
+
+@cache
+def kernel(name: str, op: str) -> ModuleType | str:
+    """The backend's module of an op, or the reason why there is none."""
+    found = package(name)
+    if isinstance(found, str):
+        return found
+    module = f"memkernels.backends.{name}.{op}"
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        return f"has no kernel for {op}" if error.name == module else str(error)
+    except ImportError as error:
+        return str(error)
+
+
+def refusal(name: str, op: str, device: str, args: tuple[Any, ...]) -> str | None:
+    """Why this backend cannot run this call, or None."""
+    found = kernel(name, op)
+    if isinstance(found, str):
+        return found
+    if name == "reference":
+        return None
+    if name not in ORDER.get(device, ()) and not (name == "triton" and _config.triton_interpret()):
+        return f"does not run on {device} tensors"
+    return found.supports(*args)
+
+
+def choose(op: str, args: tuple[Any, ...]) -> tuple[str, ModuleType]:
+    """The backend for a call: the forced one or raise, else the first in order that does not refuse."""
+    device = args[0].device.type
+    name = forced.get() or _config.forced_backend()
+    if name is not None:
+        if name not in NAMES:
+            check_choice("MEMKERNELS_BACKEND", "value", name, NAMES)
+        reason = refusal(name, op, device, args)
+        if reason is not None:
+            raise BackendError(f"{op}: backend {name!r} cannot run this call: {reason}")
+        return name, kernel(name, op)  # type: ignore[return-value]
+    for name in ORDER.get(device, ("reference",)):
+        if refusal(name, op, device, args) is None:
+            break
+    return name, kernel(name, op)  # type: ignore[return-value]
+
+
+def cpu_level(level: str | None = None) -> str | None:
+    """The instruction-set level of the C++ kernels; with an argument, set it first.
+
+    Args:
+        level: "baseline", "avx2", "avx512" or "amx"; None leaves it as it is.
+
+    Returns:
+        The level in use, or None when the C++ extension is not built.
+
+    Raises:
+        ValueError: unknown level, or one this CPU does not have. BackendError: a level was given and there is no extension.
+    """
+    found = package("cpp")
+    if isinstance(found, str):
+        if level is not None:
+            raise BackendError(f"cpu_level: backend 'cpp' is not there: {found}")
+        return None
+    return found.cpu_level(level)
+
+
+def is_reference(module: ModuleType) -> bool:
+    return module.__name__.startswith("memkernels.backends.reference")
+
+
+def reference(op: str) -> ModuleType:
+    return importlib.import_module(f"memkernels.backends.reference.{op}")
+
+
+def device_type(args: tuple[Any, ...]) -> str:
+    return next(a.device.type for a in args if isinstance(a, torch.Tensor))

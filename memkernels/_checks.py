@@ -1,0 +1,114 @@
+"""Argument checks shared by all ops: every message names op, argument, expected and got."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run this call."""
+
+
+def fail(op: str, argument: str, expected: str, got: Any, error: type[Exception] = ValueError) -> None:
+    raise error(f"{op}: {argument}: expected {expected}, got {got}")
+
+
+_TERMS: dict[str, tuple[tuple[int, str, int], ...]] = {}  # a dict, not lru_cache: Dynamo warns of that
+
+
+def _terms(dims: str) -> tuple[tuple[int, str, int], ...]:
+    """ "B 4H 2S+1" -> ((1, "B", 0), (4, "H", 0), (2, "S", 1)); a plain number has no letter."""
+    if dims in _TERMS:
+        return _TERMS[dims]
+    found = []
+    for term in dims.split():
+        match = re.fullmatch(r"(\d*)([A-Za-z]*)(?:\+(\d+))?", term)
+        assert match is not None, dims
+        found.append((int(match[1] or 1), match[2], int(match[3] or 0)))
+    _TERMS[dims] = tuple(found)
+    return _TERMS[dims]
+
+
+def check_tensor(op: str, argument: str, got: Any) -> None:
+    if not isinstance(got, torch.Tensor):
+        fail(op, argument, "a tensor", type(got).__name__, TypeError)
+
+
+def check_dims(op: str, **arguments: tuple[Any, str]) -> dict[str, int]:
+    """Match each (tensor, "B N W") with named sizes; None is skipped. Returns the sizes.
+
+    Raises:
+        TypeError: something is not a tensor. ValueError: rank or size differ; the message says which dimension.
+    """
+    sizes: dict[str, int] = {}
+    for name, (tensor, dims) in arguments.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            fail(op, name, "a tensor", type(tensor).__name__, TypeError)
+        terms = _terms(dims)
+        shape = tensor.shape
+        if len(shape) != len(terms):
+            fail(op, name, f"{len(terms)} dimensions [{dims}]", f"{len(shape)} with shape {tuple(shape)}")
+        for (factor, letter, plus), got in zip(terms, shape):
+            if not letter:
+                wanted = factor + plus
+            elif letter in sizes:
+                wanted = factor * sizes[letter] + plus
+            elif factor == 1 and not plus:
+                sizes[letter] = got
+                continue
+            else:
+                sizes[letter] = (got - plus) // factor
+                wanted = factor * sizes[letter] + plus
+            if got != wanted:
+                known = ", ".join(f"{k}={v}" for k, v in sizes.items())
+                fail(op, name, f"[{dims}] with {known}", f"shape {tuple(shape)}")
+    return sizes
+
+
+def check_floating(op: str, **tensors: torch.Tensor | None) -> None:
+    """All given tensors share one floating dtype and one device; under autocast float32 and the half types may mix."""
+    first = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if first is None:
+            if tensor.dtype not in FLOATS:
+                fail(op, name, "float64, float32, bfloat16 or float16", str(tensor.dtype).removeprefix("torch."), TypeError)
+            first = tensor
+        elif tensor.dtype != first.dtype and not _autocast_unifies(tensor, first):
+            fail(op, name, _dtype(first.dtype), _dtype(tensor.dtype), TypeError)
+        elif tensor.device != first.device:
+            fail(op, name, f"device {first.device}", f"device {tensor.device}")
+
+
+def _autocast_unifies(tensor: torch.Tensor, first: torch.Tensor) -> bool:
+    lower = tensor.dtype in FLOATS and torch.float64 not in (tensor.dtype, first.dtype)
+    return lower and torch.is_autocast_enabled(first.device.type)
+
+
+def check_dtype(op: str, argument: str, tensor: torch.Tensor | None, dtype: torch.dtype, like: torch.Tensor) -> None:
+    """`tensor` is None, or has this dtype and the device of `like`."""
+    if tensor is None:
+        return
+    if tensor.dtype != dtype:
+        fail(op, argument, _dtype(dtype), _dtype(tensor.dtype), TypeError)
+    if tensor.device != like.device:
+        fail(op, argument, f"device {like.device}", f"device {tensor.device}")
+
+
+def check_choice(op: str, argument: str, got: Any, choices: Iterable[Any]) -> None:
+    choices = tuple(choices)
+    if got not in choices:
+        fail(op, argument, "one of " + ", ".join(repr(c) for c in choices), repr(got))
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

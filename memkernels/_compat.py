@@ -1,0 +1,43 @@
+"""The one place that touches private names of torch, each with the reason it is needed (tests/test_compat.py watches them)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+
+def functorch_active() -> bool:
+    """True inside torch.func transforms (vmap, grad, jvp ...), where `requires_grad` says nothing."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def forward_ad_active() -> bool:
+    """True inside a forward-mode AD level."""
+    return forward_ad._current_level >= 0
+
+
+def dlpack_exchange_api() -> Any:
+    """The PyCapsule of the DLPack C exchange API (torch >= 2.10)."""
+    return torch.Tensor.__dlpack_c_exchange_api__  # type: ignore[attr-defined]
+
+
+def _libtorch_symbol(name: str) -> int:
+    library = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so"))
+    address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+    if address is None:
+        raise ImportError(f"libtorch_cpu exports no {name}")
+    return address
+
+
+def torch_parallel_for_address() -> int:
+    """Address of `torch_parallel_for` in torch's stable C shim (torch >= 2.10)."""
+    return _libtorch_symbol("torch_parallel_for")
+
+
+def torch_num_threads_address() -> int:
+    """Address of `torch_get_num_threads` in torch's stable C shim (torch >= 2.10)."""
+    return _libtorch_symbol("torch_get_num_threads")

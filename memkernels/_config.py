@@ -1,0 +1,20 @@
+"""Everything the package reads from the environment."""
+
+from __future__ import annotations
+
+import os
+
+
+def forced_backend() -> str | None:
+    """MEMKERNELS_BACKEND: the backend every op must use, or None."""
+    return os.environ.get("MEMKERNELS_BACKEND") or None
+
+
+def cpu_level() -> str | None:
+    """MEMKERNELS_CPU_LEVEL: the highest instruction-set level the C++ kernels may use, or None."""
+    return os.environ.get("MEMKERNELS_CPU_LEVEL") or None
+
+
+def triton_interpret() -> bool:
+    """TRITON_INTERPRET: Triton kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

@@ -1,0 +1,12 @@
+"""What every reference needs of dtypes."""
+
+from __future__ import annotations
+
+import torch
+
+
+def compute(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor in its compute dtype: float32 for the half types, else as it is (None and non-floating pass)."""
+    if tensor is not None and tensor.dtype in (torch.bfloat16, torch.float16):
+        return tensor.float()
+    return tensor

@@ -1,0 +1,174 @@
+"""Softmax attention: torch's scaled_dot_product_attention, and what it lacks (windows, log-sum-exp, gradients of masks, any sizes)."""
+
+from __future__ import annotations
+
+import torch
+
+from memkernels._checks import check_choice, check_dims, check_floating, check_tensor, fail
+from memkernels._registry import Arg, Out, define_op
+
+CORNERS = ("top-left", "bottom-right")
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    causal: str = "top-left",
+    window: tuple[int, int] | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention; the first eight arguments are those of ``torch.nn.functional.scaled_dot_product_attention``.
+
+    Formula:
+        ``s[q, k] = scale * query[q] . key[k] + attn_mask[q, k]``, ``lse[q] = log sum_k exp(s[q, k])``,
+        ``out[q] = sum_k dropout(exp(s[q, k] - lse[q])) * value[k]``, all sums over the keys that q may see.
+
+    Args:
+        query: "B NH Q D", float64, float32, bfloat16 or float16, any strides. Any number of leading dimensions, or "NH Q D", or "Q D".
+        key: "B NHk K D", same dtype and device; leading dimensions broadcast with those of the query.
+        value: "B NHk K V", same dtype and device; V may differ from D.
+        attn_mask: broadcastable to "B NH Q K". bool: True = may be seen. Floating: added to the scores, differentiable; -inf = not seen.
+        dropout_p: probability, 0 to 1, with which a weight is dropped; the others are scaled by 1 / (1 - dropout_p).
+        is_causal: query i sees keys 0 to i only. May be combined with a mask (a key must be allowed by both).
+        scale: factor of the scores, default 1 / sqrt(D).
+        enable_gqa: NHk may divide NH; query head h then reads key head h // (NH // NHk).
+        causal: where the diagonal of ``is_causal`` and ``window`` lies if Q != K: query i stands at key i ("top-left", as in torch) or at
+            key i + K - Q ("bottom-right": the last query at the last key).
+        window: (left, right): a query sees the keys from left before to right after where it stands; None or -1 = no limit on that side.
+        return_lse: also return the log-sum-exp.
+
+    Returns:
+        out: "B NH Q V" with the query's leading dimensions, same dtype, contiguous; 0 where a query sees no key. With ``return_lse``:
+        (out, lse "B NH Q"), lse float32 (float64 for float64), natural logarithm, -inf where a query sees no key.
+
+    Gradients:
+        To ``query``, ``key``, ``value`` and a floating ``attn_mask`` (in the mask's own shape), also through ``lse``, of any order. Finite where
+        a query sees no key. What a key, a value or a score holds that no query sees (NaN too) reaches nothing.
+
+    Numerics:
+        Sums and softmax in float32 (float64 for float64); where bfloat16 matrix instructions are used, weights are rounded to bfloat16 before
+        they meet the values. Memory beyond inputs and outputs is O(Q): weights are recomputed in backward. Deterministic; batch entries do
+        not depend on each other. Dropout is a hash of (seed, head, q, k), the same in every backend; the seed comes from torch's generator.
+
+    Raises:
+        ValueError: a size does not fit, a head count without ``enable_gqa``, dropout_p outside 0..1, an unknown corner, a negative window.
+        TypeError: a dtype differs, is not a floating one, or the mask is neither bool nor floating.
+
+    Source:
+        Vaswani et al., Attention Is All You Need (2017), equation 1; Dao et al., FlashAttention (2022), algorithms 1 and 4, for the tiling.
+
+    Example:
+        >>> import torch, memkernels as mk
+        >>> query, key = torch.tensor([[8.0, 0.0]]), torch.tensor([[8.0, 0.0], [0.0, 8.0]])
+        >>> mk.attention(query, key, torch.tensor([[5.0], [7.0]]), is_causal=True)
+        tensor([[5.]])
+    """
+    if not (query.__class__ is key.__class__ is value.__class__ is torch.Tensor):
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            check_tensor("attention", name, tensor)
+    shape = query.shape
+    if not (len(shape) == 4 and len(key.shape) == 4 and len(value.shape) == 4 and key.shape[:2] == value.shape[:2] and key.shape[0] == shape[0]):
+        query, key, value, shape = _four_dims(query, key, value)
+    dims = check_dims("attention", query=(query, "B NH Q D"), key=(key, "B NHk K D"), value=(value, "B NHk K V"))
+    check_floating("attention", query=query, key=key, value=value)
+    check_choice("attention", "causal", causal, CORNERS)
+    if dims["NH"] != dims["NHk"]:
+        query, key, value, shape = _heads(query, key, value, shape, enable_gqa)
+    if not 0.0 <= dropout_p <= 1.0:
+        fail("attention", "dropout_p", "a probability", dropout_p)
+    if attn_mask is not None:
+        attn_mask = _mask(attn_mask, query, (*shape[:-1], dims["K"]))
+    left, right = _window(window)
+    seed = torch.randint(2**63 - 1, (dims["B"],), device=query.device) if dropout_p else None
+    scale = dims["D"] ** -0.5 if scale is None and dims["D"] else scale or 0.0
+    out, lse = OP(query, key, value, attn_mask, seed, scale, float(dropout_p), left, 0 if is_causal else right, causal)
+    if len(shape) != 4:
+        out, lse = out.reshape(*shape[:-1], dims["V"]), lse.reshape(shape[:-1])
+    return (out, lse) if return_lse else out
+
+
+def _four_dims(query, key, value):
+    """Broadcasts the leading dimensions and folds them to one batch; also returns the shape that the outputs' leading sizes come from."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() < 2:
+            fail("attention", name, "at least 2 dimensions", f"shape {tuple(tensor.shape)}")
+    rank = max(query.dim(), key.dim(), value.dim())
+    try:
+        lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    except RuntimeError:
+        got = f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        fail("attention", "query, key, value", "leading dimensions that broadcast", got)
+    shared = max(key.shape[-3] if key.dim() > 2 else 1, value.shape[-3] if value.dim() > 2 else 1)
+
+    def fold(tensor, heads):
+        heads = (tensor.shape[-3] if tensor.dim() > 2 else 1) if heads is None else heads
+        return tensor.expand(*lead, heads, *tensor.shape[-2:]).reshape(lead.numel(), heads, *tensor.shape[-2:])
+
+    folded = fold(query, None)
+    return folded, fold(key, shared), fold(value, shared), (*lead, folded.shape[1], *folded.shape[2:])[-rank:]
+
+
+def _heads(query, key, value, shape, enable_gqa):
+    """Head counts differ: grouped queries, or one head broadcast over the other side's."""
+    heads, key_heads = query.shape[1], key.shape[1]
+    if heads == 1 and key_heads > 1 and not enable_gqa:
+        return query.expand(-1, key_heads, -1, -1), key, value, (*shape[:-3], key_heads, *shape[-2:])
+    if key_heads == 0 or heads % key_heads or (key_heads > 1 and not enable_gqa):
+        expected = f"a divisor of {heads} heads" if enable_gqa else f"{heads} heads (enable_gqa=True allows a divisor)"
+        fail("attention", "key", expected, f"shape {tuple(key.shape)}")
+    return query, key, value, shape
+
+
+def _mask(mask, query, shape):
+    """The mask with four dimensions, size 1 where it broadcasts; its batch divides B, row b of B using row b // (B // batch)."""
+    check_tensor("attention", "attn_mask", mask)
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        fail("attention", "attn_mask", "bool or floating", str(mask.dtype).removeprefix("torch."), TypeError)
+    if mask.device != query.device:
+        fail("attention", "attn_mask", f"device {query.device}", f"device {mask.device}")
+    if mask.dim() > len(shape) or any(size not in (1, full) for size, full in zip(mask.shape[::-1], shape[::-1])):
+        fail("attention", "attn_mask", f"a shape that broadcasts to {tuple(shape)}", f"shape {tuple(mask.shape)}")
+    if mask.dtype not in (torch.bool, query.dtype):
+        mask = mask.to(query.dtype)
+    if mask.dim() == 4 and query.dim() == 4 and len(shape) == 4:
+        return mask
+    mask = mask.reshape(*(1,) * (max(len(shape), 4) - mask.dim()), *mask.shape)
+    if all(size == 1 for size in mask.shape[:-3]):
+        return mask.reshape(1, *mask.shape[-3:])
+    return mask.expand(*shape[:-3], *mask.shape[-3:]).reshape(query.shape[0], *mask.shape[-3:])
+
+
+def _window(window):
+    if window is None:
+        return -1, -1
+    if not (isinstance(window, (tuple, list)) and len(window) == 2 and all(w is None or (isinstance(w, int) and w >= -1) for w in window)):
+        fail("attention", "window", "(left, right), each an int >= 0, or -1 or None for no limit", window)
+    return tuple(-1 if w is None else w for w in window)
+
+
+def _allocate(query, key, value, attn_mask, seed, scale, dropout_p, left, right, causal):
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(*query.shape[:3], value.shape[3]), query.new_empty(query.shape[:3], dtype=wide)
+
+
+OP = define_op(
+    "attention",
+    inputs=(
+        Arg("query"),
+        Arg("key"),
+        Arg("value"),
+        Arg("attn_mask", optional=True),
+        Arg("seed", differentiable=False, optional=True),
+    ),
+    outputs=(Out("out", save=True), Out("lse", save=True)),
+    options="float scale, float dropout_p, SymInt left, SymInt right, str causal",
+    allocate=_allocate,
+    autocast="matmul",
+)

@@ -1,0 +1,141 @@
+"""`lstm`: a whole LSTM layer over time, with resets, lengths and both directions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from memkernels._checks import check_dims, check_dtype, check_floating, fail
+from memkernels._compat import functorch_active
+from memkernels._registry import Arg, Out, define_op
+
+
+def lstm(
+    input: torch.Tensor,
+    state: tuple[torch.Tensor, torch.Tensor] | None,
+    weight_ih: torch.Tensor,
+    weight_hh: torch.Tensor,
+    bias_ih: torch.Tensor | None = None,
+    bias_hh: torch.Tensor | None = None,
+    *,
+    reset: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    reverse: bool = False,
+    return_cells: bool = False,
+) -> Any:
+    """Runs an LSTM layer over T steps; one direction of one layer of torch.nn.LSTM, with its weights.
+
+    At each step, with h', c' the state that enters it::
+
+        i, f, g, o = input[t] @ weight_ih.T + bias_ih + h' @ weight_hh.T + bias_hh
+        c = sigmoid(f) * c' + sigmoid(i) * tanh(g)        h = sigmoid(o) * tanh(c)
+
+    Args:
+        input: "T B I", floating. T, B and I may be 0; T = 0 returns the state.
+        state: (h0 "B H", c0 "B H"), same dtype and device, or None for zeros.
+        weight_ih: "4H I"; gate order i, f, g, o. weight_hh: "4H H". bias_ih, bias_hh: "4H" or None.
+        reset: "T B" bool. The state that enters step t of row b is zero where reset[t, b]: an episode starts there.
+        lengths: "B" int64 in 0..T. Row b is lengths[b] long: outputs past it are 0 and the final state is the one at its end.
+        reverse: run from the last step of each row (lengths[b] - 1) to the first; outputs stay at their step. reset[t, b] then
+            clears the state that enters step t in running order.
+        return_cells: also return the cell of every step.
+
+    Returns:
+        (output "T B H", (h_n "B H", c_n "B H")); with `return_cells` (output, (h_n, c_n), cells "T B H").
+
+    Gradients:
+        To all floating arguments, of any order; none crosses a reset or the end of a row. A call that needs gradients keeps
+        output, cells and activated gates in the input's dtype; any other call keeps nothing.
+
+    Numerics:
+        Products are summed in float32 (float64 for float64) and c is carried in float32 from step to step. In half precision
+        h enters the next step as it is returned. Results do not depend on B or on the number of threads, bit for bit.
+
+    Raises:
+        ValueError: on a shape that does not fit, or a length outside 0..T (CPU only: on a GPU lengths are clamped, to avoid
+            a sync). TypeError: on dtypes that differ, or a state that is no pair of tensors.
+
+    Source:
+        Hochreiter and Schmidhuber 1997, in the form of torch.nn.LSTM.
+
+    Example:
+        >>> import torch
+        >>> import memkernels as mk
+        >>> layer = torch.nn.LSTM(3, 4)
+        >>> x = torch.randn(5, 2, 3)
+        >>> output, (h_n, c_n) = mk.lstm(x, None, *(p for p in layer.parameters()))
+        >>> torch.allclose(output, layer(x)[0], atol=1e-6)
+        True
+    """
+    check_dims("lstm", input=(input, "T B I"), weight_hh=(weight_hh, "4H H"), weight_ih=(weight_ih, "4H I"),
+               bias_ih=(bias_ih, "4H"), bias_hh=(bias_hh, "4H"), reset=(reset, "T B"), lengths=(lengths, "B"))  # fmt: skip
+    if state is None:
+        h0 = c0 = input.new_zeros(input.shape[1], weight_hh.shape[1])
+    else:
+        if not isinstance(state, (tuple, list)) or len(state) != 2:
+            fail("lstm", "state", "a pair (h0, c0) or None", type(state).__name__, TypeError)
+        h0, c0 = state
+        check_dims("lstm", input=(input, "T B I"), weight_hh=(weight_hh, "4H H"), h0=(h0, "B H"), c0=(c0, "B H"))
+    floating = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)
+    if not torch.is_autocast_enabled(input.device.type):
+        check_floating("lstm", **dict(zip(_FLOATING, floating, strict=True)))
+    check_dtype("lstm", "reset", reset, torch.bool, input)
+    check_dtype("lstm", "lengths", lengths, torch.int64, input)
+    _check_lengths(lengths, input)
+    training = functorch_active() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floating))
+    output, h_n, c_n, cells, _ = OP(*floating, reset, lengths, reverse, return_cells, training)
+    return (output, (h_n, c_n), cells) if return_cells else (output, (h_n, c_n))
+
+
+_FLOATING = ("input", "h0", "c0", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+def _check_lengths(lengths, input):
+    """Reads the values only where that is free: on a CPU, outside of transforms and tracing."""
+    if lengths is None or lengths.device.type != "cpu" or torch.compiler.is_compiling() or functorch_active():
+        return
+    if type(lengths) is torch.Tensor and lengths.numel():
+        low, high = (int(v) for v in torch.aminmax(lengths))
+        if low < 0 or high > input.shape[0]:
+            fail("lstm", "lengths", f"values in 0..T={input.shape[0]}", f"{low}..{high}")
+
+
+def _allocate(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, reset, lengths, reverse, return_cells, training):
+    steps, batch, _ = input.shape
+    hidden = weight_hh.shape[1]
+    cells = (steps, batch, hidden) if training or return_cells else (0,)
+    gates = (steps, batch, 4 * hidden) if training else (0,)
+    return (
+        input.new_empty(steps, batch, hidden),
+        input.new_empty(batch, hidden),
+        input.new_empty(batch, hidden),
+        input.new_empty(cells),
+        input.new_empty(gates),
+    )
+
+
+OP = define_op(
+    "lstm",
+    inputs=(
+        Arg("input", batch=1),
+        Arg("h0"),
+        Arg("c0"),
+        Arg("weight_ih", batch=None),
+        Arg("weight_hh", batch=None),
+        Arg("bias_ih", optional=True, batch=None),
+        Arg("bias_hh", optional=True, batch=None),
+        Arg("reset", differentiable=False, optional=True, batch=1),
+        Arg("lengths", differentiable=False, optional=True),
+    ),
+    outputs=(
+        Out("output", save=True, batch=1),
+        Out("h_n"),
+        Out("c_n"),
+        Out("cells", save=True, batch=1),
+        Out("gates", differentiable=False, save=True, batch=1),
+    ),
+    options="bool reverse, bool return_cells, bool training",
+    allocate=_allocate,
+    autocast="matmul",
+)

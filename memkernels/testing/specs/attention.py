@@ -1,0 +1,156 @@
+"""The spec of `attention`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from memkernels.ops.attention import attention
+from memkernels.testing.spec import ErrorCase, Input, OpSpec, Sample, mostly
+
+
+def _call(function, inputs, options):
+    given = dict(inputs)
+    visible = given.pop("visible", None)  # a boolean mask, which the function takes as attn_mask
+    if visible is not None:
+        given["attn_mask"] = visible
+    return function(**given, **options)
+
+
+def _sdpa(query, key, value, attn_mask=None, visible=None, window=None, causal="top-left", return_lse=False, **options):
+    mask = visible if attn_mask is None else attn_mask
+    return F.scaled_dot_product_attention(query, key, value, mask, **options)
+
+
+def _eager(query, key, value, attn_mask=None, visible=None, is_causal=False, scale=None, enable_gqa=False, **options):
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value))
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(), -torch.inf)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    return torch.softmax(scores if attn_mask is None else scores + attn_mask, -1) @ value
+
+
+def _blind(inputs):
+    """The first query sees nothing."""
+    name = "visible" if inputs["visible"] is not None else "attn_mask"
+    mask = inputs[name].clone()
+    mask[..., :1, :] = False if mask.dtype == torch.bool else -torch.inf
+    return {**inputs, name: mask}
+
+
+def _shared(*axes):
+    """The mask has size 1 along these axes: it broadcasts."""
+
+    def twist(inputs):
+        name = "visible" if inputs["visible"] is not None else "attn_mask"
+        mask = inputs[name]
+        for axis in axes:
+            mask = mask.narrow(axis, 0, 1)
+        return {**inputs, name: mask}
+
+    return twist
+
+
+def _peaked(inputs):
+    """Scores in the hundreds: one key takes all."""
+    return {**inputs, "query": 20 * inputs["query"], "key": 10 * inputs["key"]}
+
+
+def _sizes(B=2, NH=2, Q=5, K=7, D=4, V=None, NHk=None):
+    return dict(B=B, NH=NH, NHk=NH if NHk is None else NHk, Q=Q, K=K, D=D, V=D if V is None else V)
+
+
+def _wrong_width(inputs, options):
+    inputs["key"] = inputs["key"].new_zeros(*inputs["key"].shape[:3], inputs["key"].shape[3] + 1)
+
+
+def _wrong_heads(inputs, options):
+    inputs["query"] = inputs["query"].new_zeros(2, 3, 5, 4)
+
+
+def _wrong_mask(inputs, options):
+    inputs["attn_mask"] = inputs["query"].new_zeros(5, 6)
+
+
+def _wrong_mask_dtype(inputs, options):
+    inputs["attn_mask"] = inputs["query"].new_zeros(5, 7).long()
+
+
+def _wrong_dtype(inputs, options):
+    inputs["value"] = inputs["value"].long()
+
+
+def _pairs(d):
+    return d["B"] * d["NH"] * d["Q"] * d["K"]
+
+
+SPEC = OpSpec(
+    name="attention",
+    function=attention,
+    inputs={
+        "query": Input("B NH Q D"),
+        "key": Input("B NHk K D"),
+        "value": Input("B NHk K V"),
+        "attn_mask": Input("B NH Q K", optional=True),
+        "visible": Input("B NH Q K", mostly(0.6), torch.bool, optional=True),
+    },
+    samples=(
+        Sample("typical", _sizes()),
+        Sample("causal", _sizes(Q=9, K=9), dict(is_causal=True)),
+        Sample("lse", _sizes(Q=3, K=5), dict(return_lse=True)),
+        Sample("one", _sizes(B=1, NH=1, Q=1, K=1, D=1)),
+        Sample("wide_value", _sizes(Q=6, K=19, D=5, V=21), dict(scale=0.3)),
+        Sample("groups", _sizes(B=1, NH=6, NHk=2, Q=4, K=6, D=3), dict(enable_gqa=True, return_lse=True)),
+        Sample("float_mask", _sizes(), present=("attn_mask",)),
+        Sample("shared_mask", _sizes(), dict(is_causal=True), ("attn_mask",), _shared(0, 1)),
+        Sample("key_mask", _sizes(), {}, ("attn_mask",), _shared(1, 2)),
+        Sample("row_mask", _sizes(), {}, ("attn_mask",), _shared(0, 3)),
+        Sample("bool_mask", _sizes(), present=("visible",)),
+        Sample("padding", _sizes(), {}, ("visible",), _shared(1, 2)),
+        Sample("blind", _sizes(), dict(return_lse=True), ("visible",), _blind),
+        Sample("blind_float", _sizes(), dict(return_lse=True), ("attn_mask",), _blind),
+        Sample("bottom_right", _sizes(Q=3, K=8), dict(is_causal=True, causal="bottom-right")),
+        Sample("bottom_right_blind", _sizes(Q=8, K=3), dict(is_causal=True, causal="bottom-right", return_lse=True)),
+        Sample("window", _sizes(Q=9, K=8), dict(window=(2, 1))),
+        Sample("window_causal", _sizes(Q=5, K=17), dict(window=(3, None), is_causal=True, causal="bottom-right")),
+        Sample("blocks", _sizes(B=1, Q=131, K=149, D=17), dict(is_causal=True, return_lse=True)),
+        Sample("blocks_mask", _sizes(B=1, NH=3, Q=70, K=200, D=64, V=40), dict(return_lse=True), ("attn_mask",), _shared(1)),
+        Sample("few_queries", _sizes(B=1, Q=2, K=2100, D=8), dict(return_lse=True)),
+        Sample("wide", _sizes(B=1, NH=1, Q=3, K=35, D=300, V=270)),
+        Sample("peaked", _sizes(Q=6, K=40, D=16), dict(return_lse=True), twist=_peaked, hard=True),
+        Sample("no_batch", _sizes(B=0)),
+        Sample("no_heads", _sizes(NH=0)),
+        Sample("no_queries", _sizes(Q=0)),
+        Sample("no_keys", _sizes(K=0), dict(return_lse=True)),
+        Sample("no_width", _sizes(D=0, V=4)),
+        Sample("no_value_width", _sizes(V=0), dict(return_lse=True)),
+    ),
+    bench=(
+        Sample("B2_S1024", _sizes(2, 8, 1024, 1024, 64)),
+        Sample("B2_S1024_causal", _sizes(2, 8, 1024, 1024, 64), dict(is_causal=True)),
+        Sample("B1_S4096", _sizes(1, 8, 4096, 4096, 64)),
+        Sample("B1_S4096_causal", _sizes(1, 8, 4096, 4096, 64), dict(is_causal=True)),
+        Sample("B2_S1024_mask", _sizes(2, 8, 1024, 1024, 64), {}, ("attn_mask",), _shared(0)),
+        Sample("B2_S1024_V96", _sizes(2, 8, 1024, 1024, 64, 96)),
+        Sample("Q4_K65536", _sizes(1, 8, 4, 65536, 64)),
+    ),
+    peers={"eager": _eager, "sdpa": _sdpa},
+    bytes=lambda d, s: s * d["B"] * (d["NH"] * d["Q"] * (d["D"] + d["V"]) + d["NHk"] * d["K"] * (d["D"] + d["V"])),
+    bytes_backward=lambda d, s: 2 * s * d["B"] * (d["NH"] * d["Q"] * (d["D"] + d["V"]) + d["NHk"] * d["K"] * (d["D"] + d["V"])),
+    flops=lambda d: 2 * _pairs(d) * (d["D"] + d["V"]),
+    call=_call,
+    errors=(
+        ErrorCase("width", _wrong_width, ValueError, r"attention: key: expected .*D=4.*got .*5"),
+        ErrorCase("heads", _wrong_heads, ValueError, r"attention: key: expected 3 heads.*got .*2, 2, 7, 4"),
+        ErrorCase("mask", _wrong_mask, ValueError, r"attention: attn_mask: expected .*\(2, 2, 5, 7\), got .*\(5, 6\)"),
+        ErrorCase("mask_dtype", _wrong_mask_dtype, TypeError, r"attention: attn_mask: expected bool or floating, got int64"),
+        ErrorCase("dtype", _wrong_dtype, TypeError, r"attention: value: expected .*float64.*got .*int64"),
+        ErrorCase("dropout", lambda i, o: o.update(dropout_p=1.5), ValueError, r"attention: dropout_p: expected .*got 1.5"),
+        ErrorCase("corner", lambda i, o: o.update(causal="left"), ValueError, r"attention: causal: expected .*'top-left'.*got 'left'"),
+        ErrorCase("window", lambda i, o: o.update(window=(-2, 0)), ValueError, r"attention: window: expected .*got \(-2, 0\)"),
+    ),
+    rows=(("query", 0), ("key", 0), ("value", 0)),
+)
