@@ -8,9 +8,7 @@ from memkernels._checks import check_dims, check_floating
 from memkernels._registry import Arg, Out, define_op
 
 
-def lstm_gates(
-    gates: torch.Tensor, cell: torch.Tensor, *, peephole: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def lstm_gates(gates: torch.Tensor, cell: torch.Tensor, *, peephole: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Turns the pre-activations of the four gates and the old cell into the new hidden state and the new cell.
 
     With gates = [z_i, z_f, z_g, z_o] and c' the old cell::

@@ -12,6 +12,11 @@ def _keep(condition, t):
     return torch.where(condition[:, None], t, torch.zeros_like(t))
 
 
+def _kept(reset, active):
+    """Rows whose state enters the step; a reset past the end of a row means nothing."""
+    return ~reset if active is None else ~(reset & active)
+
+
 def _steps(count, reverse):
     return range(count - 1, -1, -1) if reverse else range(count)
 
@@ -26,17 +31,17 @@ def forward(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, reset, length
     empty = h.new_zeros(0)
     output, cells, gates = [None] * count, [None] * count, [None] * count
     for t in _steps(count, reverse):
+        active = None if lengths is None else t < lengths
         if reset is not None:
-            h, c = _keep(~reset[t], h), _keep(~reset[t], c)
+            h, c = _keep(_kept(reset[t], active), h), _keep(_kept(reset[t], active), c)
         zi, zf, zg, zo = (projected[t] + h @ w_hh.mT).chunk(4, -1)
         i, f, g, o = torch.sigmoid(zi), torch.sigmoid(zf), torch.tanh(zg), torch.sigmoid(zo)
         c_new = f * c + i * g
         h_new = o * torch.tanh(c_new)
         output[t], cells[t], gates[t] = h_new, c_new, torch.cat([i, f, g, o], -1)
-        if lengths is None:
+        if active is None:
             h, c = h_new, c_new
         else:
-            active = t < lengths
             output[t], cells[t], gates[t] = (_keep(active, v) for v in (output[t], cells[t], gates[t]))
             h, c = torch.where(active[:, None], h_new, h), torch.where(active[:, None], c_new, c)
     h_all = torch.stack(output) if count else h.new_zeros(0, *h.shape)
@@ -66,7 +71,7 @@ def backward(
             started = (t + 1 < lengths)[:, None]
             h, c = torch.where(started, h, h_start), torch.where(started, c, c_start)
         if reset is not None:
-            h, c = _keep(~reset[t], h), _keep(~reset[t], c)
+            h, c = _keep(_kept(reset[t], active), h), _keep(_kept(reset[t], active), c)
         entering[t] = h
         i, f, g, o = gates[t].chunk(4, -1)
         tanh_c = torch.tanh(cells[t])
@@ -78,7 +83,7 @@ def backward(
         dz[t] = dz_t if active is None else _keep(active, dz_t)
         dh_old, dc_old = dz[t] @ w_hh, dc_t * f
         if reset is not None:
-            dh_old, dc_old = _keep(~reset[t], dh_old), _keep(~reset[t], dc_old)
+            dh_old, dc_old = _keep(_kept(reset[t], active), dh_old), _keep(_kept(reset[t], active), dc_old)
         dh = dh_old if active is None else torch.where(active[:, None], dh_old, dh)
         dc = dc_old if active is None else torch.where(active[:, None], dc_old, dc)
     dz = torch.stack(dz).flatten(0, 1) if count else h_start.new_zeros(0, w_hh.shape[0])
