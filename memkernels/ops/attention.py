@@ -49,13 +49,14 @@ def attention(
         (out, lse "B NH Q"), lse float32 (float64 for float64), natural logarithm, -inf where a query sees no key.
 
     Gradients:
-        To ``query``, ``key``, ``value`` and a floating ``attn_mask`` (in the mask's own shape), also through ``lse``, of any order. Finite where
-        a query sees no key. What a key, a value or a score holds that no query sees (NaN too) reaches nothing.
+        To ``query``, ``key``, ``value`` and a floating ``attn_mask`` (in the mask's own shape), also through ``lse``, of any order.
+        Finite where a query sees no key. What a key or a value that a query does not see holds (NaN too) does not reach that query.
 
     Numerics:
-        Sums and softmax in float32 (float64 for float64); where bfloat16 matrix instructions are used, weights are rounded to bfloat16 before
-        they meet the values. Memory beyond inputs and outputs is O(Q): weights are recomputed in backward. Deterministic; batch entries do
-        not depend on each other. Dropout is a hash of (seed, head, q, k), the same in every backend; the seed comes from torch's generator.
+        Sums and softmax in float32 (float64 for float64); where bfloat16 matrix instructions are used, weights are rounded to bfloat16
+        before they meet the values. Memory beyond inputs and outputs is O(Q): weights are recomputed in backward. Deterministic; batch
+        entries do not depend on each other. Dropout is a hash of (seed, head, q, k), the same in every backend; the seeds, one a batch
+        entry, come from torch's generator.
 
     Raises:
         ValueError: a size does not fit, a head count without ``enable_gqa``, dropout_p outside 0..1, an unknown corner, a negative window.
@@ -74,7 +75,8 @@ def attention(
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             check_tensor("attention", name, tensor)
     shape = query.shape
-    if not (len(shape) == 4 and len(key.shape) == 4 and len(value.shape) == 4 and key.shape[:2] == value.shape[:2] and key.shape[0] == shape[0]):
+    plain = len(shape) == len(key.shape) == len(value.shape) == 4
+    if not (plain and key.shape[:2] == value.shape[:2] and key.shape[0] == shape[0]):
         query, key, value, shape = _four_dims(query, key, value)
     dims = check_dims("attention", query=(query, "B NH Q D"), key=(key, "B NHk K D"), value=(value, "B NHk K V"))
     check_floating("attention", query=query, key=key, value=value)
@@ -133,7 +135,7 @@ def _mask(mask, query, shape):
         fail("attention", "attn_mask", "bool or floating", str(mask.dtype).removeprefix("torch."), TypeError)
     if mask.device != query.device:
         fail("attention", "attn_mask", f"device {query.device}", f"device {mask.device}")
-    if mask.dim() > len(shape) or any(size not in (1, full) for size, full in zip(mask.shape[::-1], shape[::-1])):
+    if mask.dim() > len(shape) or any(size not in (1, full) for size, full in zip(mask.shape[::-1], shape[::-1], strict=False)):
         fail("attention", "attn_mask", f"a shape that broadcasts to {tuple(shape)}", f"shape {tuple(mask.shape)}")
     if mask.dtype not in (torch.bool, query.dtype):
         mask = mask.to(query.dtype)

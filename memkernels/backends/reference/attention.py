@@ -1,8 +1,9 @@
 """Attention in plain torch: softmax(scale * q . k + mask) @ v over the keys a query may see.
 
-Flat arguments: query "B NH Q D", key "B NHk K D", value "B NHk K V", attn_mask None or 4-D with size 1 where it broadcasts, its batch size a
-divisor of B (row b uses mask row b // (B // Bm)), seed None or int64 "B", scale, dropout_p, left, right (limits of the window around the
-position of the query, -1 = none; causal is right = 0), causal: "top-left", query i stands at key i, or "bottom-right", at key i + K - Q.
+Flat arguments: query "B NH Q D", key "B NHk K D", value "B NHk K V", attn_mask None or 4-D with size 1 where it broadcasts, its batch
+size a divisor of B (row b uses mask row b // (B // Bm)), seed None or int64 "B", scale, dropout_p, left, right (limits of the window
+around where the query stands, -1 = none; causal is right = 0), causal: "top-left", query i stands at key i, or "bottom-right", at
+key i + K - Q.
 
 Dropout is a hash of (seed[b], head h, query q, key k), all words 32 bits, sums and products modulo 2^32, `>>` logical:
     mix(x): x ^= x >> 16; x *= 0x85EBCA6B; x ^= x >> 13; x *= 0xC2B2AE35; x ^= x >> 16
