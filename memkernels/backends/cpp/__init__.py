@@ -1,0 +1,14 @@
+"""CPU kernels: memkernels._C, handed torch's tensor exchange API and thread pool at import. Raises ImportError when it was not built."""
+
+from __future__ import annotations
+
+from memkernels import _C, _compat
+
+_C.bind(_compat.dlpack_exchange_api(), _compat.torch_parallel_for_address(), _compat.torch_num_threads_address())
+
+
+def cpu_level(level: str | None = None) -> str:
+    """The instruction-set level in use; with an argument ("auto": the best one), set it first."""
+    if level is not None:
+        _C.set_cpu_level(level)
+    return _C.cpu_level()
