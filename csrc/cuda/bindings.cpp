@@ -1,5 +1,5 @@
-// memkernels._C_cuda: tensors come as views through torch's DLPack exchange API, the stream from the same table; nothing of torch is
-// linked, and importing needs no driver.
+// memkernels._C_cuda: tensors come as views through torch's DLPack exchange API, the stream from the same table;
+// nothing of torch is linked, and importing needs no driver.
 #include <pybind11/pybind11.h>
 
 #include "common/checks.h"
@@ -29,7 +29,8 @@ class Launch {
     if (changed_) check(cudaSetDevice(t.device().id), op);
     const auto* api = dlpack::exchange();
     void* stream = nullptr;
-    if (api->current_stream && api->current_stream(t.device().type, t.device().id, &stream) != 0) throw py::error_already_set();
+    if (api->current_stream && api->current_stream(t.device().type, t.device().id, &stream) != 0)
+      throw py::error_already_set();
     this->stream = static_cast<cudaStream_t>(stream);
   }
   ~Launch() {
@@ -49,14 +50,16 @@ class Launch {
 void* pointer(const TensorView& t) { return t.defined() ? t.data() : nullptr; }
 
 // None, or exactly these sizes, contiguous in the last dimension (throughout, when `whole`).
-void expect(const char* op, const char* name, const TensorView& t, std::initializer_list<int64_t> sizes, DType dtype, bool whole) {
+void expect(const char* op, const char* name, const TensorView& t, std::initializer_list<int64_t> sizes, DType dtype,
+            bool whole) {
   if (!t.defined()) return;
   check_tensor(op, name, t, sizes, dtype);
   if (t.numel() == 0) return;
   if (!whole) return check_inner(op, name, t);
   int64_t stride = 1;
   for (int axis = t.ndim() - 1; axis >= 0; stride *= t.size(axis--))
-    if (t.size(axis) > 1 && t.stride(axis) != stride) fail(op, name, "a contiguous tensor", "stride " + std::to_string(t.stride(axis)));
+    if (t.size(axis) > 1 && t.stride(axis) != stride)
+      fail(op, name, "a contiguous tensor", "stride " + std::to_string(t.stride(axis)));
 }
 
 void lstm_gates_forward(TensorView h, TensorView c, TensorView gates, TensorView cell, TensorView peephole) {
@@ -71,14 +74,15 @@ void lstm_gates_forward(TensorView h, TensorView c, TensorView gates, TensorView
   expect(op, "h", h, {batch, hidden}, dtype, true);
   expect(op, "c", c, {batch, hidden}, dtype, true);
   const Launch launch(op, cell);
-  const LstmGatesArgs args{pointer(gates), pointer(cell), pointer(peephole), pointer(h),  pointer(c),
-                           batch,          hidden,        gates.stride(0),   cell.stride(0), peephole.defined() ? peephole.stride(0) : 0};
+  const LstmGatesArgs args{
+      pointer(gates), pointer(cell), pointer(peephole), pointer(h),     pointer(c),
+      batch,          hidden,        gates.stride(0),   cell.stride(0), peephole.defined() ? peephole.stride(0) : 0};
   py::gil_scoped_release release;
   launch.done(lstm_gates(args, dtype, launch.stream));
 }
 
-void lstm_gates_gradient(TensorView dgates, TensorView dcell, TensorView dpeephole, TensorView dh, TensorView dc, TensorView gates,
-                         TensorView cell, TensorView peephole, TensorView scratch) {
+void lstm_gates_gradient(TensorView dgates, TensorView dcell, TensorView dpeephole, TensorView dh, TensorView dc,
+                         TensorView gates, TensorView cell, TensorView peephole, TensorView scratch) {
   const char* op = "lstm_gates_backward";
   check_rank(op, "cell", cell, 2);
   check_float(op, "cell", cell);
@@ -115,8 +119,8 @@ void lstm_gates_gradient(TensorView dgates, TensorView dcell, TensorView dpeepho
   launch.done(lstm_gates_backward(args, dtype, launch.stream));
 }
 
-MemoryWriteArgs memory_write_args(const char* op, const TensorView& memory, const TensorView& weights, const TensorView& erase,
-                                  const TensorView& add) {
+MemoryWriteArgs memory_write_args(const char* op, const TensorView& memory, const TensorView& weights,
+                                  const TensorView& erase, const TensorView& add) {
   check_rank(op, "memory", memory, 3);
   check_float(op, "memory", memory);
   check_rank(op, "weights", weights, 3);
@@ -126,10 +130,23 @@ MemoryWriteArgs memory_write_args(const char* op, const TensorView& memory, cons
   expect(op, "memory", memory, {batch, rows, width}, dtype, false);
   expect(op, "erase", erase, {batch, heads, width}, dtype, false);
   expect(op, "add", add, {batch, heads, width}, dtype, false);
-  return {memory.data(),     weights.data(),   erase.data(),      add.data(),        batch,
-          rows,              width,            heads,             memory.stride(0),  memory.stride(1),
-          weights.stride(0), weights.stride(1), weights.stride(2), erase.stride(0),  erase.stride(1),
-          add.stride(0),     add.stride(1)};
+  return {memory.data(),
+          weights.data(),
+          erase.data(),
+          add.data(),
+          batch,
+          rows,
+          width,
+          heads,
+          memory.stride(0),
+          memory.stride(1),
+          weights.stride(0),
+          weights.stride(1),
+          weights.stride(2),
+          erase.stride(0),
+          erase.stride(1),
+          add.stride(0),
+          add.stride(1)};
 }
 
 void memory_write_forward(TensorView written, TensorView memory, TensorView weights, TensorView erase, TensorView add) {
@@ -141,8 +158,9 @@ void memory_write_forward(TensorView written, TensorView memory, TensorView weig
   launch.done(memory_write(args, written.data(), memory.dtype(), launch.stream));
 }
 
-void memory_write_gradient(TensorView dmemory, TensorView dweights, TensorView derase, TensorView dadd, TensorView dwritten,
-                           TensorView memory, TensorView weights, TensorView erase, TensorView add, TensorView scratch) {
+void memory_write_gradient(TensorView dmemory, TensorView dweights, TensorView derase, TensorView dadd,
+                           TensorView dwritten, TensorView memory, TensorView weights, TensorView erase, TensorView add,
+                           TensorView scratch) {
   const char* op = "memory_write_backward";
   const MemoryWriteArgs args = memory_write_args(op, memory, weights, erase, add);
   const DType dtype = memory.dtype();
@@ -156,7 +174,7 @@ void memory_write_gradient(TensorView dmemory, TensorView dweights, TensorView d
   const int64_t needed = sums ? memory_write_scratch(args.batch, args.rows, args.width, args.heads) : 0;
   MK_CHECK(needed == 0 || (scratch.defined() && scratch.numel() >= needed), op, "scratch", needed, describe(scratch));
   const Launch launch(op, memory);
-  const MemoryWriteGradients gradients{dwritten.data(),  dwritten.stride(0), dwritten.stride(1), pointer(dmemory),
+  const MemoryWriteGradients gradients{dwritten.data(),   dwritten.stride(0), dwritten.stride(1), pointer(dmemory),
                                        pointer(dweights), pointer(derase),    pointer(dadd),      pointer(scratch)};
   py::gil_scoped_release release;
   launch.done(memory_write_backward(args, gradients, dtype, launch.stream));

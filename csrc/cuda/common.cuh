@@ -1,5 +1,6 @@
-// What all CUDA kernels here share: element types with their accumulators, 16-byte packs, grids without integer division, and a
-// deterministic sum over splits. Kernels are plain templates; launchers take pointers, int64 strides and a stream.
+// What all CUDA kernels here share: element types with their accumulators, 16-byte packs, grids without integer
+// division, and a deterministic sum over splits. Kernels are plain templates; launchers take pointers, int64 strides
+// and a stream.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -85,7 +86,8 @@ __global__ void sum_splits_kernel(const A* partial, Out* out, int64_t outer, int
   const int64_t chunks = splits > 0 ? (splits + kFanIn - 1) / kFanIn : 1;
   for (int64_t o = blockIdx.z; o < outer; o += gridDim.z)
     for (int64_t chunk = blockIdx.y; chunk < chunks; chunk += gridDim.y)
-      for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < inner; i += int64_t(gridDim.x) * blockDim.x) {
+      for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < inner;
+           i += int64_t(gridDim.x) * blockDim.x) {
         const int64_t begin = chunk * kFanIn, end = begin + kFanIn < splits ? begin + kFanIn : splits;
         A sum = 0;
 #pragma unroll 8
@@ -108,11 +110,13 @@ cudaError_t sum_splits(A* partial, Out* out, int64_t outer, int64_t splits, int6
   while (splits > kFanIn) {
     const int64_t chunks = ceil_div(splits, kFanIn);
     A* next = partial + outer * splits * inner;
-    launch(sum_splits_kernel<A, A>, grid_for(ceil_div(inner, kThreads), chunks, outer), block, stream, partial, next, outer, splits, inner);
+    launch(sum_splits_kernel<A, A>, grid_for(ceil_div(inner, kThreads), chunks, outer), block, stream, partial, next,
+           outer, splits, inner);
     partial = next;
     splits = chunks;
   }
-  return launch(sum_splits_kernel<A, Out>, grid_for(ceil_div(inner, kThreads), 1, outer), block, stream, partial, out, outer, splits, inner);
+  return launch(sum_splits_kernel<A, Out>, grid_for(ceil_div(inner, kThreads), 1, outer), block, stream, partial, out,
+                outer, splits, inner);
 }
 
 }  // namespace mk::cuda

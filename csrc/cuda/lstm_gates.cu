@@ -1,9 +1,9 @@
 // lstm_gates: i,f,o = sigmoid(z + p*c'), g = tanh(z_g), c = f*c' + i*g, h = o*tanh(c); o's peephole sees the new cell.
 //
-// A thread owns V neighbouring columns of one row (forward) or of a run of rows (backward, so that peephole gradients add up in its
-// registers). Forward moves 7 elements per output pair (4 gates, cell in; h, c out), backward 12 (4 gates, cell, dh, dc in; 4 dgates,
-// dcell out). Float32 inside for 2- and 4-byte types, float64 for float64; one rounding per stored element. Backward computes the gates and
-// the new cell again instead of reading a rounded copy.
+// A thread owns V neighbouring columns of one row (forward) or of a run of rows (backward, so that peephole gradients
+// add up in its registers). Forward moves 7 elements per output pair (4 gates, cell in; h, c out), backward 12 (4
+// gates, cell, dh, dc in; 4 dgates, dcell out). Float32 inside for 2- and 4-byte types, float64 for float64; one
+// rounding per stored element. Backward computes the gates and the new cell again instead of reading a rounded copy.
 #include "cuda/lstm_gates.h"
 
 #include "cuda/common.cuh"
@@ -21,7 +21,12 @@ template <class A>
 struct Step {
   A i, f, g, o, c, t;
   __device__ __forceinline__ Step(A zi, A zf, A zg, A zo, A cell, A pi, A pf, A po)
-      : i(sigmoid(zi + pi * cell)), f(sigmoid(zf + pf * cell)), g(hyperbolic(zg)), o(0), c(f * cell + i * g), t(hyperbolic(c)) {
+      : i(sigmoid(zi + pi * cell)),
+        f(sigmoid(zf + pf * cell)),
+        g(hyperbolic(zg)),
+        o(0),
+        c(f * cell + i * g),
+        t(hyperbolic(c)) {
     o = sigmoid(zo + po * c);
   }
 };
@@ -55,8 +60,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(LstmGatesArgs a) {
       A h[V], c[V];
 #pragma unroll
       for (int v = 0; v < V; v++) {
-        const Step<A> s(to_acc(zi.at[v]), to_acc(zf.at[v]), to_acc(zg.at[v]), to_acc(zo.at[v]), to_acc(cell.at[v]), p.i[v], p.f[v],
-                        p.o[v]);
+        const Step<A> s(to_acc(zi.at[v]), to_acc(zf.at[v]), to_acc(zg.at[v]), to_acc(zo.at[v]), to_acc(cell.at[v]),
+                        p.i[v], p.f[v], p.o[v]);
         h[v] = s.o * s.t;
         c[v] = s.c;
       }
@@ -109,7 +114,8 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(LstmGatesBackwardArg
 #pragma unroll
         for (int v = 0; v < V; v++) {
           const A old = to_acc(cell.at[v]);
-          const Step<A> s(to_acc(zi.at[v]), to_acc(zf.at[v]), to_acc(zg.at[v]), to_acc(zo.at[v]), old, p.i[v], p.f[v], p.o[v]);
+          const Step<A> s(to_acc(zi.at[v]), to_acc(zf.at[v]), to_acc(zg.at[v]), to_acc(zo.at[v]), old, p.i[v], p.f[v],
+                          p.o[v]);
           const StepGradient<A> d(s, old, dh[v], dc[v], p.i[v], p.f[v], p.o[v]);
           di[v] = d.i, df[v] = d.f, dg[v] = d.g, d_o[v] = d.o, dcell[v] = d.cell;
           if (kPeepholeGradient) sum_i[v] += d.i * old, sum_f[v] += d.f * old, sum_o[v] += d.o * d.new_cell;
@@ -139,31 +145,34 @@ template <class T, int V>
 cudaError_t forward(const LstmGatesArgs& a, cudaStream_t stream) {
   const int64_t columns = a.hidden / V;
   const dim3 block = block_for(columns);
-  return launch(forward_kernel<T, V>, grid_for(ceil_div(columns, block.x), ceil_div(a.batch, block.y), 1), block, stream, a);
+  return launch(forward_kernel<T, V>, grid_for(ceil_div(columns, block.x), ceil_div(a.batch, block.y), 1), block,
+                stream, a);
 }
 
 template <class T, int V>
 cudaError_t backward(const LstmGatesBackwardArgs& a, cudaStream_t stream) {
-  const int64_t columns = a.hidden / V, rows = a.dpeephole ? rows_per_split(a.batch) : 1, splits = ceil_div(a.batch, rows);
+  const int64_t columns = a.hidden / V, rows = a.dpeephole ? rows_per_split(a.batch) : 1,
+                splits = ceil_div(a.batch, rows);
   const dim3 block = block_for(columns), grid = grid_for(ceil_div(columns, block.x), ceil_div(splits, block.y), 1);
   if (!a.dpeephole) return launch(backward_kernel<T, V, false>, grid, block, stream, a, splits, rows);
   const cudaError_t error = launch(backward_kernel<T, V, true>, grid, block, stream, a, splits, rows);
   if (error != cudaSuccess) return error;
-  return sum_splits(static_cast<acc_t<T>*>(a.scratch), static_cast<T*>(a.dpeephole), int64_t(1), splits, 3 * a.hidden, stream);
+  return sum_splits(static_cast<acc_t<T>*>(a.scratch), static_cast<T*>(a.dpeephole), int64_t(1), splits, 3 * a.hidden,
+                    stream);
 }
 
 template <class T>
 cudaError_t forward_any(const LstmGatesArgs& a, cudaStream_t stream) {
-  const bool wide = a.hidden % kWide<T> == 0 && wide_rows<T>(a.gates, a.gates_stride) && wide_rows<T>(a.cell, a.cell_stride) &&
-                    wide_rows<T>(a.h, 0) && wide_rows<T>(a.c, 0);
+  const bool wide = a.hidden % kWide<T> == 0 && wide_rows<T>(a.gates, a.gates_stride) &&
+                    wide_rows<T>(a.cell, a.cell_stride) && wide_rows<T>(a.h, 0) && wide_rows<T>(a.c, 0);
   return wide ? forward<T, kWide<T>>(a, stream) : forward<T, 1>(a, stream);
 }
 
 template <class T>
 cudaError_t backward_any(const LstmGatesBackwardArgs& a, cudaStream_t stream) {
-  const bool wide = a.hidden % kWide<T> == 0 && wide_rows<T>(a.gates, a.gates_stride) && wide_rows<T>(a.cell, a.cell_stride) &&
-                    wide_rows<T>(a.dh, a.dh_stride) && wide_rows<T>(a.dc, a.dc_stride) && wide_rows<T>(a.dgates, 0) &&
-                    wide_rows<T>(a.dcell, 0);
+  const bool wide = a.hidden % kWide<T> == 0 && wide_rows<T>(a.gates, a.gates_stride) &&
+                    wide_rows<T>(a.cell, a.cell_stride) && wide_rows<T>(a.dh, a.dh_stride) &&
+                    wide_rows<T>(a.dc, a.dc_stride) && wide_rows<T>(a.dgates, 0) && wide_rows<T>(a.dcell, 0);
   return wide ? backward<T, kWide<T>>(a, stream) : backward<T, 1>(a, stream);
 }
 
@@ -176,22 +185,32 @@ int64_t lstm_gates_scratch(int64_t batch, int64_t hidden) {
 cudaError_t lstm_gates(const LstmGatesArgs& args, DType dtype, cudaStream_t stream) {
   if (args.batch == 0 || args.hidden == 0) return cudaSuccess;
   switch (dtype) {
-    case DType::float64: return forward_any<double>(args, stream);
-    case DType::float32: return forward_any<float>(args, stream);
-    case DType::bfloat16: return forward_any<__nv_bfloat16>(args, stream);
-    case DType::float16: return forward_any<__half>(args, stream);
-    default: return cudaErrorInvalidValue;
+    case DType::float64:
+      return forward_any<double>(args, stream);
+    case DType::float32:
+      return forward_any<float>(args, stream);
+    case DType::bfloat16:
+      return forward_any<__nv_bfloat16>(args, stream);
+    case DType::float16:
+      return forward_any<__half>(args, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 
 cudaError_t lstm_gates_backward(const LstmGatesBackwardArgs& args, DType dtype, cudaStream_t stream) {
   if (args.hidden == 0 || (args.batch == 0 && !args.dpeephole)) return cudaSuccess;
   switch (dtype) {
-    case DType::float64: return backward_any<double>(args, stream);
-    case DType::float32: return backward_any<float>(args, stream);
-    case DType::bfloat16: return backward_any<__nv_bfloat16>(args, stream);
-    case DType::float16: return backward_any<__half>(args, stream);
-    default: return cudaErrorInvalidValue;
+    case DType::float64:
+      return backward_any<double>(args, stream);
+    case DType::float32:
+      return backward_any<float>(args, stream);
+    case DType::bfloat16:
+      return backward_any<__nv_bfloat16>(args, stream);
+    case DType::float16:
+      return backward_any<__half>(args, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 

@@ -1,4 +1,5 @@
-// Launchers of memory_write. memory, erase, add and dwritten are contiguous in the last dimension; outputs and gradients throughout.
+// Launchers of memory_write. memory, erase, add and dwritten are contiguous in the last dimension; outputs and
+// gradients throughout.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -22,7 +23,8 @@ struct MemoryWriteGradients {
   void *dmemory, *dweights, *derase, *dadd;  // each may be null
   void* scratch;                             // memory_write_scratch accumulators, when derase or dadd is wanted
 };
-cudaError_t memory_write_backward(const MemoryWriteArgs& args, const MemoryWriteGradients& gradients, DType dtype, cudaStream_t stream);
+cudaError_t memory_write_backward(const MemoryWriteArgs& args, const MemoryWriteGradients& gradients, DType dtype,
+                                  cudaStream_t stream);
 int64_t memory_write_scratch(int64_t batch, int64_t rows, int64_t width, int64_t heads);
 
 }  // namespace mk::cuda

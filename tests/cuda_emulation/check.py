@@ -29,6 +29,7 @@ LARGE = {
 
 
 def load(path):
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory, scratch included, is NaN
     found = importlib.util.spec_from_file_location("memkernels._C_cuda", path)
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
@@ -88,7 +89,11 @@ def check(name, kernels):
         op = OPS[name]
         inputs = make.laid_out(make.draw(spec, sample, dtype), layout)
         args = flat(spec, inputs, sample.options)
-        full = [make.upstream([t.requires_grad_()], dtype, "contiguous", i)[0] for i, (t, out) in enumerate(zip(op.allocate(*args), op.outputs)) if out.differentiable]
+        full = [
+            make.upstream([t.requires_grad_()], dtype, "contiguous", i)[0]
+            for i, (t, out) in enumerate(zip(op.allocate(*args), op.outputs))
+            if out.differentiable
+        ]
         for upstream in (full, [*full[:-1], None]) if len(full) > 1 else (full,):
             where = f"{name} {sample.name} {dtype} {layout} {[t is not None for t in upstream]}"
             got, clean = run(kernels, op, args, upstream)

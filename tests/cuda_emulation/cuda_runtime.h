@@ -1,5 +1,6 @@
-// Enough of CUDA to run this package's kernels on the CPU, one fiber a thread: tests their indexing and arithmetic without a GPU.
-// Lanes of a warp meet at every shuffle; a warp whose lanes disagree on how many shuffles they take is an error, as on the device.
+// Enough of CUDA to run this package's kernels on the CPU, one fiber a thread: tests their indexing and arithmetic
+// without a GPU. Lanes of a warp meet at every shuffle; a warp whose lanes disagree on how many shuffles they take is
+// an error, as on the device.
 #pragma once
 #include <ucontext.h>
 
