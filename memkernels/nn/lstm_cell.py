@@ -1,0 +1,66 @@
+"""`LSTMCell`: torch.nn.LSTMCell's parameters, arguments and meaning, its pointwise part one call of `memkernels.lstm_gates`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from memkernels.ops.lstm_gates import lstm_gates
+
+
+class LSTMCell(torch.nn.LSTMCell):
+    """Drop-in for `torch.nn.LSTMCell`: one step of an LSTM.
+
+    ``i, f, g, o = W_ih x + b_ih + W_hh h + b_hh``;  ``c = sigmoid(f) c' + sigmoid(i) tanh(g)``;  ``h = sigmoid(o) tanh(c)``.
+
+    Args:
+        input_size: features I of the input.
+        hidden_size: features H of the state.
+        bias: whether there are `bias_ih` and `bias_hh`.
+        device, dtype: of the parameters.
+
+    Example:
+        >>> cell = LSTMCell(10, 20)
+        >>> h, c = cell(torch.randn(3, 10))
+        >>> h.shape
+        torch.Size([3, 20])
+    """
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """One step.
+
+        Args:
+            input: "B I" or "I".
+            hx: (h "B H", c "B H"), or "H" each for an input without a batch; zeros if None.
+
+        Returns:
+            The next (h, c), shaped like hx.
+
+        Gradients: to the input, the state and all parameters; twice differentiable.
+        Raises: ValueError for a wrong rank, RuntimeError for a wrong size, as torch.nn.LSTMCell.
+        """
+        if input.dim() not in (1, 2):
+            raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        for index, part in enumerate(hx or ()):
+            if part.dim() not in (1, 2):
+                raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {part.dim()}D instead")
+        batched = input.dim() == 2
+        x = input if batched else input.unsqueeze(0)
+        if hx is None:
+            h = c = torch.zeros(x.shape[0], self.hidden_size, dtype=x.dtype, device=x.device)
+        else:
+            h, c = hx if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
+        self._check_sizes(x, h, c)
+        gates = F.linear(x, self.weight_ih, self.bias_ih) + F.linear(h, self.weight_hh, self.bias_hh)
+        h, c = lstm_gates(gates, c.to(gates.dtype))
+        return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
+
+    def _check_sizes(self, x: Tensor, h: Tensor, c: Tensor) -> None:
+        if x.shape[1] != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
+        for index, part in enumerate((h, c)):
+            if part.shape[0] != x.shape[0]:
+                raise RuntimeError(f"Input batch size {x.shape[0]} doesn't match hidden{index} batch size {part.shape[0]}")
+            if part.shape[1] != self.hidden_size:
+                raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {part.shape[1]}, expected {self.hidden_size}")
