@@ -10,8 +10,6 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from memkernels import _config
 from memkernels._checks import BackendError, check_choice
 
@@ -19,6 +17,10 @@ NAMES = ("cuda", "triton", "cpp", "reference")
 ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpp", "reference")}
 
 forced: ContextVar[str | None] = ContextVar("memkernels_backend", default=None)
+_TRITON_INTERPRET = _config.triton_interpret()
+_FORCED_BY_ENVIRONMENT = _config.forced_backend()
+if _FORCED_BY_ENVIRONMENT is not None:
+    check_choice("MEMKERNELS_BACKEND", "value", _FORCED_BY_ENVIRONMENT, NAMES)
 
 
 @contextlib.contextmanager
@@ -87,26 +89,24 @@ def refusal(name: str, op: str, device: str, args: tuple[Any, ...]) -> str | Non
         return found
     if name == "reference":
         return None
-    if name not in ORDER.get(device, ()) and not (name == "triton" and _config.triton_interpret()):
+    if name not in ORDER.get(device, ()) and not (name == "triton" and _TRITON_INTERPRET):
         return f"does not run on {device} tensors"
     return found.supports(*args)
 
 
-def choose(op: str, args: tuple[Any, ...]) -> tuple[str, ModuleType]:
-    """The backend for a call: the forced one or raise, else the first in order that does not refuse."""
+def choose(op: str, args: tuple[Any, ...]) -> tuple[ModuleType, bool]:
+    """The backend's module for a call, and whether it is the reference: the forced one or raise, else the first that does not refuse."""
     device = args[0].device.type
-    name = forced.get() or _config.forced_backend()
+    name = forced.get() or _FORCED_BY_ENVIRONMENT
     if name is not None:
-        if name not in NAMES:
-            check_choice("MEMKERNELS_BACKEND", "value", name, NAMES)
         reason = refusal(name, op, device, args)
         if reason is not None:
             raise BackendError(f"{op}: backend {name!r} cannot run this call: {reason}")
-        return name, kernel(name, op)  # type: ignore[return-value]
-    for name in ORDER.get(device, ("reference",)):
-        if refusal(name, op, device, args) is None:
-            break
-    return name, kernel(name, op)  # type: ignore[return-value]
+    else:
+        for name in ORDER.get(device, ("reference",)):
+            if refusal(name, op, device, args) is None:
+                break
+    return kernel(name, op), name == "reference"  # type: ignore[return-value]
 
 
 def cpu_level(level: str | None = None) -> str | None:
@@ -129,13 +129,5 @@ def cpu_level(level: str | None = None) -> str | None:
     return found.cpu_level(level)
 
 
-def is_reference(module: ModuleType) -> bool:
-    return module.__name__.startswith("memkernels.backends.reference")
-
-
 def reference(op: str) -> ModuleType:
     return importlib.import_module(f"memkernels.backends.reference.{op}")
-
-
-def device_type(args: tuple[Any, ...]) -> str:
-    return next(a.device.type for a in args if isinstance(a, torch.Tensor))

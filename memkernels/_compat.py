@@ -41,3 +41,24 @@ def torch_parallel_for_address() -> int:
 def torch_num_threads_address() -> int:
     """Address of `torch_get_num_threads` in torch's stable C shim (torch >= 2.10)."""
     return _libtorch_symbol("torch_get_num_threads")
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def intercepted(args: tuple[Any, ...]) -> bool:
+    """True where somebody looks at the calls: a dispatch mode is active or a tensor subclass is among the arguments."""
+    if torch._C._len_torch_dispatch_stack():
+        return True
+    return any([isinstance(a, torch.Tensor) and type(a) not in _PLAIN for a in args])
+
+
+def below_autograd(op: Any, *args: Any) -> Any:
+    """Call an op below the autograd keys, where no gradient is recorded: what torch.library's own wrappers do."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def eager_apply(function: type[torch.autograd.Function]) -> Any:
+    """`function.apply` for plain tensors outside functorch: without binding default arguments, 9 us of a call."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]

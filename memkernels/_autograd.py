@@ -1,0 +1,143 @@
+"""The two autograd Functions of an op: the gradient by the backward op, and the gradient of that by the reference."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from typing import Any
+
+import torch
+
+from memkernels import _backends, _vmap
+from memkernels._compat import below_autograd, eager_apply, functorch_active
+from memkernels._op import Op
+
+
+def attach(op: Op) -> None:
+    """Make the Functions of an op whose torch ops are registered; sets `function`, `eager_apply`, and returns nothing."""
+    backward_function = _backward_function(op)
+    op.function = _forward_function(op, backward_function)
+    eager = type(f"{op.function.__name__}Eager", (op.function,), {"forward": staticmethod(partial(below_autograd, op.op))})
+    op.eager_apply = eager_apply(eager)
+
+
+def vmap_rules(op: Op) -> tuple[Any, Any]:
+    """The vmap rules of the raw ops, for torch.library.register_vmap."""
+    return _forward_rule(op, op.op), _backward_rule(op, op.backward_op)
+
+
+def refuse_second_order(name: str) -> Any:
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{name}_backward: cannot be differentiated as a raw op; call the public function memkernels.{name}")
+
+    return refuse
+
+
+def _class(op: Op, suffix: str, **methods: Any) -> Any:
+    name = "".join(part.capitalize() for part in op.name.split("_")) + suffix
+    return type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
+
+
+def _forward_rule(op: Op, call: Any) -> Any:
+    return _vmap.rule(call, [a.batch for a in op.inputs], [o.batch for o in op.outputs], lambda args: False)
+
+
+def _backward_rule(op: Op, call: Any) -> Any:
+    douts = [op.outputs[i].batch for i in op.differentiable_outputs]
+    out_axes = [op.inputs[i].batch for i in op.differentiable]
+
+    def sums_over_batch(args: tuple[Any, ...]) -> bool:
+        return any(need and axis is None for need, axis in zip(args[-1], out_axes))
+
+    return _vmap.rule(call, [*douts, *(a.batch for a in op.inputs), *(o.batch for o in op.saved)], out_axes, sums_over_batch)
+
+
+def _forward_function(op: Op, backward_function: Any) -> Any:
+    n_inputs = len(op.inputs)
+    fixed = tuple(i for i, o in enumerate(op.outputs) if not o.differentiable)
+
+    def forward(*args: Any) -> Any:
+        return op.op(*args)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        if fixed:
+            ctx.mark_non_differentiable(*(outputs[i] for i in fixed))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:n_inputs], *(outputs[i] for i in op.saved_outputs))
+        ctx.options, ctx.backend = inputs[n_inputs:], _backends.forced.get()
+
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        doutputs = [grads[i] for i in op.differentiable_outputs]
+        result: list[Any] = [None] * (n_inputs + len(ctx.options))
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad
+        needs = [bool(needed[i]) and saved[i] is not None for i in op.differentiable]
+        if all(g is None for g in doutputs) or True not in needs:
+            return tuple(result)
+        with _as_in_forward(ctx.backend, saved[0].device.type):
+            found = _differentiate(op, backward_function, (*doutputs, *saved, *ctx.options, needs))
+        for i, need, gradient in zip(op.differentiable, needs, found if isinstance(found, tuple) else (found,)):
+            if need:
+                result[i] = gradient
+        return tuple(result)
+
+    function = _class(op, "Function", forward=forward, setup_context=setup_context, backward=backward)
+    function.vmap = staticmethod(_forward_rule(op, lambda *args: function.apply(*args)))
+    return function
+
+
+def _differentiate(op: Op, backward_function: Any, args: tuple[Any, ...]) -> Any:
+    """First order: the backward op. Under create_graph or functorch: the Function around it, which can be differentiated again."""
+    if torch.compiler.is_compiling():
+        return op.backward_op(*args)
+    if torch.is_grad_enabled():
+        return backward_function.apply(*args)
+    return op.backward_op(*args) if functorch_active() else below_autograd(op.backward_op, *args)
+
+
+def _backward_function(op: Op) -> Any:
+    """Its own backward differentiates the reference, so every order is right, never silently zero."""
+
+    def forward(*args: Any) -> Any:
+        return op.backward_op(*args)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[: op.end_inputs])
+        ctx.options, ctx.needs, ctx.n_args = inputs[op.end_saved : -1], inputs[-1], len(inputs)
+
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
+        leaves, n = ctx.saved_tensors, op.end_douts
+        active = [i for i, t in enumerate(leaves) if t is not None and (i < n or op.inputs[i - n].differentiable)]
+
+        def pure(*primals: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            values = list(leaves)
+            for i, primal in zip(active, primals):
+                values[i] = primal
+            return op.pure_backward(values[:n], values[n:], ctx.options, ctx.needs)
+
+        values, pullback = torch.func.vjp(pure, *(leaves[i] for i in active))[:2]
+        asked = [c for c, need in zip(cotangents, ctx.needs) if need]
+        found = pullback(tuple(torch.zeros_like(v) if c is None else c for c, v in zip(asked, values)))
+        gradients: list[Any] = [None] * ctx.n_args
+        for i, gradient in zip(active, found):
+            gradients[i] = gradient
+        return tuple(gradients)
+
+    function = _class(op, "BackwardFunction", forward=forward, setup_context=setup_context, backward=backward)
+    function.vmap = staticmethod(_backward_rule(op, lambda *args: function.apply(*args)))
+    return function
+
+
+@contextlib.contextmanager
+def _restored(name: str | None, device: str, autocast: bool) -> Any:
+    with _backends.backend(name), torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+        yield
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def _as_in_forward(name: str | None, device: str) -> Any:
+    """Backward may run in another thread or context: with the backend forward was forced to, and never under autocast."""
+    autocast = torch.is_autocast_enabled(device)
+    return _restored(name, device, autocast) if autocast or name is not None else _NOTHING
