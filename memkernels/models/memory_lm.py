@@ -1,0 +1,207 @@
+"""`MemoryLM`: character language models with attention over their past or with an external memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memkernels.models import checkpoint
+from memkernels.models.vocabulary import UNKNOWN, Vocabulary
+from memkernels.nn.external_memory import ExternalMemory
+from memkernels.nn.lstm import LSTM
+from memkernels.ops.attention import attention
+
+MODELS = ("attention", "memory")
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryLMConfig:
+    """Sizes of a `MemoryLM`: embedding E, hidden H, attention heads and the positions it looks back, memory slots N, width W, read heads R."""
+
+    model: str = "memory"
+    embedding: int = 64
+    hidden: int = 256
+    heads: int = 4
+    context: int = 1024
+    slots: int = 64
+    width: int = 32
+    read_heads: int = 4
+    mode: str = "content"
+    dropout: float = 0.0
+
+
+class CausalAttention(nn.Module):
+    """``x + W_o attention(W_q x, W_k x, W_v x)`` over the last `context` steps up to and including the own one."""
+
+    def __init__(self, width: int, heads: int, context: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"MemoryLM: heads: expected a divisor of hidden={width}, got {heads}")
+        self.heads, self.context = heads, context
+        self.project, self.output = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Attends "B T H"; `state` holds keys and values "B NH K D" of the steps before."""
+        query, key, value = self.project(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if state is not None:
+            key, value = torch.cat([state[0], key], 2), torch.cat([state[1], value], 2)
+        window = None if key.shape[2] <= self.context else (self.context - 1, -1)
+        heads = attention(query, key, value, is_causal=True, causal="bottom-right", window=window)
+        kept = (key[:, :, -self.context :], value[:, :, -self.context :])
+        return x + self.output(heads.transpose(1, 2).flatten(2)), kept
+
+
+class MemoryLM(nn.Module):
+    """A character language model: Embedding - LSTM - attention - LSTM - Dense, or Embedding - LSTM - ExternalMemory - Dense.
+
+    Logits at step t depend on tokens up to t only. A state carries the past from call to call, so text is generated one step at a time.
+
+    Args:
+        vocabulary: the characters it knows; see `Vocabulary.of`.
+        model: "attention" or "memory".
+        sizes: the fields of `MemoryLMConfig`.
+
+    Raises: ValueError for an unknown model or sizes that do not fit.
+
+    Example:
+        >>> model = MemoryLM(Vocabulary.of("hello world"), model="memory", hidden=16)
+        >>> logits, state = model(model.vocabulary.encode("hello")[None])
+        >>> logits.shape
+        torch.Size([1, 5, 9])
+        >>> len(model.generate("hell", length=3, seed=0))
+        3
+    """
+
+    def __init__(self, vocabulary: Vocabulary, model: str = "memory", **sizes: Any) -> None:
+        super().__init__()
+        if model not in MODELS:
+            raise ValueError(f"MemoryLM: model: expected one of {', '.join(map(repr, MODELS))}, got {model!r}")
+        self.vocabulary, self.config = vocabulary, MemoryLMConfig(model, **sizes)
+        c = self.config
+        self.embedding = nn.Embedding(len(vocabulary), c.embedding)
+        self.lstm = LSTM(c.embedding, c.hidden, batch_first=True)
+        if model == "attention":
+            self.attention, self.second = CausalAttention(c.hidden, c.heads, c.context), LSTM(c.hidden, c.hidden, batch_first=True)
+        else:
+            self.memory = ExternalMemory(c.hidden, c.slots, c.width, c.read_heads, c.mode)
+        self.dense = nn.Linear(c.hidden, len(vocabulary))
+
+    def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Logits "B T V" of the next token after each of `tokens` "B T" int64, and the state after them."""
+        first, middle, last = (None, None, None) if state is None else state
+        x, first = self.lstm(self.embedding(tokens), first)
+        x = F.dropout(x, self.config.dropout, self.training)
+        if self.config.model == "attention":
+            x, middle = self.attention(x, middle)
+            x, last = self.second(x, last)
+        else:
+            x, middle = self.memory(x, middle)
+        x = F.dropout(x, self.config.dropout, self.training)
+        return self.dense(x), (first, middle, last)
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of tokens[:, 1:] given what precedes them in `tokens` "B T+1"."""
+        logits, _ = self(tokens[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    def train_step(self, tokens: Tensor, optimizer: torch.optim.Optimizer, clip: float = 1.0) -> float:
+        """One optimizer step on `tokens` "B T+1", with the norm of the gradient clipped; returns the loss in bits per character."""
+        self.train()
+        loss = self.loss(tokens)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters(), clip)
+        optimizer.step()
+        return loss.item() / math.log(2)
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Tensor, window: int = 128, batch: int = 32) -> float:
+        """Bits per character over `tokens` "L" (L >= 2): every token but the first is predicted once, from within its window of steps."""
+        if tokens.dim() != 1 or len(tokens) < 2:
+            raise ValueError(f"MemoryLM.evaluate: tokens: expected at least 2 tokens in one dimension, got shape {tuple(tokens.shape)}")
+        training = self.training
+        self.eval()
+        whole = (len(tokens) - 1) // window
+        pieces = list(tokens[: whole * window + 1].unfold(0, window + 1, window).split(batch)) if whole else []
+        rest = tokens[whole * window :]
+        pieces += [rest[None]] if len(rest) > 1 else []
+        total = sum(self.loss(piece).item() * (piece.shape[1] - 1) * piece.shape[0] for piece in pieces)
+        self.train(training)
+        return total / (len(tokens) - 1) / math.log(2)
+
+    @torch.no_grad()
+    def generate(self, prompt: str = "", length: int = 200, temperature: float = 1.0, top_p: float = 1.0, seed: int | None = None) -> str:
+        """Continues a prompt by `length` characters, drawn one at a time.
+
+        Args:
+            prompt: any text; characters the model does not know count as the unknown token. Empty: starts as after a line end.
+            temperature: logits are divided by it; 0 takes the most probable character.
+            top_p: draws only from the smallest set of characters whose probability reaches it; 0 < top_p <= 1.
+            seed: of the draws; the global generator is used without it.
+
+        Returns: the continuation, without the prompt; never contains the unknown token.
+        """
+        if temperature < 0 or not 0 < top_p <= 1 or length < 0:
+            got = f"temperature={temperature}, top_p={top_p}, length={length}"
+            raise ValueError(f"MemoryLM.generate: expected temperature >= 0, 0 < top_p <= 1 and length >= 0, got {got}")
+        if len(self.vocabulary) < 2:
+            raise ValueError("MemoryLM.generate: the vocabulary has no characters")
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        training, device = self.training, self.dense.weight.device
+        self.eval()
+        tokens, state, drawn = self.vocabulary.encode(prompt or "\n")[None].to(device), None, []
+        for _ in range(length):
+            logits, state = self(tokens, state)
+            token = _draw(logits[0, -1].double().cpu(), temperature, top_p, generator)
+            drawn.append(token)
+            tokens = torch.tensor([[token]], device=device)
+        self.train(training)
+        return self.vocabulary.decode(drawn)
+
+    def save(self, path: str | os.PathLike[str], extra: dict[str, Tensor] | None = None, training: Any = None) -> None:
+        """Writes weights, configuration and vocabulary to one safetensors file, in one step.
+
+        Args:
+            path: file name. extra: more tensors, e.g. an optimizer's. training: more JSON-serialisable values.
+        """
+        tensors = {f"model.{name}": t for name, t in self.state_dict().items()} | (extra or {})
+        header = {"config": dataclasses.asdict(self.config), "vocabulary": "".join(self.vocabulary.characters), "training": training}
+        checkpoint.write(path, tensors, header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: Any = None) -> MemoryLM:
+        """The model that `save` wrote. Raises ValueError, one line, for a file that is not one; FileNotFoundError."""
+        return cls.load_with_extra(path, device)[0]
+
+    @classmethod
+    def load_with_extra(cls, path: str | os.PathLike[str], device: Any = None) -> tuple[MemoryLM, dict[str, Tensor], Any]:
+        """The model, the extra tensors and the extra values that `save` wrote."""
+        tensors, header = checkpoint.read(path)
+        try:
+            model = cls(Vocabulary(header["vocabulary"]), **header["config"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: the header does not describe a MemoryLM ({error})") from None
+        weights = {name.removeprefix("model."): tensors.pop(name) for name in list(tensors) if name.startswith("model.")}
+        expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        got = {name: tuple(t.shape) for name, t in weights.items()}
+        if expected != got:
+            name = next(n for n in [*expected, *got] if expected.get(n) != got.get(n))
+            raise ValueError(f"{path}: {name}: expected shape {expected.get(name)}, got {got.get(name)}")
+        model.load_state_dict(weights)
+        return model.to(device), tensors, header.get("training")
+
+
+def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
+    logits[UNKNOWN] = -math.inf
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities, order = torch.softmax(logits / temperature, -1).sort(descending=True, stable=True)
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities = probabilities.masked_fill(before >= top_p, 0)
+    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
