@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ import memkernels
 from memkernels.bench.environment import floor_seconds, synchronize
 from memkernels.bench.peers import peer_function
 from memkernels.bench.row import Row
+from memkernels.testing import compare
+from memkernels.testing.inputs import draw
 from memkernels.testing.spec import OpSpec, Sample, specs
 
 MODES = ("forward", "backward", "fwd+bwd")
@@ -78,18 +80,6 @@ def run(
     return rows
 
 
-def draw(spec: OpSpec, sample: Sample, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, torch.Tensor | None]:
-    """The sample's inputs at this dtype, values drawn once in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    inputs: dict[str, torch.Tensor | None] = {}
-    for name, entry in spec.inputs.items():
-        drawn = entry.draw(entry.shape(sample.dims), entry.dtype or dtype, generator)
-        inputs[name] = None if entry.optional and name not in sample.present else drawn
-    if sample.twist:
-        inputs = sample.twist(inputs)
-    return {name: value if value is None else value.to(device) for name, value in inputs.items()}
-
-
 def outputs(found: Any) -> list[torch.Tensor]:
     """The floating tensors of a function's result, in order."""
     return [t for t in pytree.tree_leaves(found) if isinstance(t, torch.Tensor) and t.is_floating_point()]
@@ -121,10 +111,6 @@ class Call:
             self.upstream = [d.to(t.dtype).to(t.device) for d, t in zip(drawn, found)]
         return torch.autograd.grad(found, self.wanted, self.upstream, allow_unused=True)
 
-    def results(self) -> list[torch.Tensor]:
-        found = self.train()
-        return [t.detach() for t in found] + [g for g in self.gradients(found) if g is not None]
-
 
 class Case:
     """One op at one size and dtype: checked once, then timed in any mode against any peer."""
@@ -132,35 +118,24 @@ class Case:
     def __init__(self, spec: OpSpec, sample: Sample, dtype: torch.dtype, device: str = "cpu", backend: str | None = None):
         self.spec, self.sample, self.dtype, self.device, self.backend = spec, sample, dtype, device, backend
 
-    def forced(self) -> Any:
-        return memkernels.backend(self.backend) if self.backend else nullcontext()
-
     def check(self) -> str:
         """Outputs and gradients against the float64 reference, at full size or the largest affordable one; raises when wrong."""
         sample, label = reduced(self.spec, self.sample)
-        inputs = draw(self.spec, sample, self.dtype, self.device)
-        exact = {k: t.double() if t is not None and t.dtype == self.dtype else t for k, t in inputs.items()}
-        with memkernels.backend("reference"):
-            wanted = Call(self.spec, self.spec.function, sample, exact).results()
-            plain = Call(self.spec, self.spec.function, sample, inputs).results()
-        with self.forced():
-            got = Call(self.spec, self.spec.function, sample, inputs).results()
-        for index, (g, p, w) in enumerate(zip(got, plain, wanted, strict=True)):
-            size = w.norm().item() + 1e-30
-            error, allowed = (g.double() - w).norm().item() / size, (p.double() - w).norm().item() / size
-            if not error <= 3 * allowed + 4 * torch.finfo(self.dtype).eps:
-                raise AssertionError(
-                    f"{self.spec.name} {self.sample.name} {self.dtype}: result {index}: error {error:.2e} against float64, "
-                    f"reference in the same dtype {allowed:.2e}"
-                )
+        for row in compare.measure(self.spec, sample, self.dtype, self.backend_name(), device=self.device):
+            if row.status != "ok":
+                raise AssertionError(f"{self.spec.name} {self.sample.name} {row.dtype} on {row.backend}: {row.reason}")
         return f"float64{label}"
 
+    @cache  # noqa: B019 (a case lives as long as its rows)
     def backend_name(self) -> str:
-        return self.backend or "default"
+        """The forced backend, or the one that a user gets for this call."""
+        inputs = draw(self.spec, reduced(self.spec, self.sample)[0], self.dtype, device=self.device)
+        reasons = self.spec.call(partial(memkernels.explain, self.spec.name), dict(inputs), dict(self.sample.options))
+        return self.backend or next(name for name, reason in reasons.items() if reason is None)
 
     def rows(self, modes: Sequence[str], peers: Sequence[str], seconds: float) -> Iterable[Row]:
         checked = self.check()
-        inputs = draw(self.spec, self.sample, self.dtype, self.device)
+        inputs = draw(self.spec, self.sample, self.dtype, device=self.device)
         ours = Call(self.spec, self.spec.function, self.sample, inputs)
         known = {name: peer_function(self.spec, name, self.sample) for name in peers}
         for mode in modes:
