@@ -1,0 +1,7 @@
+"""What tests, fuzz, benchmarks and `memkernels verify` share: specs, input layouts, and the comparison with float64."""
+
+from memkernels.testing.compare import Row, measure, report, verify
+from memkernels.testing.inputs import GRADIENT_LAYOUTS, LAYOUTS, draw
+from memkernels.testing.spec import ErrorCase, Input, OpSpec, Sample, specs
+
+__all__ = ["GRADIENT_LAYOUTS", "LAYOUTS", "ErrorCase", "Input", "OpSpec", "Row", "Sample", "draw", "measure", "report", "specs", "verify"]

@@ -1,0 +1,130 @@
+"""The cases that all generated tests run over: SPECS x backend x dtype x sample, less what a backend says it cannot run (listed in the header)."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+import memkernels
+from memkernels.testing import compare, inputs, specs
+from memkernels.testing.spec import OpSpec, Sample, Tensors
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = compare.DTYPES
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one op on one backend."""
+
+    spec: OpSpec
+    backend: str
+    dtype: torch.dtype
+    sample: Sample
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        device = "" if self.device == "cpu" else f"-{self.device}"
+        return f"{self.spec.name}-{self.backend}{device}-{str(self.dtype).removeprefix('torch.')}-{self.sample.name}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.sample.options)
+
+    def inputs(self, layout: str = "contiguous", seed: int = 0) -> Tensors:
+        return inputs.laid_out(inputs.draw(self.spec, self.sample, self.dtype, seed, self.device), layout)
+
+    def differentiable(self, given: Tensors) -> list[str]:
+        return inputs.differentiable(self.spec, given)
+
+    def call(self, given: Tensors) -> list[torch.Tensor]:
+        """All output tensors of the public function on this backend."""
+        with compare.using(self.backend):
+            return inputs.tensors_of(self.spec.call(self.spec.function, dict(given), self.options))
+
+    def evaluate(self, given: Tensors, gradient: str | None = "contiguous", seed: int = 0) -> dict[str, torch.Tensor]:
+        """Outputs and gradients by name."""
+        upstream = None if gradient is None else lambda outputs: inputs.upstream(outputs, self.dtype, gradient, seed)
+        with compare.using(self.backend):
+            return compare.evaluate(self.spec, given, self.options, upstream)
+
+    def with_dims(self, **sizes: int) -> Case:
+        return replace(self, sample=replace(self.sample, name="_".join([self.sample.name, *(f"{k}{v}" for k, v in sizes.items())]), dims={**self.sample.dims, **sizes}))
+
+    def reason(self) -> str | None:
+        """Why the backend cannot run it, or None."""
+        return _reasons(self.spec.name, self.sample.name, self.dtype, self.device)[self.backend.partition(":")[0]] if self._known else self._ask()
+
+    @property
+    def _known(self) -> bool:
+        return any(self.sample is s for s in self.spec.samples)
+
+    def _ask(self) -> str | None:
+        return compare.why_not(self.spec, self.inputs(), self.options, self.backend)
+
+
+@functools.cache
+def _reasons(op: str, sample: str, dtype: torch.dtype, device: str) -> dict[str, str | None]:
+    spec = specs()[op]
+    case = Case(spec, "reference", dtype, spec.sample(sample), device)
+    return spec.call(lambda *a, **k: memkernels.explain(op, *a, **k), case.inputs(), case.options)
+
+
+@functools.cache
+def places(levels: str) -> list[tuple[str, str]]:
+    """(backend label, device) pairs to run on; levels "all": the C++ kernels at every instruction-set level."""
+    if INTERPRETED:
+        return [("triton", "cpu")]
+    found = ["reference", "cpp"] if memkernels.backends()["cpp"] is None else ["reference"]
+    if levels == "all":
+        found += [label for label in compare.labels() if label.startswith("cpp:")]
+    pairs = [(label, "cpu") for label in found]
+    if torch.cuda.is_available():
+        pairs += [(name, "cuda") for name in ("cuda", "triton", "reference")]
+    return pairs
+
+
+def select(
+    *, levels: str = "best", dtypes: Iterable[torch.dtype] = DTYPES, first: int | None = None, hard: bool = True, empty: bool = True,
+    kernels_only: bool = False,
+) -> list[Any]:  # fmt: skip
+    """pytest parameters: one Case each; `first` keeps that many samples of an op, `hard` and `empty` False leave out such samples."""
+    found = []
+    for spec in specs().values():
+        samples = [s for s in spec.samples if (hard or not s.hard) and (empty or all(s.dims.values()))][:first]
+        for backend, device in places(levels):
+            for dtype in dtypes:
+                for sample in samples:
+                    case = Case(spec, backend, dtype, sample, device)
+                    if (kernels_only and backend == "reference") or case.reason() is not None:
+                        continue
+                    found.append(pytest.param(case, id=str(case), marks=[pytest.mark.gpu] if device == "cuda" else []))
+    return found
+
+
+def one_per_op(dtype: torch.dtype = torch.float64, **kwargs: Any) -> list[Any]:
+    """The typical sample of every op on every place, in one dtype (float32 where Triton runs)."""
+    return select(dtypes=(torch.float32,) if INTERPRETED else (dtype,), first=1, **kwargs)
+
+
+def not_run() -> list[str]:
+    """One line per op, backend and reason that keeps cases from being run here."""
+    lines: Counter[str] = Counter()
+    for name, reason in memkernels.backends().items():
+        if reason is not None:
+            lines[f"{name}: {reason}"] += 0
+    for spec in specs().values():
+        for backend, device in places("best"):
+            for dtype in DTYPES:
+                for sample in spec.samples:
+                    reason = Case(spec, backend, dtype, sample, device).reason()
+                    if reason is not None:
+                        lines[f"{backend} {spec.name}: {reason}"] += 1
+    return [f"{line} ({count} cases)" if count else line for line, count in lines.items()]

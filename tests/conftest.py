@@ -1,0 +1,30 @@
+"""Settings of every test: fresh memory is NaN, threads are few, and the header says which backends are not tested here and why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)  # tiny samples, and xdist already uses the cores; the checks of threads set more themselves
+
+
+def pytest_report_header(config):
+    import cases
+    from memkernels.testing import compare
+
+    lines = cases.not_run()
+    head = f"memkernels: backends {', '.join(compare.labels())}" + (" (Triton in its interpreter)" if cases.INTERPRETED else "")
+    return [head, *(f"memkernels: not run: {line}" for line in lines)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan():
+    """torch fills every new tensor with NaN (or the largest integer), so an element that a kernel forgets shows."""
+    before, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+    torch.utils.deterministic.fill_uninitialized_memory = fill

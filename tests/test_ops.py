@@ -1,0 +1,102 @@
+"""Values of every op, generated from the specs: accuracy, layouts, edges, errors, determinism, independence of rows."""
+
+import checks
+import pytest
+from cases import DTYPES, INTERPRETED, Case, one_per_op, select
+
+from memkernels.testing import GRADIENT_LAYOUTS, LAYOUTS, specs
+
+pytestmark = pytest.mark.timeout(300)
+FLOAT = DTYPES[1:2] if INTERPRETED else DTYPES[:2]
+
+
+@pytest.mark.parametrize("case", select(levels="all"))
+def test_accuracy(case):
+    checks.check_accuracy(case)
+
+
+@pytest.mark.parametrize("case", select(hard=False, empty=False, dtypes=FLOAT) + select(levels="all", hard=False, empty=False, first=2, dtypes=DTYPES[2:]))
+def test_input_layouts(case):
+    for layout in LAYOUTS:
+        checks.check_accuracy(case, layout=layout)
+
+
+@pytest.mark.parametrize("case", select(hard=False, empty=False))
+def test_gradient_layouts(case):
+    for gradient in GRADIENT_LAYOUTS:
+        for seed in range(3 if gradient == "partial" else 1):
+            checks.check_accuracy(case, gradient=gradient, seed=seed)
+
+
+def _zeroed():
+    """Every sample with one dimension 0; letters that begin alike (query heads NH, key heads NHk) go together."""
+    for parameter in select(hard=False, empty=False, dtypes=FLOAT[-1:]):
+        case = parameter.values[0]
+        if case.sample.twist is None:
+            for letter in case.sample.dims:
+                sizes = {other: 0 for other in case.sample.dims if other.startswith(letter)}
+                if not any(letter != other and letter.startswith(other) for other in case.sample.dims):
+                    yield pytest.param(case.with_dims(**sizes), id=f"{case}-{letter}0", marks=parameter.marks)
+
+
+@pytest.mark.parametrize("case", list(_zeroed()))
+def test_every_dimension_zero(case):
+    if case.reason() is None:
+        checks.check_accuracy(case)
+
+
+@pytest.mark.parametrize("case", select(dtypes=FLOAT[-1:]))
+def test_outputs_are_fresh(case):
+    checks.check_outputs_fresh(case)
+
+
+@pytest.mark.parametrize("case", select(dtypes=FLOAT[-1:], hard=False))
+def test_backward_changes_nothing(case):
+    checks.check_gradients_kept(case)
+
+
+@pytest.mark.parametrize("case", select(dtypes=FLOAT[-1:], hard=False, empty=False))
+def test_requires_grad_subsets(case):
+    checks.check_requires_grad(case)
+
+
+def _errors():
+    for spec in specs().values():
+        for error in spec.errors:
+            yield pytest.param(Case(spec, "reference", DTYPES[0], spec.samples[0]), error, id=f"{spec.name}-{error.name}")
+
+
+@pytest.mark.parametrize("case, error", list(_errors()))
+def test_errors(case, error):
+    checks.check_error(case, error)
+
+
+@pytest.mark.parametrize("case", select(levels="all", hard=False, dtypes=DTYPES[1:3]))
+def test_deterministic(case):
+    checks.check_deterministic(case, 5 if INTERPRETED else 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", select(levels="all", empty=False))
+def test_deterministic_over_100_runs(case):
+    checks.check_deterministic(case, 100)
+
+
+@pytest.mark.parametrize("case", select(levels="all", dtypes=DTYPES[1:3], hard=False, empty=False, kernels_only=True))
+def test_thread_invariant(case):
+    checks.check_thread_invariant(case)
+
+
+@pytest.mark.parametrize("case", [p for p in select(levels="all", dtypes=DTYPES[1:], hard=False, empty=False, kernels_only=True) if p.values[0].spec.rows])
+def test_batch_invariant(case):
+    checks.check_batch_invariant(case, (1, 2, 3) if INTERPRETED else (1, 2, 3, 8, 33))
+
+
+@pytest.mark.parametrize("case", [p for p in select(levels="all", dtypes=DTYPES[1:3], hard=False, empty=False, kernels_only=True) if p.values[0].spec.rows])
+def test_row_poison(case):
+    checks.check_row_poison(case)
+
+
+@pytest.mark.parametrize("case", one_per_op())
+def test_nothing_stays_alive(case):
+    checks.check_no_leak(case)
