@@ -1,0 +1,192 @@
+"""The speeds this project promises, each with its bar: `make bench` measures them all and says which are reached.
+
+    python benchmarks/targets.py [--only REGEX] [--seconds S] [--threads N] [--results FILE] [--list]
+
+Writes benchmarks/results/<date>-<cpu>.json; rows already in that file and not measured again stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memkernels import bench
+from memkernels.bench.environment import ceilings, cpu_model
+from memkernels.bench.runner import Case
+from memkernels.testing.spec import Sample, mostly, specs
+
+RESULTS = Path(__file__).resolve().parent / "results"
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Target:
+    """One op at one size and mode; `bars` maps a peer to the ratio to reach, "us" to microseconds not to exceed, "read" to the least part
+    of the machine's read bandwidth."""
+
+    op: str
+    sample: Sample
+    mode: str
+    bars: Mapping[str, float]
+    dtype: torch.dtype = torch.float32
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # other draws for some inputs of the spec
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.sample.name} {str(self.dtype).removeprefix('torch.')} {self.mode}"
+
+
+def _shared(*axes):
+    """The float mask has size 1 along these axes."""
+
+    def twist(tensors):
+        mask = tensors["attn_mask"]
+        for axis in axes:
+            mask = mask.narrow(axis, 0, 1)
+        return {"attn_mask": mask}
+
+    return twist
+
+
+def _attention(b, q, k, d=64, v=64, **options):
+    name = f"B{b}_Q{q}_K{k}" if q != k else f"B{b}_S{q}"
+    name += f"_V{v}" if v != d else ""
+    return Sample(name + ("_causal" if options.get("is_causal") else ""), dict(B=b, NH=8, NHk=8, Q=q, K=k, D=d, V=v), options)
+
+
+def _lstm(t, b, h, *more):
+    return Sample("_".join([f"T{t}_B{b}_H{h}", *more]), dict(T=t, B=b, I=h, H=h), {}, ("bias_ih", "bias_hh", *more))
+
+
+def targets() -> Iterator[Target]:
+    """All of them, in the order of the table."""
+    for b, n, bars in ((4, 65536, dict(eager=8, compile=4)), (16, 4096, dict(eager=5, compile=2.5)), (32, 128, dict(eager=1.5))):
+        yield Target("content_read", Sample(f"B{b}_N{n}", dict(B=b, N=n, W=64, R=4, V=64)), "fwd+bwd", bars)
+    yield Target("content_read", Sample("B4_N65536", dict(B=4, N=65536, W=64, R=4, V=64)), "forward", dict(eager=6, compile=3, read=0.5))
+    for h, bars in ((1, dict(eager=4, compile=1.5)), (4, dict(eager=12, compile=5))):
+        yield Target("memory_write", Sample(f"H{h}_B4_N65536", dict(B=4, N=65536, W=64, H=h)), "fwd+bwd", bars)
+    yield from _attention_targets()
+    for sample in (_lstm(128, 16, 256), _lstm(128, 32, 512)):
+        yield Target("lstm", sample, "fwd+bwd", dict(torch=1.1))
+        yield Target("lstm", sample, "forward", dict(torch=0.95))
+        yield Target("lstm", sample, "forward", dict(torch=2.0), BF16)
+        yield Target("lstm", sample, "fwd+bwd", dict(torch=2.5), BF16)
+    yield Target("lstm", _lstm(512, 1, 256), "forward", dict(torch=1.2))
+    resets = dict(reset=mostly(0.01))
+    yield Target("lstm", _lstm(512, 8, 128, "reset"), "fwd+bwd", {"eager": 6, "without reset": 1 / 1.1}, inputs=resets)
+    for spec in specs().values():
+        tiny = dataclasses.replace(spec.samples[0], name="tiny")
+        yield Target(spec.name, tiny, "forward", dict(us=15))
+        yield Target(spec.name, tiny, "fwd+bwd", dict(us=45))
+
+
+def _attention_targets() -> Iterator[Target]:
+    square = [_attention(b, s, s, **options) for b, s in ((2, 1024), (1, 4096)) for options in ({}, dict(is_causal=True))]
+    for dtype, forward, training in ((torch.float32, 1.1, 1.1), (BF16, 1.8, 2.5)):
+        for sample in square:
+            yield Target("attention", sample, "forward", dict(sdpa=forward), dtype)
+            yield Target("attention", sample, "fwd+bwd", dict(sdpa=training), dtype)
+    for sample, axes in ((square[0], (0,)), (square[2], (0, 1))):
+        masked = dataclasses.replace(sample, name=sample.name + "_mask", present=("attn_mask",), twist=_shared(*axes))
+        yield Target("attention", masked, "fwd+bwd", dict(sdpa=2))
+    for b, s in ((2, 1024), (1, 4096)):
+        for mode in ("forward", "fwd+bwd"):
+            yield Target("attention", _attention(b, s, s, 64, 96), mode, dict(sdpa=2))
+    yield Target("attention", _attention(1, 4, 65536), "forward", dict(sdpa=1.5))
+    yield Target("attention", _attention(1, 4, 65536), "fwd+bwd", dict(sdpa=3))
+
+
+def measure(target: Target, seconds: float) -> list[dict[str, Any]]:
+    """One dict per bar: the row's fields, what it had to reach and whether it did."""
+    spec = specs()[target.op]
+    if target.inputs:
+        inputs = {name: dataclasses.replace(i, draw=target.inputs.get(name, i.draw)) for name, i in spec.inputs.items()}
+        spec = dataclasses.replace(spec, inputs=inputs)
+    peers = [name for name in target.bars if name not in ("us", "read")]
+    rows = list(Case(spec, target.sample, target.dtype).rows([target.mode], peers, seconds))
+    found = []
+    for name, least in target.bars.items():
+        row = next((r for r in rows if r.peer == name), rows[0])
+        measured: float | None
+        if name == "us":
+            measured, reached = row.ms * 1e3, row.ms * 1e3 <= least
+        elif name == "read":
+            measured = (row.gb_s or 0.0) / ceilings("cpu", torch.get_num_threads())["read_gb_s"]
+            reached = measured >= least
+        else:
+            measured, reached = row.ratio, row.ratio is not None and row.ratio >= least
+        found.append(
+            {**dataclasses.asdict(row), "target": target.name, "bar": name, "needed": least, "measured": measured, "reached": reached}
+        )
+    return found
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """The targets with what was measured."""
+    lines = [f"{'target':<58} {'against':<16} {'ms':>9} {'peer ms':>9} {'needed':>8} {'measured':>9}"]
+    for row in found:
+        against = {"us": "us a call", "read": "read bandwidth"}.get(row["bar"], row["bar"])
+        needed = ("<= " if row["bar"] == "us" else ">= ") + format(row["needed"], ".3g")
+        measured = "-" if row["measured"] is None else format(row["measured"], ".3g")
+        peer_ms = "-" if row["peer_ms"] is None else format(row["peer_ms"], ".3g")
+        verdict = "reached" if row["reached"] else "MISSED"
+        note = f"  {row['note']}" if row["note"] else ""
+        lines.append(f"{row['target']:<58} {against:<16} {row['ms']:>9.3g} {peer_ms:>9} {needed:>8} {measured:>9}  {verdict}{note}")
+    return "\n".join([*lines, f"{sum(r['reached'] for r in found)} of {len(found)} reached"])
+
+
+def results_file() -> Path:
+    model = re.sub(r"[^A-Za-z0-9]+", "-", cpu_model().split("(")[0] + bench.environment()["cpu_level"] or "").strip("-").lower()
+    return RESULTS / f"{datetime.date.today().isoformat()}-{model}.json"
+
+
+def save(path: Path, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Merge into the file: a row measured again replaces the old one; the order is that of `targets`."""
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    merged = {(r["target"], r["bar"]): r for r in [*old, *found]}
+    order = {(t.name, bar): i for i, (t, bar) in enumerate((t, bar) for t in targets() for bar in t.bars)}
+    rows = sorted((r for key, r in merged.items() if key in order), key=lambda r: order[r["target"], r["bar"]])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}")
+    beside.write_text(json.dumps({"environment": bench.environment(), "rows": rows}, indent=1) + "\n")
+    os.replace(beside, path)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="measure only targets whose name matches this regular expression")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time to spend on one target and peer")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--results", type=Path, help="JSON file to write or merge into")
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    arguments = parser.parse_args()
+    chosen = [t for t in targets() if re.search(arguments.only, t.name)]
+    if arguments.list:
+        print("\n".join(t.name for t in chosen))
+        return
+    torch.set_num_threads(arguments.threads)
+    found = []
+    for target in chosen:
+        try:
+            found += measure(target, arguments.seconds)
+            print(table(found[-len(target.bars) :]).splitlines()[1], flush=True)
+        except Exception as error:  # one wrong or crashing op must not hide the others
+            print(f"{target.name}: NOT MEASURED: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    rows = save(arguments.results or results_file(), found)
+    print(table(rows if not arguments.only else found))
+
+
+if __name__ == "__main__":
+    main()
