@@ -1,19 +1,12 @@
-"""One package per backend; none imports another. Calling the package, `memkernels.backends()`, lists them."""
+"""One package per backend; none imports another. Calling this package, `memkernels.backends()`, lists them."""
 
-from __future__ import annotations
-
-import sys
-from types import ModuleType
+from memkernels._modules import make_callable
 
 
-class _Callable(ModuleType):
-    """`memkernels.backends` is this folder and the public function at once, so the module itself is callable."""
+def _load():
+    from memkernels._backends import backends
 
-    def __call__(self) -> dict[str, str | None]:
-        """Every backend with None when it is there, or with the reason why it is not."""
-        from memkernels._backends import backends
-
-        return backends()
+    return backends
 
 
-sys.modules[__name__].__class__ = _Callable
+make_callable(__name__, _load)

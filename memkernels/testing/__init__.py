@@ -2,6 +2,7 @@
 
 from memkernels.testing.compare import Row, measure, report, verify
 from memkernels.testing.inputs import GRADIENT_LAYOUTS, LAYOUTS, draw
-from memkernels.testing.spec import ErrorCase, Input, OpSpec, Sample, specs
+from memkernels.testing import specs
+from memkernels.testing.spec import ErrorCase, Input, OpSpec, Sample
 
 __all__ = ["GRADIENT_LAYOUTS", "LAYOUTS", "ErrorCase", "Input", "OpSpec", "Row", "Sample", "draw", "measure", "report", "specs", "verify"]
