@@ -1,0 +1,83 @@
+"""Launch parameters as pure functions of sizes, dtype and device: testable without a GPU, and the same for the same sizes on every call.
+
+No parameter depends on the batch size, so a row's result does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_WIDTH = 512
+MAX_HEADS = 128
+MAX_TILE = 8192  # heads x width of an accumulator that stays in registers
+ROWS_PER_SPLIT = 512
+MAX_SPLITS = 256
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a launch depends on of a device."""
+
+    capability: tuple[int, int]
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tiles over a memory "B N W": heads x rows x width, and the rows of one split."""
+
+    block_r: int
+    block_n: int
+    block_w: int
+    block_v: int
+    chunk: int
+    splits: int
+    num_warps: int
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+def refuse_rows(heads: int, *widths: int) -> str | None:
+    """Why a memory op of these sizes has no tile, or None."""
+    if max(widths) > MAX_WIDTH:
+        return f"a row of {max(widths)} elements is over the limit of {MAX_WIDTH}"
+    if heads > MAX_HEADS:
+        return f"{heads} heads are over the limit of {MAX_HEADS}"
+    tile = power_of_two(heads, 16) * power_of_two(max(widths), 16)
+    return None if tile <= MAX_TILE else f"heads x width, padded to {tile}, is over the limit of {MAX_TILE}"
+
+
+def split(rows: int, block: int) -> tuple[int, int]:
+    """(rows of a split, number of splits): long enough to amortise the combine, at most MAX_SPLITS."""
+    chunk = ceil_div(max(ROWS_PER_SPLIT, ceil_div(rows, MAX_SPLITS)), block) * block
+    return chunk, ceil_div(rows, chunk)
+
+
+def content(rows: int, heads: int, width: int, value_width: int | None, backward: bool = False) -> Rows:
+    """For content_address and content_read: a tile holds whole rows. value_width None: the value is the memory itself."""
+    block_r, block_w = power_of_two(heads, 16), power_of_two(width, 16)
+    block_v = block_w if value_width is None else power_of_two(value_width, 16)
+    block_n = 16 if backward else max(16, min(32, 2048 // max(block_w, block_v, block_r)))
+    chunk, splits = split(rows, block_n)
+    return Rows(block_r, block_n, block_w, block_v, chunk, splits, 8 if block_r * max(block_w, block_v) > 2048 else 4)
+
+
+def memory_read(rows: int, heads: int, width: int, backward: bool = False) -> Rows:
+    """For memory_read: the width is cut into tiles, so it has no limit."""
+    block_r, block_w = power_of_two(heads, 16), min(32 if backward else 64, power_of_two(width, 16))
+    block_n = 32
+    chunk, splits = split(rows, block_n)
+    return Rows(block_r, block_n, block_w, block_w, chunk, splits, 4)
+
+
+def memory_write(rows: int, width: int) -> Rows:
+    """For memory_write: a tile holds whole rows in backward, which sums over the width."""
+    block_w = power_of_two(width)
+    block_n = max(1, min(64, 2048 // block_w))
+    return Rows(1, block_n, block_w, block_w, block_n, ceil_div(rows, block_n), 4)
