@@ -6,9 +6,8 @@ Every op runs on several backends (CUDA C++, Triton, C++ for the CPU, plain torc
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from memkernels import backends
 from memkernels._backends import backend, cpu_level
 from memkernels._checks import BackendError
 from memkernels._registry import explain
@@ -22,6 +21,11 @@ from memkernels.ops import (
     memory_write,
     memory_write_,
 )
+
+if TYPE_CHECKING:
+    from memkernels._backends import backends
+else:
+    from memkernels import backends  # the package, which is callable
 
 __version__ = "0.1.0"
 
