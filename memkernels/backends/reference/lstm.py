@@ -90,7 +90,12 @@ def backward(
     entering = torch.stack(entering).flatten(0, 1) if count else h_start.new_zeros(0, w_hh.shape[1])
     dbias = dz.sum(0).to(dtype)
     dinput = (dz @ w_ih).reshape(input.shape).to(dtype)
-    dw_ih = (dz.mT @ compute(input).reshape(-1, input.shape[2])).to(dtype) if input.numel() else torch.zeros_like(weight_ih)
+    seen = compute(input)
+    if lengths is not None and count:
+        # What lies past the end of a row may be anything, NaN included.
+        alive = torch.arange(count, device=lengths.device)[:, None] < lengths
+        seen = torch.where(alive[:, :, None], seen, torch.zeros_like(seen))
+    dw_ih = (dz.mT @ seen.reshape(-1, input.shape[2])).to(dtype) if input.numel() else torch.zeros_like(weight_ih)
     dw_hh = (dz.mT @ entering).to(dtype)
     return (
         dinput, dh.to(dtype), dc.to(dtype), dw_ih, dw_hh,
