@@ -9,8 +9,12 @@
 namespace py = pybind11;
 
 #define MK_OPS(OP) \
+  OP(attention)    \
+  OP(content)      \
+  OP(lstm)         \
   OP(lstm_gates)   \
   OP(memory_read)  \
+  OP(memory_write) \
   OP(vec_math)
 
 namespace mk::cpu {

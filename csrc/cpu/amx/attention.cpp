@@ -1,0 +1,3 @@
+#include "cpu/amx/vec.h"
+
+#include "cpu/generic/attention.inl.h"

@@ -1,0 +1,216 @@
+// attention, host side: checks, the split into tasks, the Python binding.
+#include "cpu/attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "common/arena.h"
+#include "common/checks.h"
+#include "common/parallel.h"
+#include "cpu/select.h"
+
+namespace mk::cpu {
+namespace {
+
+constexpr const char* kOp = "attention";
+// Few queries leave one task a head: their keys are split into runs of a fixed length, whatever the number of threads.
+constexpr int64_t kFewQueries = 64, kRunKeys = 4096;
+
+struct Options {
+  double scale, dropout;
+  int64_t left, right, shift;
+};
+
+AttentionTensor checked(const char* name, const TensorView& t, std::initializer_list<int64_t> sizes, DType dtype) {
+  if (!t.defined()) return {};
+  check_tensor(kOp, name, t, sizes, dtype);
+  if (t.ndim() == 4) check_inner(kOp, name, t);
+  return {t.data(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+void set_mask(AttentionArgs& a, const TensorView& mask, DType dtype) {
+  if (!mask.defined()) return;
+  check_rank(kOp, "attn_mask", mask, 4);
+  check_inner(kOp, "attn_mask", mask);
+  a.mask_batch = mask.size(0), a.mask_heads = mask.size(1), a.mask_queries = mask.size(2), a.mask_keys = mask.size(3);
+  const auto fits = [](int64_t size, int64_t full) { return size == 1 || size == full; };
+  if ((mask.dtype() != dtype && mask.dtype() != DType::boolean) || !fits(a.mask_heads, a.heads) || !fits(a.mask_queries, a.queries) ||
+      !fits(a.mask_keys, a.keys) || (a.mask_batch ? a.batch % a.mask_batch : a.batch) != 0)
+    fail(kOp, "attn_mask", std::string("bool or ") + dtype_name(dtype) + " that broadcasts to the scores", describe(mask));
+  a.mask = mask.data(), a.mask_boolean = mask.dtype() == DType::boolean;
+  a.mask_b = mask.stride(0), a.mask_h = mask.stride(1), a.mask_q = mask.stride(2), a.mask_k = a.mask_keys == 1 ? 0 : 1;
+  a.mask_group = a.mask_batch ? std::max<int64_t>(1, a.batch / a.mask_batch) : 1;
+}
+
+AttentionArgs arguments(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& mask,
+                        const TensorView& seed, const Options& options) {
+  check_rank(kOp, "query", query, 4), check_rank(kOp, "key", key, 4), check_rank(kOp, "value", value, 4);
+  check_float(kOp, "query", query);
+  const DType dtype = query.dtype();
+  AttentionArgs a{};
+  a.batch = query.size(0), a.heads = query.size(1), a.queries = query.size(2), a.width = query.size(3);
+  a.key_heads = key.size(1), a.keys = key.size(2), a.value_width = value.size(3);
+  a.query = checked("query", query, {a.batch, a.heads, a.queries, a.width}, dtype);
+  a.key = checked("key", key, {a.batch, a.key_heads, a.keys, a.width}, dtype);
+  a.value = checked("value", value, {a.batch, a.key_heads, a.keys, a.value_width}, dtype);
+  if (a.key_heads ? a.heads % a.key_heads : a.heads) fail(kOp, "key", "a head count that divides the query's", describe(key));
+  set_mask(a, mask, dtype);
+  if (seed.defined() && options.dropout > 0) {
+    check_tensor(kOp, "seed", seed, {a.batch}, DType::int64);
+    a.seed = seed.data<const int64_t>(), a.seed_b = seed.stride(0);
+    a.drop_all = options.dropout >= 1;
+    a.threshold = a.drop_all ? 0 : uint32_t(options.dropout * 4294967296.0);
+    a.keep_scale = a.drop_all ? 0 : 1 / (1 - options.dropout);
+  }
+  a.scale = options.scale, a.left = options.left, a.right = options.right, a.shift = options.shift;
+  const bool few = a.queries <= kFewQueries && a.keys >= 2 * kRunKeys;
+  a.splits = few ? (a.keys + kRunKeys - 1) / kRunKeys : 1;
+  a.split_keys = few ? kRunKeys : std::max<int64_t>(a.keys, 1);
+  return a;
+}
+
+DType wide(DType dtype) { return dtype == DType::float64 ? dtype : DType::float32; }
+int64_t sum_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
+int64_t blocks_of(int64_t n, int64_t step) { return (n + step - 1) / step; }
+// Sums lie in whole vectors; 16 elements are a multiple of every level's.
+int64_t padded16(int64_t n) { return (n + 15) / 16 * 16; }
+
+// Tasks are taken one by one, so threads that other work slows down take fewer; who runs a task changes no bit of it.
+template <class Body>
+void run_tasks(int64_t tasks, double flops, int64_t scratch_bytes, const Body& body) {
+  if (tasks == 0) return;
+  std::atomic<int64_t> next{0};
+  const int64_t workers = flops < 2e5 ? 1 : std::min<int64_t>(tasks, num_threads());
+  parallel_for(workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; worker++) {
+      Scratch scratch;
+      char* memory = scratch.take<char>(scratch_bytes);
+      for (int64_t task; (task = next.fetch_add(1)) < tasks;) body(task, memory);
+    }
+  });
+}
+
+double work(const AttentionArgs& a) {
+  return 2.0 * double(a.batch * a.heads) * double(a.queries * a.keys) * double(a.width + a.value_width + 16);
+}
+
+void forward(const TensorView& out, const TensorView& lse, const TensorView& query, const TensorView& key, const TensorView& value,
+             const TensorView& mask, const TensorView& seed, double scale, double dropout, int64_t left, int64_t right, int64_t shift) {
+  AttentionArgs a = arguments(query, key, value, mask, seed, {scale, dropout, left, right, shift});
+  const DType dtype = query.dtype();
+  check_output(kOp, "out", out, {a.batch, a.heads, a.queries, a.value_width}, dtype);
+  check_output(kOp, "lse", lse, {a.batch, a.heads, a.queries}, wide(dtype));
+  a.out_data = out.data(), a.lse_data = lse.data();
+  const auto& kernels = select(attention_levels);
+  const int type = int(dtype);
+  pybind11::gil_scoped_release nogil;
+  const int64_t rows = a.batch * a.heads, groups = blocks_of(a.queries, kQueryGroup);
+  Scratch partials;
+  if (a.splits > 1)
+    a.partial = partials.take<char>(rows * a.splits * a.queries * (padded16(a.value_width) + 2) * sum_size(dtype));
+  run_tasks(rows * groups * a.splits, work(a), kernels.forward_scratch[type](a), [&](int64_t task, void* scratch) {
+    const int64_t split = task % a.splits, row = task / a.splits % rows, group = groups - 1 - task / a.splits / rows;
+    const int64_t begin = group * kQueryGroup, end = std::min(begin + kQueryGroup, a.queries);
+    kernels.forward[type](a, row / a.heads, row % a.heads, begin, end, split, scratch);
+  });
+  if (a.splits == 1) return;
+  run_tasks(rows, double(rows * a.splits * a.queries * a.value_width), 0,
+            [&](int64_t row, void*) { kernels.merge[type](a, row / a.heads, row % a.heads); });
+}
+
+// The gradient of an additive mask has a place for every score, or is summed over what it broadcasts to.
+bool mask_is_full(const AttentionArgs& a) {
+  return a.mask_batch == a.batch && a.mask_heads == a.heads && a.mask_queries == a.queries && a.mask_keys == a.keys;
+}
+
+void keys_and_queries(AttentionArgs& a, const AttentionKernels& kernels, int type) {
+  const bool dkv = a.dkey || a.dvalue, full = a.dmask && mask_is_full(a), dquery = a.dquery;
+  const int64_t rows = a.batch * a.key_heads, bytes = kernels.backward_scratch[type](a);
+  const double flops = 2.5 * work(a);
+  if (!dkv && !full && !dquery) return;
+  const bool together = dquery && (dkv || full) && (a.splits > 1 || rows >= num_threads());
+  if (together || (dquery && a.splits > 1)) {
+    run_tasks(rows * a.splits, flops, bytes, [&](int64_t task, void* scratch) {
+      const int64_t row = task / a.splits, run = task % a.splits, first = run * a.split_keys;
+      const int64_t last = std::min(first + a.split_keys, a.keys);
+      kernels.backward[type](a, {row / a.key_heads, row % a.key_heads, first, last, 0, a.queries, run, true, dkv, full}, scratch);
+    });
+    return;
+  }
+  // Too few heads for the threads: keys and queries are owned by different tasks, which add up in the same order as above.
+  const auto chunk = [&](int64_t n, int64_t block) {
+    const int64_t wanted = blocks_of(4 * num_threads(), std::max<int64_t>(rows, 1));
+    return std::max<int64_t>(1, blocks_of(blocks_of(n, block), wanted)) * block;
+  };
+  const int64_t key_step = chunk(a.keys, kernels.key_block), query_step = chunk(a.queries, kernels.query_block);
+  const int64_t key_tasks = dkv || full ? blocks_of(a.keys, key_step) : 0, query_tasks = dquery ? blocks_of(a.queries, query_step) : 0;
+  run_tasks(rows * (key_tasks + query_tasks), flops, bytes, [&](int64_t task, void* scratch) {
+    const int64_t row = task % rows, part = task / rows, b = row / a.key_heads, h = row % a.key_heads;
+    if (part < key_tasks) {
+      const int64_t first = part * key_step, last = std::min(first + key_step, a.keys);
+      kernels.backward[type](a, {b, h, first, last, 0, a.queries, 0, false, dkv, full}, scratch);
+    } else {
+      const int64_t begin = (part - key_tasks) * query_step, end = std::min(begin + query_step, a.queries);
+      kernels.backward[type](a, {b, h, 0, a.keys, begin, end, 0, true, false, false}, scratch);
+    }
+  });
+}
+
+void shared_mask(const AttentionArgs& a, const AttentionKernels& kernels, int type) {
+  const bool by_key = a.mask_queries == 1 && a.mask_keys != 1, whole = a.mask_queries == 1 && a.mask_keys == 1;
+  const int64_t n = by_key ? a.keys : a.queries, step = whole ? std::max<int64_t>(n, 1) : by_key ? kernels.key_block : kernels.query_block;
+  const int64_t steps = whole ? 1 : blocks_of(n, step), rows = a.mask_batch * a.mask_heads;
+  run_tasks(rows * steps, work(a), kernels.backward_scratch[type](a), [&](int64_t task, void* scratch) {
+    const int64_t row = task / steps, first = task % steps * step;
+    kernels.mask_backward[type](a, row / a.mask_heads, row % a.mask_heads, first, std::min(first + step, n), scratch);
+  });
+}
+
+void* written(const char* name, const TensorView& t, std::initializer_list<int64_t> sizes, DType dtype) {
+  if (!t.defined()) return nullptr;
+  check_output(kOp, name, t, sizes, dtype);
+  return t.data();
+}
+
+void backward(const TensorView& dquery, const TensorView& dkey, const TensorView& dvalue, const TensorView& dmask, const TensorView& dout,
+              const TensorView& dlse, const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& mask,
+              const TensorView& seed, const TensorView& out, const TensorView& lse, double scale, double dropout, int64_t left,
+              int64_t right, int64_t shift) {
+  AttentionArgs a = arguments(query, key, value, mask, seed, {scale, dropout, left, right, shift});
+  const DType dtype = query.dtype();
+  a.dout = checked("dout", dout, {a.batch, a.heads, a.queries, a.value_width}, dtype);
+  a.out = checked("out", out, {a.batch, a.heads, a.queries, a.value_width}, dtype);
+  a.dlse = checked("dlse", dlse, {a.batch, a.heads, a.queries}, wide(dtype));
+  a.lse = checked("lse", lse, {a.batch, a.heads, a.queries}, wide(dtype));
+  a.dquery = written("dquery", dquery, {a.batch, a.heads, a.queries, a.width}, dtype);
+  a.dkey = written("dkey", dkey, {a.batch, a.key_heads, a.keys, a.width}, dtype);
+  a.dvalue = written("dvalue", dvalue, {a.batch, a.key_heads, a.keys, a.value_width}, dtype);
+  a.dmask = written("dattn_mask", dmask, {a.mask_batch, a.mask_heads, a.mask_queries, a.mask_keys}, dtype);
+  const auto& kernels = select(attention_levels);
+  const int type = int(dtype);
+  pybind11::gil_scoped_release nogil;
+  const int64_t rows = a.batch * a.heads * a.queries, size = sum_size(dtype);
+  Scratch scratch;
+  a.rows_base = scratch.take<char>(rows * size), a.rows_delta = scratch.take<char>(rows * size);
+  if (a.dquery) a.dquery_sums = scratch.take<char>(a.splits * rows * padded16(a.width) * size);
+  parallel_for(rows, grain_for(2 * a.value_width * size), [&](int64_t begin, int64_t end) { kernels.prepare[type](a, begin, end); });
+  if (a.dmask && (!mask_is_full(a) || a.left >= 0 || a.right >= 0)) std::memset(a.dmask, 0, size_t(dmask.numel() * item_size(dtype)));
+  keys_and_queries(a, kernels, type);
+  if (a.dmask && !mask_is_full(a)) shared_mask(a, kernels, type);
+  if (a.dquery)
+    parallel_for(rows, grain_for(2 * a.width * size), [&](int64_t begin, int64_t end) { kernels.finish[type](a, begin, end, a.splits); });
+}
+
+}  // namespace
+
+void bind_attention(pybind11::module_& m) {
+  namespace py = pybind11;
+  m.def("attention", &forward, py::arg("out"), py::arg("lse"), py::arg("query"), py::arg("key"), py::arg("value"), py::arg("attn_mask"),
+        py::arg("seed"), py::arg("scale"), py::arg("dropout_p"), py::arg("left"), py::arg("right"), py::arg("shift"));
+  m.def("attention_backward", &backward, py::arg("dquery"), py::arg("dkey"), py::arg("dvalue"), py::arg("dattn_mask"), py::arg("dout"),
+        py::arg("dlse"), py::arg("query"), py::arg("key"), py::arg("value"), py::arg("attn_mask"), py::arg("seed"), py::arg("out"),
+        py::arg("lse"), py::arg("scale"), py::arg("dropout_p"), py::arg("left"), py::arg("right"), py::arg("shift"));
+}
+
+}  // namespace mk::cpu

@@ -1,0 +1,69 @@
+// Arguments and kernel table of attention; included by the host side and by every ISA level.
+#pragma once
+#include "cpu/kernels.h"
+
+namespace mk::cpu {
+
+// A tensor "B heads rows width" by its element strides; the last dimension is contiguous.
+struct AttentionTensor {
+  const void* data;
+  int64_t b, h, row;
+};
+
+struct AttentionArgs {
+  AttentionTensor query, key, value, dout, out, dlse, lse;
+  void *out_data, *lse_data, *dquery, *dkey, *dvalue, *dmask;  // written, contiguous; a gradient nobody needs is null
+  int64_t batch, heads, key_heads, queries, keys, width, value_width;
+  double scale;
+  int64_t left, right, shift;  // query i sees keys i + shift - left to i + shift + right; a limit < 0 is none
+
+  // Additive (dtype of the call) or boolean mask; null: none. Strides 0 where it broadcasts.
+  const void* mask;
+  bool mask_boolean;
+  int64_t mask_b, mask_h, mask_q, mask_k, mask_group;  // batch row b uses mask row b / mask_group
+  int64_t mask_batch, mask_heads, mask_queries, mask_keys;
+
+  const int64_t* seed;  // one a batch entry; null: no dropout
+  int64_t seed_b;
+  uint32_t threshold;  // a weight is dropped if its hash is below
+  bool drop_all;
+  double keep_scale;
+
+  // Forward of few queries: the keys are split into `splits` runs of split_keys; partial holds [task][accumulators, base, sum].
+  int64_t splits, split_keys;
+  void* partial;
+  // Backward, of the accumulation type: what prepare() writes, [B][NH][Q] each, and sums of dquery [run][B][NH][Q][width].
+  void *rows_base, *rows_delta, *dquery_sums;
+};
+
+// Keys [first, last) against queries [begin, end) of batch entry b and key head h.
+struct AttentionPart {
+  int64_t b, h, first, last, begin, end;
+  int64_t run;          // which dquery_sums it adds to
+  bool dquery, dkv;     // what is wanted
+  bool dmask;           // dmask has a place for every score and is written as well
+};
+
+constexpr int64_t kQueryGroup = 240;  // queries of one forward task: the packed keys are used this often
+
+struct AttentionKernels {
+  // Bytes of scratch that one forward or backward call needs.
+  int64_t (*forward_scratch[kFloatTypes])(const AttentionArgs&);
+  int64_t (*backward_scratch[kFloatTypes])(const AttentionArgs&);
+  // Queries [begin, end) of entry b, head h over the keys of one split.
+  void (*forward[kFloatTypes])(const AttentionArgs&, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t split, void* scratch);
+  // Joins the splits of rows [begin, end) of entry b, head h, in order.
+  void (*merge[kFloatTypes])(const AttentionArgs&, int64_t b, int64_t h);
+  // Rows [begin, end) of [B][NH][Q]: rows_base and rows_delta.
+  void (*prepare[kFloatTypes])(const AttentionArgs&, int64_t begin, int64_t end);
+  void (*backward[kFloatTypes])(const AttentionArgs&, const AttentionPart&, void* scratch);
+  // Rows [begin, end) of [B][NH][Q]: dquery from its sums over the runs, in order.
+  void (*finish[kFloatTypes])(const AttentionArgs&, int64_t begin, int64_t end, int64_t runs);
+  // Queries [begin, end) of row (b, h) of a mask that broadcasts: its gradient summed over all that share it.
+  void (*mask_backward[kFloatTypes])(const AttentionArgs&, int64_t b, int64_t h, int64_t first, int64_t last, void* scratch);
+  int64_t key_block, query_block;  // backward works on whole blocks from key 0 and query 0
+};
+
+MK_KERNELS_AMX(AttentionKernels, attention)
+
+}  // namespace mk::cpu

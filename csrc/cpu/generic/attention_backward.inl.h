@@ -1,0 +1,247 @@
+// Attention backward, weights recomputed from the log-sum-exp:
+//
+//   p = exp(score - lse), ds = p (dout . value - delta), delta = dout . out - dlse
+//   dvalue += p^T dout, dkey += scale ds^T query, dquery += scale ds key, dmask = ds
+//
+// A part owns a run of keys: it packs a block once, keeps its dkey and dvalue in scratch while all queries pass, and adds to dquery in
+// the order of the blocks. Where several parts share a query each has its own dquery sums, joined in order by finish().
+#pragma once
+#include "cpu/generic/attention_forward.inl.h"
+
+namespace mk::cpu::MK_LEVEL {
+namespace {
+
+constexpr int64_t kBackwardKeys = 128, kBackwardQueries = 64;
+
+template <class A>
+struct BackwardScratch {
+  static constexpr int64_t kScoreRow = kBackwardKeys + kLanes<A>;
+  A *key_columns, *value_columns, *key, *dkey, *dvalue, *query, *query_panels, *dout, *dout_panels, *scores, *gradients, *bias, *kept, *mask;
+  int64_t query_row, value_row, used;
+
+  BackwardScratch(const AttentionArgs& a, void* memory) : query_row(padded<A>(a.width)), value_row(padded<A>(a.value_width)) {
+    Carver carver(memory);
+    key_columns = carver.take<A>(kBackwardKeys * a.width);
+    value_columns = carver.take<A>(kBackwardKeys * a.value_width);
+    key = carver.take<A>(kBackwardKeys * query_row);
+    dkey = carver.take<A>(kBackwardKeys * query_row);
+    dvalue = carver.take<A>(kBackwardKeys * value_row);
+    query = carver.take<A>(kBackwardQueries * query_row);
+    query_panels = a.width > kTile<A> ? carver.take<A>(kBackwardQueries * query_row) : query;
+    dout = carver.take<A>(kBackwardQueries * value_row);
+    dout_panels = a.value_width > kTile<A> ? carver.take<A>(kBackwardQueries * value_row) : dout;
+    scores = carver.take<A>(kBackwardQueries * kScoreRow);
+    gradients = carver.take<A>(kBackwardQueries * kScoreRow);
+    bias = carver.take<A>(kBackwardKeys);
+    kept = carver.take<A>(kBackwardKeys);
+    mask = carver.take<A>(a.dmask ? kBackwardQueries * kScoreRow : 0);
+    used = carver.used();
+  }
+};
+
+template <class T>
+MK_INLINE const T* rows_of(const AttentionTensor& t, int64_t b, int64_t h, int64_t row) {
+  return static_cast<const T*>(t.data) + b * t.b + h * t.h + row * t.row;
+}
+MK_INLINE int64_t row_index(const AttentionArgs& a, int64_t b, int64_t h, int64_t query) { return (b * a.heads + h) * a.queries + query; }
+
+// All keys of the query lie in one block: its delta is summed there, which is exact where a rounded `out` is not.
+MK_INLINE bool in_one_block(Range seen) { return (seen.first ^ (seen.last - 1)) < kBackwardKeys; }
+
+template <class A, class T>
+void prepare(const AttentionArgs& a, int64_t begin, int64_t end) {
+  using V = Vec<A>;
+  for (int64_t row = begin; row < end; row++) {
+    const int64_t query = row % a.queries, h = row / a.queries % a.heads, b = row / a.queries / a.heads;
+    const Range seen = seen_by(a, query);
+    V sum = V::zero();
+    if (a.dout.data && !in_one_block(seen)) {
+      const T *dout = rows_of<T>(a.dout, b, h, query), *out = rows_of<T>(a.out, b, h, query);
+      for_each_vec<V>(a.value_width, [&](int64_t j, auto part) { sum = fma(load<V>(dout + j, part), load<V>(out + j, part), sum); });
+    }
+    const A dlse = a.dlse.data ? *(static_cast<const A*>(a.dlse.data) + b * a.dlse.b + h * a.dlse.h + query * a.dlse.row) : A(0);
+    const A lse = *(static_cast<const A*>(a.lse.data) + b * a.lse.b + h * a.lse.h + query * a.lse.row);
+    static_cast<A*>(a.rows_delta)[row] = reduce_add(sum) - dlse;
+    static_cast<A*>(a.rows_base)[row] = lse == -kInfinity<A> ? kInfinity<A> : lse * kUnit<A>;
+  }
+}
+
+// The same where the row is whole: weights are normalised by their own sum, and delta is the sum over the row.
+template <class A>
+MK_INLINE void whole_gradient_row(A* s, A* g, Range block, A factor, A base, A delta, const A* kept, bool single) {
+  using V = Vec<A>;
+  const int64_t begin = block.first / kLanes<A> * kLanes<A>;
+  const V f = V::set1(factor), shift = V::set1(-base);
+  V total = V::zero(), sum = V::zero();
+  for (int64_t k = begin; k < block.last; k += kLanes<A>) {
+    const V weight = power(fma(V::load(s + k), f, shift));
+    total = total + weight;
+    weight.store(s + k);
+  }
+  const A all = reduce_add(total);
+  const V normal = V::set1(all == A(0) ? A(0) : A(1) / all);
+  for (int64_t k = begin; k < block.last; k += kLanes<A>) {
+    const V weight = V::load(s + k) * normal, keep = kept ? V::load(kept + k) : V::set1(A(1));
+    const V gradient = select(weight == V::zero(), V::zero(), V::load(g + k) * keep);
+    sum = fma(weight, gradient, sum);
+    gradient.store(g + k);
+    weight.store(s + k);
+  }
+  // A query that sees one key has weight 1 whatever the score: exactly no gradient, not the rounding error of a difference.
+  const V less = V::set1(reduce_add(sum) + delta);
+  for (int64_t k = begin; k < block.last; k += kLanes<A>) {
+    const V weight = V::load(s + k), gradient = single ? V::set1(-delta) : V::load(g + k) - less;
+    (weight * gradient).store(g + k);
+    if (kept) (weight * V::load(kept + k)).store(s + k);
+  }
+}
+
+template <class A, class T>
+void load_keys(const AttentionArgs& a, const BackwardScratch<A>& w, int64_t b, int64_t shared, int64_t first, int64_t keys) {
+  pack_transposed(rows_of<T>(a.key, b, shared, first), a.key.row, keys, a.width, w.key_columns);
+  pack_transposed(rows_of<T>(a.value, b, shared, first), a.value.row, keys, a.value_width, w.value_columns);
+}
+
+// A row of scores and of dout . value becomes a row of weights (times what dropout kept) and of ds.
+template <class A>
+MK_INLINE void gradient_row(A* s, A* g, Range block, A factor, A base, A delta, const A* kept) {
+  using V = Vec<A>;
+  const V f = V::set1(factor), shift = V::set1(-base), less = V::set1(delta);
+  for (int64_t k = block.first / kLanes<A> * kLanes<A>; k < block.last; k += kLanes<A>) {
+    const V weight = power(fma(V::load(s + k), f, shift)), keep = kept ? V::load(kept + k) : V::set1(A(1));
+    const V gradient = weight * (V::load(g + k) * keep - less);
+    select(weight == V::zero(), V::zero(), gradient).store(g + k);  // 0 also where the value is not finite
+    (weight * keep).store(s + k);
+  }
+}
+
+// Weights and ds of queries [query, query + rows) against the loaded keys.
+template <class A, class T>
+void gradient_block(const AttentionArgs& a, const BackwardScratch<A>& w, int64_t b, int64_t h, int64_t query, int64_t rows, int64_t first,
+                    int64_t keys, Range block) {
+  pack_plain(rows_of<T>(a.query, b, h, query), a.query.row, rows, a.width, w.query);
+  product<A>({w.query, w.query_row, 1, w.key_columns, a.width, 0, w.scores, w.kScoreRow}, rows, keys, block.first, block.last, a.width,
+             nullptr, false);
+  if (a.dout.data) {
+    pack_plain(rows_of<T>(a.dout, b, h, query), a.dout.row, rows, a.value_width, w.dout);
+    product<A>({w.dout, w.value_row, 1, w.value_columns, a.value_width, 0, w.gradients, w.kScoreRow}, rows, keys, block.first, block.last,
+               a.value_width, nullptr, false);
+  }
+  const bool biased = needs_bias(a);
+  const A scale = A(a.scale) * kUnit<A>;
+  if (biased && !a.mask)
+    for (int64_t k = 0; k < kBackwardKeys; k++) w.bias[k] = 0;
+  for (int64_t i = 0; i < rows; i++) {
+    const Range all = seen_by(a, query + i);
+    Range seen = {larger(all.first - first, block.first), smaller(all.last - first, block.last)};
+    if (seen.first >= seen.last) seen = {block.last, block.last};
+    A *s = w.scores + i * w.kScoreRow, *g = w.gradients + i * w.kScoreRow;
+    if (a.mask) load_mask<A, T>(a, b, h, query + i, first, block.first, block.last, w.bias);
+    mask_scores(s, block, seen, biased ? w.bias : nullptr, scale);
+    if (a.seed) load_kept<A>(a, b, h, query + i, first, block.first, block.last, w.kept);
+    if (!a.dout.data)
+      for (int64_t k = 0; k < w.kScoreRow; k++) g[k] = 0;
+    const int64_t row = row_index(a, b, h, query + i);
+    const A base = static_cast<const A*>(a.rows_base)[row], delta = static_cast<const A*>(a.rows_delta)[row];
+    const A factor = biased ? A(1) : scale, *kept = a.seed ? w.kept : nullptr;
+    if (in_one_block(all))
+      whole_gradient_row(s, g, block, factor, base, delta, kept, all.last - all.first <= 1);
+    else
+      gradient_row(s, g, block, factor, base, delta, kept);
+  }
+}
+
+template <class A, class T>
+void write_mask_rows(const AttentionArgs& a, const A* from, int64_t from_row, int64_t rows, Range block, int64_t mask_row, int64_t first) {
+  using V = Vec<A>;
+  for (int64_t i = 0; i < rows; i++) {
+    T* out = static_cast<T*>(a.dmask) + (mask_row + i) * a.keys + first + block.first;
+    for_each_vec<V>(block.last - block.first,
+                    [&](int64_t k, auto part) { store(load<V>(from + i * from_row + block.first + k, part), out + k, part); });
+  }
+}
+
+template <class A, class T>
+void backward_block(const AttentionArgs& a, const AttentionPart& part, const BackwardScratch<A>& w, int64_t h, int64_t query, int64_t rows,
+                    int64_t first, int64_t keys, Range block, bool broken) {
+  gradient_block<A, T>(a, w, part.b, h, query, rows, first, keys, block);
+  const int64_t depth = block.last - block.first;
+  if (part.dkv && a.dvalue && a.dout.data) {
+    if (w.dout_panels != w.dout) pack_rows(rows_of<T>(a.dout, part.b, h, query), a.dout.row, rows, a.value_width, w.dout_panels, false);
+    product<A>({w.scores + block.first, 1, w.kScoreRow, w.dout_panels, rows, 0, w.dvalue + block.first * w.value_row, w.value_row}, depth,
+               a.value_width, 0, a.value_width, rows, nullptr, true);
+  }
+  if (part.dkv && a.dkey) {
+    if (w.query_panels != w.query) pack_rows(rows_of<T>(a.query, part.b, h, query), a.query.row, rows, a.width, w.query_panels, false);
+    product<A>({w.gradients + block.first, 1, w.kScoreRow, w.query_panels, rows, 0, w.dkey + block.first * w.query_row, w.query_row}, depth,
+               a.width, 0, a.width, rows, nullptr, true);
+  }
+  if (part.dquery) {
+    A* sums = static_cast<A*>(a.dquery_sums) +
+              (part.run * a.batch * a.heads * a.queries + row_index(a, part.b, h, query)) * w.query_row;
+    product<A>({w.gradients + block.first, w.kScoreRow, 1, w.key, keys, block.first, sums, w.query_row}, rows, a.width, 0, a.width, depth,
+               nullptr, true);
+    if (broken) spill(w.gradients, w.kScoreRow, rows, block, rows_of<T>(a.key, part.b, part.h, first), a.key.row, a.width, sums, w.query_row);
+  }
+  if (part.dmask) write_mask_rows<A, T>(a, w.gradients, w.kScoreRow, rows, block, row_index(a, part.b, h, query), first);
+}
+
+template <class A, class T>
+void write_keys(const A* from, int64_t from_row, int64_t rows, int64_t columns, A factor, T* out) {
+  using V = Vec<A>;
+  for (int64_t i = 0; i < rows; i++)
+    for_each_vec<V>(columns, [&](int64_t j, auto part) {
+      store(V::load(from + i * from_row + j) * V::set1(factor), out + i * columns + j, part);
+    });
+}
+
+template <class A, class T>
+void backward(const AttentionArgs& a, const AttentionPart& part, void* memory) {
+  const BackwardScratch<A> w(a, memory);
+  const int64_t group = a.heads / a.key_heads;
+  if (part.dquery)
+    for (int64_t h = part.h * group; h < (part.h + 1) * group; h++) {
+      A* sums = static_cast<A*>(a.dquery_sums) +
+                (part.run * a.batch * a.heads * a.queries + row_index(a, part.b, h, part.begin)) * w.query_row;
+      for (int64_t i = 0; i < (part.end - part.begin) * w.query_row; i++) sums[i] = 0;
+    }
+  for (int64_t first = part.first; first < part.last; first += kBackwardKeys) {
+    const int64_t keys = smaller(kBackwardKeys, part.last - first);
+    load_keys<A, T>(a, w, part.b, part.h, first, keys);
+    const bool broken = part.dquery && pack_rows(rows_of<T>(a.key, part.b, part.h, first), a.key.row, keys, a.width, w.key, true);
+    if (part.dkv) {
+      for (int64_t i = 0; i < keys * w.query_row; i++) w.dkey[i] = 0;
+      for (int64_t i = 0; i < keys * w.value_row; i++) w.dvalue[i] = 0;
+    }
+    for (int64_t h = part.h * group; h < (part.h + 1) * group; h++)
+      for (int64_t query = part.begin; query < part.end; query += kBackwardQueries) {
+        const int64_t rows = smaller(kBackwardQueries, part.end - query);
+        const Range block = seen_by_block(a, query, query + rows, first, first + keys);
+        if (block.first < block.last) backward_block<A, T>(a, part, w, h, query, rows, first, keys, block, broken);
+      }
+    if (!part.dkv) continue;
+    const int64_t row = (part.b * a.key_heads + part.h) * a.keys + first;
+    if (a.dkey) write_keys(w.dkey, w.query_row, keys, a.width, A(a.scale), static_cast<T*>(a.dkey) + row * a.width);
+    if (a.dvalue) write_keys(w.dvalue, w.value_row, keys, a.value_width, A(1), static_cast<T*>(a.dvalue) + row * a.value_width);
+  }
+}
+
+template <class A, class T>
+void finish(const AttentionArgs& a, int64_t begin, int64_t end, int64_t runs) {
+  using V = Vec<A>;
+  const int64_t row = padded<A>(a.width), all = a.batch * a.heads * a.queries * row;
+  for (int64_t i = begin; i < end; i++) {
+    const A* sums = static_cast<const A*>(a.dquery_sums) + i * row;
+    for_each_vec<V>(a.width, [&](int64_t j, auto part) {
+      V sum = V::load(sums + j);
+      for (int64_t run = 1; run < runs; run++) sum = sum + V::load(sums + run * all + j);
+      store(sum * V::set1(A(a.scale)), static_cast<T*>(a.dquery) + i * a.width + j, part);
+    });
+  }
+}
+
+template <class A>
+int64_t backward_scratch(const AttentionArgs& a) { return BackwardScratch<A>(a, nullptr).used; }
+
+}  // namespace
+}  // namespace mk::cpu::MK_LEVEL

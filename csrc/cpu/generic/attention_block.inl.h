@@ -1,0 +1,253 @@
+// What forward and backward of attention share: packed panels, the register-tiled product, masks, dropout, powers.
+//
+// A panel of B[depth][columns] holds kTile columns (the last one: as many whole vectors as are left), zero padded, row after row.
+// The product keeps kRows x kTile sums in registers and reads A by two strides, so A may be a transposed block.
+// Everything is in the accumulation type A: float for float and the half types, double for double.
+#pragma once
+#include "cpu/attention.h"
+
+namespace mk::cpu::MK_LEVEL {
+namespace {
+
+template <class A>
+constexpr int64_t kLanes = Vec<A>::kLanes;
+constexpr int kRows = 6;
+template <class A>
+constexpr int kTileVectors = Vec<A>::kLanes * sizeof(A) == 64 ? 4 : 2;
+template <class A>
+constexpr int64_t kTile = kTileVectors<A>* kLanes<A>;
+
+template <class A>
+MK_INLINE int64_t padded(int64_t n) { return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>; }
+MK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+MK_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Scores are kept in units in which power() is cheap: base 2 for float, base e for double.
+template <class A>
+constexpr A kUnit = sizeof(A) == 4 ? A(1.4426950408889634074) : A(1);
+template <class A>
+constexpr A kInfinity = A(__builtin_inf());
+
+// 2^x for x <= 0, relative error 1e-8 before rounding: minimax polynomial of 2^r on [-1/2, 1/2], computed for this file.
+MK_INLINE Vec<float> power(Vec<float> x) {
+  using V = Vec<float>;
+  constexpr float c[7] = {0.000154697319775f, 0.00134100009661f, 0.00961803078251f, 0.055502973142f,
+                          0.240226510841f,    0.693147225395f,   1.0f};
+  const V t = max(V::set1(-160.0f), x), n = round(t);  // max returns its second argument for NaN
+  return scale(polynomial(t - n, c), n);
+}
+MK_INLINE Vec<double> power(Vec<double> x) { return exp(x); }
+
+// C[M][N vectors] = row_scale C + A B, or + 0 where `add` is false.
+template <class A, int M, int N>
+__attribute__((noinline)) void tile_product(int64_t depth, const A* a, int64_t a_row, int64_t a_depth, const A* b, A* c, int64_t c_row,
+                                            const A* row_scale, bool add) {
+  using V = Vec<A>;
+  V sum[M][N];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) sum[m][n] = V::zero();
+  for (int64_t k = 0; k < depth; k++, b += N * V::kLanes, a += a_depth) {
+    V right[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) right[n] = V::load(b + n * V::kLanes);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      const V left = V::set1(a[m * a_row]);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; n++) sum[m][n] = fma(left, right[n], sum[m][n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++) {
+    const V factor = row_scale ? V::set1(row_scale[m]) : V::set1(A(1));
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) {
+      A* out = c + m * c_row + n * V::kLanes;
+      if (add) sum[m][n] = fma(V::load(out), factor, sum[m][n]);
+      sum[m][n].store(out);
+    }
+  }
+}
+
+template <class A>
+using TileProduct = void (*)(int64_t, const A*, int64_t, int64_t, const A*, A*, int64_t, const A*, bool);
+template <class A, int N>
+constexpr TileProduct<A> kTileRow[kRows] = {tile_product<A, 1, N>, tile_product<A, 2, N>, tile_product<A, 3, N>,
+                                            tile_product<A, 4, N>, tile_product<A, 5, N>, tile_product<A, 6, N>};
+template <class A>
+MK_INLINE TileProduct<A> tile_of(int64_t rows, int64_t vectors) {
+  if constexpr (kTileVectors<A> == 4) {
+    if (vectors == 4) return kTileRow<A, 4>[rows - 1];
+    if (vectors == 3) return kTileRow<A, 3>[rows - 1];
+  }
+  return vectors == 2 ? kTileRow<A, 2>[rows - 1] : kTileRow<A, 1>[rows - 1];
+}
+
+// The matrices of a product. B: panels of `panel_depth` rows, used from row `depth_first`.
+template <class A>
+struct Product {
+  const A* a;
+  int64_t a_row, a_depth;
+  const A* b;
+  int64_t panel_depth, depth_first;
+  A* c;
+  int64_t c_row;
+};
+
+// Rows [0, rows) and column vectors of the panels that cover columns [first, last); `depth` terms a sum, long sums in pieces, which keeps
+// their rounding errors near those of a blocked matrix product.
+template <class A>
+void product(const Product<A>& p, int64_t rows, int64_t columns, int64_t first, int64_t last, int64_t depth, const A* row_scale, bool add) {
+  const int64_t vectors = padded<A>(columns) / kLanes<A>, piece = depth > 256 ? 128 : depth;
+  for (int64_t panel = first / kTile<A>; panel * kTile<A> < last; panel++) {
+    const int64_t width = smaller(kTileVectors<A>, vectors - panel * kTileVectors<A>);
+    const A* b = p.b + (panel * kTile<A>)*p.panel_depth + p.depth_first * width * kLanes<A>;
+    for (int64_t row = 0; row < rows; row += kRows) {
+      const int64_t count = smaller(kRows, rows - row);
+      A* c = p.c + row * p.c_row + panel * kTile<A>;
+      int64_t done = 0;
+      do {
+        tile_of<A>(count, width)(smaller(piece, depth - done), p.a + row * p.a_row + done * p.a_depth, p.a_row, p.a_depth,
+                                 b + done * width * kLanes<A>, c, p.c_row, row_scale && !done ? row_scale + row : nullptr, add || done);
+        done += piece;
+      } while (done < depth);
+    }
+  }
+}
+
+// Panels [rows][columns] of a block whose rows lie `stride` apart. Returns whether something was not finite; `clean` makes it 0.
+template <class A, class T>
+bool pack_rows(const T* in, int64_t stride, int64_t rows, int64_t columns, A* out, bool clean) {
+  using V = Vec<A>;
+  auto broken = V::first_lanes(0);
+  for (int64_t column = 0; column < columns; column += kTile<A>) {
+    const int64_t width = smaller(kTile<A>, columns - column);
+    for (int64_t row = 0; row < rows; row++)
+      for (int64_t j = 0; j < width; j += V::kLanes, out += V::kLanes) {
+        const T* from = in + row * stride + column + j;
+        V x = width - j >= V::kLanes ? V::load(from) : V::load(from, width - j);
+        if (clean) {
+          const auto finite = abs(x) < V::set1(kInfinity<A>);
+          broken = broken | !finite;
+          x = select(finite, x, V::zero());
+        }
+        x.store(out);
+      }
+  }
+  return any(broken);
+}
+
+// Panels [columns of the block][its rows]: the transposed block, as many vectors as hold its rows.
+template <class A, class T>
+void pack_transposed(const T* in, int64_t stride, int64_t rows, int64_t columns, A* out) {
+  for (int64_t row = 0; row < rows; row += kTile<A>) {
+    const int64_t count = smaller(kTile<A>, rows - row), width = padded<A>(count);
+    for (int64_t j = 0; j < width; j++)
+      for (int64_t column = 0; column < columns; column++)
+        out[column * width + j] = j < count ? to_float(in[(row + j) * stride + column]) : A(0);
+    out += columns * width;
+  }
+}
+
+// Row-major copy in the accumulation type.
+template <class A, class T>
+void pack_plain(const T* in, int64_t stride, int64_t rows, int64_t columns, A* out) {
+  using V = Vec<A>;
+  const int64_t row_size = padded<A>(columns);
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t j = 0; j < columns; j += V::kLanes)
+      (columns - j >= V::kLanes ? V::load(in + row * stride + j) : V::load(in + row * stride + j, columns - j)).store(out + row * row_size + j);
+}
+
+// The keys that a query may see by its position alone.
+struct Range {
+  int64_t first, last;
+};
+MK_INLINE Range seen_by(const AttentionArgs& a, int64_t query) {
+  const int64_t at = query + a.shift;
+  const int64_t first = a.left < 0 ? 0 : smaller(larger(at - a.left, 0), a.keys);
+  const int64_t last = a.right < 0 ? a.keys : smaller(larger(at + a.right + 1, 0), a.keys);
+  return {first, larger(first, last)};
+}
+// The union over queries [begin, end), inside keys [first, last) and relative to `first`; empty: {0, 0}.
+MK_INLINE Range seen_by_block(const AttentionArgs& a, int64_t begin, int64_t end, int64_t first, int64_t last) {
+  const Range top = seen_by(a, begin), bottom = seen_by(a, end - 1);
+  const int64_t from = larger(top.first, first) - first, to = smaller(bottom.last, last) - first;
+  return from < to ? Range{from, to} : Range{0, 0};
+}
+
+// The mask of one query over keys first + [begin, end): bias[begin..end) in score units; 0 or -inf of a boolean one.
+template <class A, class T>
+void load_mask(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, int64_t first, int64_t begin, int64_t end, A* bias) {
+  const int64_t offset = b / a.mask_group * a.mask_b + h * a.mask_h + query * a.mask_q + first * a.mask_k;
+  if (a.mask_boolean) {
+    const uint8_t* mask = static_cast<const uint8_t*>(a.mask) + offset;
+    if (a.mask_k)
+      for (int64_t k = begin; k < end; k++) bias[k] = mask[k] ? A(0) : -kInfinity<A>;
+    else
+      for (int64_t k = begin; k < end; k++) bias[k] = mask[0] ? A(0) : -kInfinity<A>;
+    return;
+  }
+  using V = Vec<A>;
+  const T* mask = static_cast<const T*>(a.mask) + offset;
+  const V unit = V::set1(kUnit<A>);
+  for (int64_t k = begin; k < end; k += V::kLanes) {
+    const V x = !a.mask_k ? V::set1(to_float(mask[0])) : end - k >= V::kLanes ? V::load(mask + k) : V::load(mask + k, end - k);
+    (x * unit).store(bias + k);
+  }
+}
+
+MK_INLINE uint32_t mix(uint32_t x) {
+  x = (x ^ x >> 16) * 0x85EBCA6Bu;
+  x = (x ^ x >> 13) * 0xC2B2AE35u;
+  return x ^ x >> 16;
+}
+// What the weights of one query over keys first + [begin, end) are multiplied by; the hash is specified in backends/reference/attention.py.
+template <class A>
+void load_kept(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, int64_t first, int64_t begin, int64_t end, A* kept) {
+  constexpr uint32_t kGolden = 0x9E3779B9u;
+  const uint64_t seed = uint64_t(a.seed[b * a.seed_b]);
+  const uint32_t row = mix(mix(uint32_t(seed) + uint32_t(query) * kGolden) + uint32_t(h) * kGolden), second = mix(row ^ uint32_t(seed >> 32));
+  const A scale = a.drop_all ? A(0) : A(a.keep_scale);
+  const uint32_t threshold = a.threshold, start = row + uint32_t(first) * kGolden;
+  for (int64_t k = begin; k < end; k++) {
+    uint32_t x = start + uint32_t(k) * kGolden;
+    x = (x ^ x >> 16) * 0x85EBCA6Bu ^ second;
+    x = (x ^ x >> 13) * 0xC2B2AE35u;
+    kept[k] = (x ^ x >> 16) >= threshold ? scale : A(0);
+  }
+}
+
+// NaN in row i of `sums` where weight[i][k] is not 0 and element [k][j] of the block is not finite: the panels hold 0 there.
+template <class A, class T>
+void spill(const A* weights, int64_t weights_row, int64_t rows, Range keys, const T* block, int64_t stride, int64_t columns, A* sums,
+           int64_t sums_row) {
+  for (int64_t k = keys.first; k < keys.last; k++)
+    for (int64_t j = 0; j < columns; j++) {
+      const A x = to_float(block[k * stride + j]);
+      if (x - x == A(0)) continue;
+      for (int64_t i = 0; i < rows; i++)
+        if (!(weights[i * weights_row + k] == A(0))) sums[i * sums_row + j] = A(__builtin_nan(""));
+    }
+}
+
+// Scratch of one call, handed out in 64-byte steps; with a null base it only counts.
+class Carver {
+ public:
+  explicit Carver(void* base) : at_(reinterpret_cast<uintptr_t>(base)), base_(at_) {}
+  template <class A>
+  A* take(int64_t count) {
+    A* out = reinterpret_cast<A*>(at_);
+    at_ += (uintptr_t(count) * sizeof(A) + 64 + 63) / 64 * 64;  // one vector more: loads of whole vectors may pass the end
+    return out;
+  }
+  int64_t used() const { return int64_t(at_ - base_); }
+
+ private:
+  uintptr_t at_, base_;
+};
+
+}  // namespace
+}  // namespace mk::cpu::MK_LEVEL
