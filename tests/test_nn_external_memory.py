@@ -170,7 +170,7 @@ def test_learns_to_remember(mode):
 def test_copies_compile_and_half_precision(mode):
     layer = make(mode, torch.float32)
     x = torch.randn(2, 3, 6)
-    output, state = layer(x)
+    output, _ = layer(x)
     assert torch.equal(copy.deepcopy(layer)(x)[0], output)
     other = make(mode, torch.float32)
     other.load_state_dict(layer.state_dict(), strict=True)

@@ -256,5 +256,5 @@ def test_errors_are_torchs(call):
 
 
 def test_packed_input_of_another_size_is_an_error():
-    with pytest.raises(RuntimeError, match="input.size.-1. must be equal to input_size"):
+    with pytest.raises(RuntimeError, match=r"input.size\(-1\) must be equal to input_size"):
         nn.LSTM(4, 3)(pack_sequence([torch.randn(2, 5)]))

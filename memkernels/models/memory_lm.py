@@ -22,7 +22,7 @@ MODELS = ("attention", "memory")
 
 @dataclasses.dataclass(frozen=True)
 class MemoryLMConfig:
-    """Sizes of a `MemoryLM`: embedding E, hidden H, attention heads and the positions it looks back, memory slots N, width W, read heads R."""
+    """Sizes of a `MemoryLM`: embedding E, hidden H, attention heads and how far they look back, memory slots N, width W, read heads R."""
 
     model: str = "memory"
     embedding: int = 64

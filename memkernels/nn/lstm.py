@@ -54,9 +54,7 @@ class LSTM(torch.nn.RNNBase):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__(
-            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype
-        )
+        super().__init__("LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype)
 
     def flatten_parameters(self) -> None:
         """Does nothing: no kernel here needs the weights in one buffer."""

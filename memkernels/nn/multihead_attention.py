@@ -143,9 +143,8 @@ def _check_shapes(query, key, value, padding, mask, heads: int) -> bool:
         raise AssertionError(f"query should be unbatched 2D or batched 3D tensor but received {query.dim()}-D query tensor")
     rank, kind = query.dim(), "batched (3-D)" if query.dim() == 3 else "unbatched (2-D)"
     if key.dim() != rank or value.dim() != rank:
-        raise AssertionError(
-            f"For {kind} `query`, expected `key` and `value` to be {rank}-D but found {key.dim()}-D and {value.dim()}-D tensors respectively"
-        )
+        found = f"{key.dim()}-D and {value.dim()}-D tensors respectively"
+        raise AssertionError(f"For {kind} `query`, expected `key` and `value` to be {rank}-D but found {found}")
     if padding is not None and padding.dim() != rank - 1:
         raise AssertionError(
             f"For {kind} `query`, expected `key_padding_mask` to be `None` or {rank - 1}-D but found {padding.dim()}-D tensor instead"
@@ -158,9 +157,7 @@ def _check_shapes(query, key, value, padding, mask, heads: int) -> bool:
         if m is not None and m.dtype != torch.bool and not m.is_floating_point():
             raise AssertionError(f"only bool and floating types of {name} are supported")
     if mask is not None and padding is not None and mask.dtype != padding.dtype:
-        warnings.warn(
-            "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead.", stacklevel=3
-        )
+        warnings.warn("Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead.", stacklevel=3)
     return rank == 3
 
 

@@ -1,0 +1,218 @@
+"""The commands and their options; the work is done by the modules beside this one."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Fused memory mechanisms for PyTorch: what is built, is it right, is it fast, does it learn.",
+)
+console = Console(width=None if sys.stdout.isatty() else 120)
+
+Texts = Annotated[Optional[list[Path]], typer.Option("--text", help="UTF-8 text file; may be given several times.")]  # noqa: UP045 (typer on 3.10)
+MoreTexts = Annotated[Optional[list[Path]], typer.Argument(help="More text files.", show_default=False)]  # noqa: UP045
+Threads = Annotated[Optional[int], typer.Option(min=1, help="Threads; default: torch's own.")]  # noqa: UP045
+Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the result here.")]  # noqa: UP045
+
+
+def one_line_errors(command: Callable[..., int | None]) -> Callable[..., None]:
+    """What a user did wrong becomes one line on stderr and exit code 1; Ctrl-C exit code 130."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        from memkernels._checks import BackendError
+        from memkernels.cli.errors import UserError
+
+        try:
+            code = command(*args, **kwargs)
+        except (UserError, ValueError, OSError, BackendError) as error:
+            message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+            print(f"memkernels: {' '.join(message.split())}", file=sys.stderr)
+            code = 1
+        except KeyboardInterrupt:
+            print("memkernels: stopped", file=sys.stderr)
+            code = 130
+        raise typer.Exit(code or 0)
+
+    return wrapped
+
+
+def _threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+@app.command()
+@one_line_errors
+def info(json_path: Json = None) -> None:
+    """Versions, what is built, what is missing and why, which backend runs each op and why not a better one."""
+    import json
+
+    from memkernels.cli import info
+    from memkernels.cli.files import write_text
+
+    found = info.show(console)
+    if json_path is not None:
+        write_text(json_path, json.dumps(found, indent=1) + "\n")
+
+
+@app.command()
+@one_line_errors
+def verify(
+    ops: Annotated[Optional[list[str]], typer.Argument(help="Ops; default: all.", show_default=False)] = None,  # noqa: UP045
+    backend: Annotated[Optional[list[str]], typer.Option(help='Backends, e.g. "cpp" or "cpp:avx2"; default: all.')] = None,  # noqa: UP045
+    dtype: Annotated[Optional[list[str]], typer.Option(help="float64, float32, bfloat16, float16; default: all.")] = None,  # noqa: UP045
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    json_path: Json = None,
+    threads: Threads = None,
+) -> int:
+    """Every op x backend x dtype against float64 on this machine; exit code 1 if one is wrong."""
+    from memkernels.cli import verify
+    from memkernels.testing.compare import DTYPES
+
+    _threads(threads)
+    known = [str(d).removeprefix("torch.") for d in DTYPES]
+    for name in dtype or ():
+        if name not in known:
+            raise ValueError(f"--dtype: expected one of {', '.join(known)}, got {name!r}")
+    summaries = verify.run(console, ops, backend, dtype, device, json_path)
+    return int(any(s.status == "FAIL" for s in summaries) or all(s.status == "not run" for s in summaries))
+
+
+@app.command()
+@one_line_errors
+def bench(
+    ops: Annotated[Optional[list[str]], typer.Argument(help="Ops; default: all.", show_default=False)] = None,  # noqa: UP045
+    json_path: Json = None,
+    plot: Annotated[Optional[Path], typer.Option(help="Folder for plots.")] = None,  # noqa: UP045
+    full: Annotated[bool, typer.Option("--full", help="All sizes, longer timings.")] = False,
+    dtype: Annotated[list[str], typer.Option(help="Dtypes.")] = ["float32"],  # noqa: B006 (typer copies it)
+    peer: Annotated[list[str], typer.Option(help='Peers, e.g. "eager", "compile".')] = ["eager", "compile"],  # noqa: B006
+    backend: Annotated[Optional[str], typer.Option(help="Force a backend.")] = None,  # noqa: UP045
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Threads = None,
+) -> None:
+    """Ops against their peers, each checked against float64 before it is timed."""
+    import torch
+
+    from memkernels import bench
+    from memkernels.cli.files import writable_folder
+
+    for folder in (plot, json_path and json_path.parent):
+        if folder is not None:
+            writable_folder(folder)
+    kinds = [getattr(torch, name, None) for name in dtype]
+    if not all(isinstance(kind, torch.dtype) for kind in kinds):
+        raise ValueError(f"--dtype: expected names such as float32, got {', '.join(dtype)}")
+    with console.status("measuring"):
+        rows = bench.run(ops or None, quick=not full, dtypes=kinds, peers=peer, backend=backend, device=device, threads=threads)
+    print(bench.table(rows))
+    if json_path is not None:
+        bench.write_json(json_path, rows)
+    if plot is not None:
+        bench.plot(rows, plot)
+
+
+@app.command()
+@one_line_errors
+def train(
+    out: Annotated[Path, typer.Option(help="Checkpoint; resumed if it is there.")],
+    text: Texts = None,
+    more: MoreTexts = None,
+    model: Annotated[Optional[str], typer.Option(help="attention or memory (default).")] = None,  # noqa: UP045
+    minutes: Annotated[Optional[float], typer.Option(min=0, help="Minutes of training, resumed ones included.")] = None,  # noqa: UP045
+    steps: Annotated[Optional[int], typer.Option(min=0, help="Steps, resumed ones included; default 1000 without --minutes.")] = None,  # noqa: UP045
+    window: Annotated[Optional[int], typer.Option(min=1, help="Steps of back-propagation.")] = None,  # noqa: UP045
+    batch: Annotated[Optional[int], typer.Option(min=1)] = None,  # noqa: UP045
+    rate: Annotated[Optional[float], typer.Option(min=0, help="Learning rate at its highest.")] = None,  # noqa: UP045
+    seed: Annotated[Optional[int], typer.Option()] = None,  # noqa: UP045
+    embedding: Annotated[Optional[int], typer.Option(min=1)] = None,  # noqa: UP045
+    hidden: Annotated[Optional[int], typer.Option(min=1)] = None,  # noqa: UP045
+    heads: Annotated[Optional[int], typer.Option(min=1, help="Attention heads.")] = None,  # noqa: UP045
+    slots: Annotated[Optional[int], typer.Option(min=1, help="Rows of the external memory.")] = None,  # noqa: UP045
+    width: Annotated[Optional[int], typer.Option(min=1, help="Columns of the external memory.")] = None,  # noqa: UP045
+    read_heads: Annotated[Optional[int], typer.Option(min=1)] = None,  # noqa: UP045
+    mode: Annotated[Optional[str], typer.Option(help="Addressing of the external memory: content or ntm.")] = None,  # noqa: UP045
+    dropout: Annotated[Optional[float], typer.Option(min=0, max=1)] = None,  # noqa: UP045
+    save_every: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 30.0,
+    threads: Threads = None,
+) -> None:
+    """Trains a character language model; the last tenth of the text is held out and scored. Stop it any time, run it again to go on."""
+    from memkernels.cli import train as training
+    from memkernels.cli.errors import UserError
+    from memkernels.cli.texts import read_texts
+    from memkernels.cli.trainer import Limit
+
+    files = [*(text or ()), *(more or ())]
+    if not files:
+        raise UserError("--text: expected at least one file")
+    _threads(threads)
+    sizes = dict(model=model, embedding=embedding, hidden=hidden, heads=heads, slots=slots, width=width, read_heads=read_heads)
+    config = _given(sizes | dict(mode=mode, dropout=dropout))
+    trainer = training.open_run(out, read_texts(files), config, _given(dict(window=window, batch=batch, rate=rate, seed=seed)))
+    limit = Limit(steps if steps is not None or minutes is not None else 1000, None if minutes is None else 60 * minutes)
+    resumed = f", resumed at step {trainer.step}" if trainer.step else ""
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    print(f"{trainer.model.config.model} model, {len(trainer.model.vocabulary)} symbols, {parameters:,} parameters{resumed}")
+    try:
+        points = training.train(console, trainer, limit, out, save_every, evaluate_every=10.0)
+    except KeyboardInterrupt:
+        print(f"stopped at step {trainer.step}, saved to {out}; run the same command to go on")
+        raise
+    last = points[-1]
+    print(f"step {last.step}: {last.train:.3f} bits per character, held out {trainer.evaluate():.3f}; saved to {out}")
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+@app.command()
+@one_line_errors
+def generate(
+    checkpoint: Annotated[Path, typer.Option(help="What `train` wrote.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    length: Annotated[int, typer.Option(min=0)] = 400,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
+    seed: Annotated[Optional[int], typer.Option()] = None,  # noqa: UP045
+    threads: Threads = None,
+) -> None:
+    """Continues a prompt, one character at a time."""
+    from memkernels.models import MemoryLM
+
+    _threads(threads)
+    text = prompt + MemoryLM.load(checkpoint).generate(prompt, length, temperature, top_p, seed)
+    sys.stdout.buffer.write((text + "\n").encode("utf-8", "replace"))
+
+
+@app.command()
+@one_line_errors
+def demo(
+    text: Texts = None,
+    more: MoreTexts = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Seconds of training.")] = 60.0,
+    out: Annotated[Path, typer.Option(help="Folder for report.json, plots and the model.")] = Path("memkernels-demo"),
+    model: Annotated[str, typer.Option(help="attention or memory.")] = "memory",
+    verify: Annotated[bool, typer.Option(help="Compare every op and backend with float64.")] = True,
+    bench: Annotated[bool, typer.Option(help="Measure the ops.")] = True,
+    threads: Threads = None,
+) -> int:
+    """Shows what is built, that it is right, that it learns real text, and how fast it is."""
+    from memkernels.cli import demo
+
+    _threads(threads)
+    return demo.run(console, [*(text or ()), *(more or ())], seconds, out, model, verify, bench)

@@ -1,0 +1,197 @@
+"""The command `memkernels`, run what a user sees of it: exit code, output, files."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from memkernels.cli.app import app
+from memkernels.cli.trainer import Limit, Settings, Trainer
+from memkernels.models import MemoryLM
+from memkernels.testing import compare
+
+SMALL = ["--window", "16", "--batch", "4", "--hidden", "16", "--embedding", "8", "--slots", "4", "--width", "4", "--threads", "1"]
+TEXT = "the quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过了懒狗。\n" * 30
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "memkernels", *map(str, arguments)]
+
+
+@pytest.fixture
+def run(capfd):
+    """Runs the command line in this process: (standard output, standard error), after a check of the exit code."""
+    threads = torch.get_num_threads()
+
+    def call(*arguments, code=0):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            app([str(a) for a in arguments])
+        out, error = capfd.readouterr()
+        assert stop.value.code in ((0, None) if code == 0 else (code,)), (out, error)
+        return out, error
+
+    yield call
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def test_info_says_what_is_there_and_why(run, tmp_path):
+    shown, _ = run("info", "--json", tmp_path / "info.json")
+    for word in ("torch", "Backends", "reference", "content_read", "why not a better one"):
+        assert word in shown
+    found = json.loads((tmp_path / "info.json").read_text())
+    assert found["backends"]["reference"] is None and found["versions"]["torch"].startswith(torch.__version__[:4])
+    assert all(choice["backend"] and all(choice["why_not"].values()) for choice in found["ops"])
+
+
+def test_verify_prints_a_table_and_a_json(run, tmp_path):
+    shown, _ = run("verify", "memory_read", "--dtype", "float32", "--backend", "reference", "--json", tmp_path / "v.json")
+    assert "memory_read" in shown and "allowed" in shown
+    assert json.loads((tmp_path / "v.json").read_text())["rows"]
+    for bad in (["dream"], ["--dtype", "int3"]):
+        _, error = run("verify", *bad, code=1)
+        assert error.startswith("memkernels: ") and "expected one of" in error and error.count("\n") == 1
+
+
+def test_verify_fails_when_an_op_is_wrong(run, monkeypatch):
+    rows = compare.verify(["memory_read"], ["reference"], [torch.float32])
+    good = next(row for row in rows if row.sample == "odd" and row.direction == "forward")
+    bad = dataclasses.replace(good, status="fail", ratio=9.0, reason="output 0: error is 9 times the reference's")
+    monkeypatch.setattr(compare, "verify", lambda *args: iter([good, bad]))
+    shown, _ = run("verify", code=1)
+    assert "FAIL 1" in shown and "FAIL memory_read on reference in float32, odd forward: output 0" in shown
+
+
+@pytest.mark.parametrize("model", ["memory", "attention"])
+def test_train_resume_generate(run, tmp_path, text, model):
+    out = tmp_path / "runs" / "model.safetensors"
+    heads = ["--heads", "2"] if model == "attention" else []
+    arguments = ["train", "--text", text, "--model", model, "--out", out, *SMALL, *heads]
+    first, _ = run(*arguments, "--steps", 12)
+    assert f"{model} model" in first and "held out" in first and "saved to" in first
+    again, _ = run(*arguments, "--steps", 20)
+    assert "resumed at step 12" in again and "step 20" in again
+    assert [p.name for p in out.parent.iterdir()] == [out.name]
+    one, two = (run("generate", "--checkpoint", out, "--prompt", "狐 fox", "--length", 30, "--seed", 1)[0] for _ in range(2))
+    assert one == two and one.startswith("狐 fox") and len(one.rstrip("\n")) >= 30
+
+
+def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):
+    config, settings = dict(hidden=16, embedding=8, slots=4, width=4, dropout=0.2), Settings(window=16, batch=4)
+
+    def finish(trainer, steps):
+        for _ in trainer.run(Limit(steps=14)):
+            if trainer.step == steps:
+                break
+        return trainer
+
+    whole = finish(Trainer.start(TEXT, config, settings), 14)
+    half = finish(Trainer.start(TEXT, config, settings), 7)
+    half.save(tmp_path / "half")
+    torch.manual_seed(99)
+    resumed = finish(Trainer.resume(tmp_path / "half", TEXT, {}, {}), 14)
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert whole.evaluate() == resumed.evaluate()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_killed_while_training(run, tmp_path, text, sign):
+    out = tmp_path / "model"
+    arguments = ["train", "--text", text, "--out", out, *SMALL]
+    process = subprocess.Popen(command(*arguments, "--steps", 1_000_000, "--save-every", 0), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not (out.exists() and _step(out) > 3):
+        time.sleep(0.1)
+    process.send_signal(sign)
+    stdout, stderr = process.communicate(timeout=60)
+    reached = _step(out)
+    assert reached > 3
+    if sign == signal.SIGINT:
+        assert process.returncode == 130 and b"stopped at step" in stdout and stderr == b"memkernels: stopped\n"
+        assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    assert f"resumed at step {reached}" in run(*arguments, "--steps", reached + 2)[0]
+
+
+def _step(path):
+    return MemoryLM.load_with_extra(path)[2]["step"]
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, text):
+    empty, binary, short, foreign = (tmp_path / name for name in ("empty", "binary", "short", "foreign"))
+    empty.write_text("")
+    binary.write_bytes(b"\xff\xfe\x00hello" * 50)
+    short.write_text("too short")
+    foreign.write_bytes(b"something else")
+    (tmp_path / "file").write_text("x")
+    out = tmp_path / "out" / "model"
+    cases = [
+        (["train", "--text", tmp_path / "missing", "--out", out], "no such file"),
+        (["train", "--text", empty, "--out", out], "has no text"),
+        (["train", "--text", binary, "--out", out], "not UTF-8 text"),
+        (["train", "--text", short, "--out", out], "too short"),
+        (["train", "--text", tmp_path, "--out", out], "cannot be read"),
+        (["train", "--text", text, "--out", out, "--model", "dream"], "model: expected one of"),
+        (["train", "--text", text, "--out", foreign], "not a whole safetensors file"),
+        (["train", "--text", text, "--out", tmp_path / "file" / "model"], "cannot be made"),
+        (["train", "--out", out], "at least one file"),
+        (["generate", "--checkpoint", tmp_path / "missing"], "missing"),
+        (["generate", "--checkpoint", foreign], "not a whole safetensors file"),
+        (["generate", "--checkpoint", tmp_path], "got a folder"),
+        (["demo", "--text", tmp_path / "missing", "--out", out], "no such file"),
+        (["bench", "dream"], "expected one of"),
+    ]
+    for arguments, message in cases:
+        _, error = run(*arguments, code=1)
+        assert error.startswith("memkernels: ") and message in error and error.count("\n") == 1, (arguments, error)
+    assert foreign.read_bytes() == b"something else"
+    assert not out.parent.exists() or not list(out.parent.iterdir())
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(run, tmp_path, text):
+    out, other = tmp_path / "model", tmp_path / "other.txt"
+    run("train", "--text", text, "--out", out, "--steps", 2, *SMALL)
+    before = out.read_bytes()
+    other.write_text(TEXT + "x", encoding="utf-8")
+    for arguments, message in (
+        (["--text", other], "another text"),
+        (["--text", text, "--hidden", 8], "hidden=16, not 8"),
+        (["--text", text, "--model", "attention"], "model=memory, not attention"),
+    ):
+        _, error = run("train", "--out", out, *arguments, code=1)
+        assert message in error and error.count("\n") == 1
+    assert out.read_bytes() == before
+    out.write_bytes(before[:-100])
+    for arguments in (["train", "--text", text, "--out", out], ["generate", "--checkpoint", out]):
+        assert "not a whole safetensors file" in run(*arguments, code=1)[1]
+    assert out.read_bytes() == before[:-100]
+
+
+def test_demo_in_short(run, tmp_path, text):
+    out = tmp_path / "demo"
+    shown, _ = run("demo", "--text", text, "--seconds", 2, "--out", out, "--no-verify", "--no-bench", "--threads", 1)
+    assert "Bits per character" in shown and "1. What is built" in shown
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    points = report["training"]["points"]
+    assert points[-1]["step"] > 0 and report["built"]["backends"]["reference"] is None
+    assert MemoryLM.load(out / "model.safetensors").generate("fox", 5, seed=0)
+    assert (out / "loss.png").exists() or "matplotlib" in shown
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_without_typer_or_rich_one_line(package):
+    block = f"import sys; sys.modules[{package!r}] = None; from memkernels.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", block, "info"], capture_output=True, text=True)
+    assert done.returncode == 1 and "pip install typer rich" in done.stderr and done.stderr.count("\n") == 1
