@@ -40,7 +40,6 @@ def test_bench(benchmark, spec, sample, dtype, mode, who):
     benchmark.group = f"{spec.name} {sample.name} {dtype} {mode}"
     benchmark.pedantic(once, args=(call, mode, "cpu", 1), rounds=5, warmup_rounds=1)
     row = case.row(mode, benchmark.stats.stats.median, who, None, "")
-    benchmark.extra_info.update(
-        op=row.op, size=row.size, dtype=row.dtype, mode=row.mode, who=who, threads=row.threads, backend=row.backend if who == "memkernels" else "",
-        level=row.level, gb_s=row.gb_s, floor_fraction=row.floor, checked=row.checked,
-    )  # fmt: skip
+    about = dict(op=row.op, size=row.size, dtype=row.dtype, mode=row.mode, who=who, threads=row.threads, checked=row.checked)
+    mine = dict(backend=row.backend, level=row.level) if who == "memkernels" else {}
+    benchmark.extra_info.update(about, **mine, gb_s=row.gb_s, floor_fraction=row.floor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -19,16 +20,16 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 
 
 @needs_nvcc
+@pytest.mark.parametrize("arch", [pytest.param(arch, marks=[] if arch == "90a" else [pytest.mark.slow]) for arch in TARGETS])
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda path: path.stem)
-def test_resources(kernel, tmp_path):
-    """No spills, no stack, no more registers than two blocks of 256 threads can have, for each target."""
-    codes = [flag for arch in TARGETS for flag in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
-    command = ["nvcc", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", *codes, "-c", str(kernel), "-o", str(tmp_path / "k.o")]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_resources(kernel, arch, tmp_path):
+    """No spills, no stack, and registers for two blocks of 256 threads on a multiprocessor."""
+    target = ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-c", str(kernel), "-o", str(tmp_path / "k.o")]
+    done = subprocess.run(["nvcc", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", *target], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
-    assert len(registers) >= 3 * 8 and len(spills) == len(registers)
+    assert len(registers) >= 20 and len(spills) == len(registers)
     assert set(spills) == {("0", "0", "0")}
     assert max(registers) <= 128
 
@@ -57,16 +58,11 @@ def test_emulated_kernels(tmp_path):
     flags = "-std=c++17 -O1 -w -fPIC -shared -fvisibility=hidden -fsanitize=alignment,bounds -fsanitize-undefined-trap-on-error".split()
     command = ["g++", *flags, "-DMK_DEVICE_TYPE=dlpack::kCPU", *(f"-I{path}" for path in includes), "-x", "c++"]
     subprocess.run([*command, *map(str, sources), "-o", str(library)], check=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     check = [sys.executable, str(ROOT / "tests" / "cuda_emulation" / "check.py"), str(library)]
-    done = subprocess.run(check, capture_output=True, text=True, cwd=ROOT, env=_environment())
+    done = subprocess.run(check, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert re.match(r"[1-9]\d\d+ cases, 0 failures", done.stdout)
-
-
-def _environment():
-    import os
-
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("memkernels._C_cuda") is None, reason="memkernels._C_cuda was not built (no nvcc)")

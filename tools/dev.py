@@ -189,7 +189,7 @@ def main() -> None:
     if word == "check":
         return check(python, environment)
     commands = {
-        "demo": ["-c", "from memkernels.cli import main; main()", "demo"],
+        "demo": ["-m", "memkernels", "demo"],
         "test": ["-m", "pytest", "-q", "-n", workers()],
         "test-all": ["-m", "pytest", "-q", "-n", workers(), "-m", "slow or not slow"],
         "bench": ["benchmarks/targets.py"],

@@ -47,7 +47,7 @@ struct Peephole {
 };
 
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) forward_kernel(LstmGatesArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) forward_kernel(LstmGatesArgs a) {
   using A = acc_t<T>;
   const int64_t rows_step = int64_t(gridDim.y) * blockDim.y, columns_step = int64_t(gridDim.x) * blockDim.x * V;
   for (int64_t j = (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) * V; j < a.hidden; j += columns_step) {
@@ -95,7 +95,7 @@ __device__ __forceinline__ void load_or_zero(acc_t<T> (&out)[V], const void* poi
 
 // Split s covers rows [s*rows, (s+1)*rows); its peephole sums go to scratch[s, 3, hidden].
 template <class T, int V, bool kPeepholeGradient>
-__global__ void __launch_bounds__(kThreads) backward_kernel(LstmGatesBackwardArgs a, int64_t splits, int64_t rows) {
+__global__ void __launch_bounds__(kThreads, 2) backward_kernel(LstmGatesBackwardArgs a, int64_t splits, int64_t rows) {
   using A = acc_t<T>;
   const int64_t splits_step = int64_t(gridDim.y) * blockDim.y, columns_step = int64_t(gridDim.x) * blockDim.x * V;
   for (int64_t j = (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) * V; j < a.hidden; j += columns_step) {
@@ -149,14 +149,13 @@ cudaError_t forward(const LstmGatesArgs& a, cudaStream_t stream) {
                 stream, a);
 }
 
-template <class T, int V>
+template <class T, int V, bool kPeepholeGradient>
 cudaError_t backward(const LstmGatesBackwardArgs& a, cudaStream_t stream) {
-  const int64_t columns = a.hidden / V, rows = a.dpeephole ? rows_per_split(a.batch) : 1,
-                splits = ceil_div(a.batch, rows);
+  const int64_t columns = a.hidden / V, rows = kPeepholeGradient ? rows_per_split(a.batch) : 1;
+  const int64_t splits = ceil_div(a.batch, rows);
   const dim3 block = block_for(columns), grid = grid_for(ceil_div(columns, block.x), ceil_div(splits, block.y), 1);
-  if (!a.dpeephole) return launch(backward_kernel<T, V, false>, grid, block, stream, a, splits, rows);
-  const cudaError_t error = launch(backward_kernel<T, V, true>, grid, block, stream, a, splits, rows);
-  if (error != cudaSuccess) return error;
+  const cudaError_t error = launch(backward_kernel<T, V, kPeepholeGradient>, grid, block, stream, a, splits, rows);
+  if (!kPeepholeGradient || error != cudaSuccess) return error;
   return sum_splits(static_cast<acc_t<T>*>(a.scratch), static_cast<T*>(a.dpeephole), int64_t(1), splits, 3 * a.hidden,
                     stream);
 }
@@ -173,7 +172,10 @@ cudaError_t backward_any(const LstmGatesBackwardArgs& a, cudaStream_t stream) {
   const bool wide = a.hidden % kWide<T> == 0 && wide_rows<T>(a.gates, a.gates_stride) &&
                     wide_rows<T>(a.cell, a.cell_stride) && wide_rows<T>(a.dh, a.dh_stride) &&
                     wide_rows<T>(a.dc, a.dc_stride) && wide_rows<T>(a.dgates, 0) && wide_rows<T>(a.dcell, 0);
-  return wide ? backward<T, kWide<T>>(a, stream) : backward<T, 1>(a, stream);
+  // Eight columns and their three sums do not fit in the registers of a thread.
+  constexpr int kSumWide = kWide<T> < 4 ? kWide<T> : 4;
+  if (a.dpeephole) return wide ? backward<T, kSumWide, true>(a, stream) : backward<T, 1, true>(a, stream);
+  return wide ? backward<T, kWide<T>, false>(a, stream) : backward<T, 1, false>(a, stream);
 }
 
 }  // namespace

@@ -40,7 +40,7 @@ __device__ __forceinline__ void load_add(acc_t<T> (&out)[V], const MemoryWriteAr
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) forward_kernel(MemoryWriteArgs a, T* written) {
+__global__ void __launch_bounds__(kThreads, 2) forward_kernel(MemoryWriteArgs a, T* written) {
   using A = acc_t<T>;
   const int64_t tile = int64_t(blockDim.y) * kRows, rows_step = gridDim.y * tile,
                 columns_step = int64_t(gridDim.x) * blockDim.x * V;
@@ -95,7 +95,7 @@ __device__ __forceinline__ void other_heads(acc_t<T> (&out)[V], const MemoryWrit
 // dM and ds of a row: threadIdx.x runs along the row, blockDim.x is a power of two up to 32, so a row's lanes lie in
 // one warp.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) rows_kernel(MemoryWriteArgs a, MemoryWriteGradients g) {
+__global__ void __launch_bounds__(kThreads, 2) rows_kernel(MemoryWriteArgs a, MemoryWriteGradients g) {
   using A = acc_t<T>;
   const int64_t rows_step = int64_t(gridDim.y) * blockDim.y;
   for (int64_t b = blockIdx.z; b < a.batch; b += gridDim.z)
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(MemoryWriteArgs a, Memor
 
 // Partial sums over one split of rows: derase and dadd of every head into scratch [batch, splits, heads, width].
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 2)
     columns_kernel(MemoryWriteArgs a, MemoryWriteGradients g, acc_t<T>* erase_sums, acc_t<T>* add_sums,
                    int64_t splits) {
   using A = acc_t<T>;

@@ -1,0 +1,185 @@
+"""Writes the generated parts of README.md and docs/*.md: op tables from specs and files, speeds from benchmarks/results, GPU status.
+
+python tools/docs.py            rewrite what lies between `<!-- generated: NAME -->` and `<!-- /generated -->`
+python tools/docs.py --check    write nothing, exit 1 when something is not current
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from memkernels.testing.spec import OpSpec, specs  # noqa: E402
+
+FOUR = "float64, float32, bfloat16, float16"
+THREE = "float32, bfloat16, float16"
+BACKENDS = {
+    "reference": ("plain torch, any device", FOUR),
+    "cpp": ("C++ on the CPU (baseline, AVX2, AVX-512, AMX)", FOUR),
+    "triton": ("Triton on NVIDIA GPUs", THREE),
+    "cuda": ("CUDA C++ on NVIDIA GPUs", FOUR),
+}
+PAGES = ("README.md", "docs/index.md", "docs/benchmarks.md", "docs/gpu.md")
+PEERS = {
+    "eager": "eager torch",
+    "compile": "torch.compile of eager",
+    "sdpa": "scaled_dot_product_attention",
+    "torch": "torch.nn.LSTM",
+    "without reset": "itself without resets",
+}
+
+
+def has(backend: str, op: str) -> bool:
+    return (ROOT / "memkernels" / "backends" / backend / f"{op}.py").exists()
+
+
+def summary(spec: OpSpec) -> str:
+    """The first sentence of the public function's docstring."""
+    return re.split(r"(?<=[.:])\s", inspect.getdoc(spec.function) or "", maxsplit=1)[0].rstrip(".:")
+
+
+def page(spec: OpSpec) -> str:
+    own = ROOT / "docs" / "ops" / f"{spec.name}.md"
+    return f"[{spec.name}](docs/ops/{own.name})" if own.exists() else spec.name
+
+
+def ops() -> str:
+    lines = ["| op | " + " | ".join(BACKENDS) + " |", "|---|" + "---|" * len(BACKENDS)]
+    for spec in specs().values():
+        lines.append(f"| {page(spec)} | " + " | ".join(dtypes if has(b, spec.name) else "-" for b, (_, dtypes) in BACKENDS.items()) + " |")
+    lines += ["", *(f"- `{name}`: {text}" for name, (text, _) in BACKENDS.items())]
+    return "\n".join(lines)
+
+
+def index() -> str:
+    lines = ["| op | what it computes | inputs | known gaps |", "|---|---|---|---|"]
+    for spec in specs().values():
+        inputs = ", ".join(f"{name}{'?' if i.optional else ''} `{i.dims}`" for name, i in spec.inputs.items())
+        lines.append(f"| {page(spec).replace('docs/', '')} | {summary(spec)} | {inputs} | {' '.join(spec.gaps) or '-'} |")
+    return "\n".join(lines)
+
+
+def latest() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Environment and rows of the newest CPU results, empty when there are none."""
+    found = sorted(p for p in (ROOT / "benchmarks" / "results").glob("*.json") if not p.name.startswith("gpu"))
+    if not found:
+        return {}, []
+    data = json.loads(found[-1].read_text())
+    return data["environment"], data["rows"]
+
+
+def measured_on(environment: dict[str, Any]) -> str:
+    if not environment:
+        return "Not measured yet: `make bench` fills this table."
+    state = "with uncommitted changes" if environment["dirty"] else "clean"
+    return (
+        f"{environment['cpu']}, kernels at level `{environment['cpu_level']}`, {environment['threads']} threads, "
+        f"torch {environment['torch']}, {environment['date'][:10]}, commit {environment['commit'][:10]} ({state}). Medians of interleaved "
+        "runs; every row's result was compared with float64 first. Above 1 is faster than the peer."
+    )
+
+
+def speed() -> str:
+    """What README shows: one line per target and peer, the lost ones included."""
+    environment, rows = latest()
+    lines = [measured_on(environment)]
+    against = [row for row in rows if row["bar"] not in ("us", "read") and row["ratio"] is not None]
+    if against:
+        lines += ["", "| op | size | dtype | pass | ms | peer | peer ms | times faster |", "|---|---|---|---|---|---|---|---|"]
+    for row in against:
+        peer = PEERS.get(row["peer"], row["peer"]) if row["op"] != "lstm" or row["peer"] != "eager" else "LSTMCell loop"
+        faster = f"**{row['ratio']:.2f}**" if row["ratio"] >= 1 else f"{row['ratio']:.2f}"
+        what = f"| {row['op']} | {row['size']} | {row['dtype']} | {row['mode']} "
+        lines.append(f"{what}| {row['ms']:.3g} | {peer} | {row['peer_ms']:.3g} | {faster} |")
+    calls = [row for row in rows if row["bar"] == "us"]
+    if calls:
+        shown = ", ".join(f"{r['op']} {r['measured']:.0f}" for r in calls if r["mode"] == "forward")
+        trained = ", ".join(f"{r['op']} {r['measured']:.0f}" for r in calls if r["mode"] != "forward")
+        lines += ["", f"Microseconds a call on tiny inputs, inference_mode: {shown}; forward and backward: {trained}."]
+    return "\n".join(lines)
+
+
+def targets() -> str:
+    """The bars of this project, each with what was measured and whether it was reached."""
+    environment, rows = latest()
+    lines = [measured_on(environment)]
+    if not rows:
+        return lines[0]
+    ceilings = ", ".join(f"{name} {value:.0f}" for name, value in environment["ceilings"].items())
+    lines += ["", f"Ceilings measured in the same process: {ceilings}.", ""]
+    lines += ["| target | against | ms | GB/s | of floor | needed | measured | | checked |", "|---|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        needed = ("at most " if row["bar"] == "us" else "at least ") + format(row["needed"], ".3g")
+        got = "-" if row["measured"] is None else format(row["measured"], ".3g")
+        verdict = "reached" if row["reached"] else "missed"
+        floor = "-" if row["bar"] == "us" else f"{row['floor']:.0%}"
+        lines.append(
+            f"| {row['target']} | {PEERS.get(row['bar'], row['bar'])} | {row['ms']:.3g} | {row['gb_s']:.1f} | {floor} | {needed} | {got} "
+            f"| {verdict} | {row['checked']} |"
+        )
+    lines += ["", f"{sum(row['reached'] for row in rows)} of {len(rows)} reached."]
+    return "\n".join(lines)
+
+
+def gpu_status() -> str:
+    """Every GPU kernel with the run that showed it right on a GPU, or that there was none."""
+    runs = [json.loads(p.read_text()) for p in sorted((ROOT / "benchmarks" / "results").glob("gpu-*.json"))]
+    lines = ["| op | backend | run on a GPU |", "|---|---|---|"]
+    for spec in specs().values():
+        for backend in ("cuda", "triton"):
+            if not has(backend, spec.name):
+                continue
+            shown = "not run on a GPU yet"
+            for run in runs:
+                mine = [
+                    r for r in run.get("verify", []) if (r["op"], r["backend"]) == (spec.name, backend) and r["status"] != "unavailable"
+                ]
+                if mine:
+                    good, where = sum(r["status"] == "ok" for r in mine), run["environment"]
+                    shown = f"{good} of {len(mine)} comparisons with float64 right on {where['device']}, {where['date'][:10]}"
+            lines.append(f"| {spec.name} | {backend} | {shown} |")
+    return "\n".join(lines)
+
+
+PARTS = {"ops": ops, "index": index, "speed": speed, "targets": targets, "gpu": gpu_status}
+
+
+def generate(text: str) -> str:
+    """The page with every generated part written anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{PARTS[match[2]]()}\n{match[3]}"
+
+    return re.sub(r"(<!-- generated: (\w+) -->)\n.*?(<!-- /generated -->)", fill, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    stale = 0
+    for name in PAGES:
+        path = ROOT / name
+        old = path.read_text()
+        new = generate(old)
+        if old == new:
+            continue
+        stale += 1
+        if "--check" in sys.argv[1:]:
+            sys.stdout.writelines(difflib.unified_diff(old.splitlines(True), new.splitlines(True), name, f"{name} (generated)", n=1))
+        else:
+            path.write_text(new)
+            print(f"wrote {name}")
+    if stale and "--check" in sys.argv[1:]:
+        print("generated documentation is not current: run `make docs`")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
