@@ -95,7 +95,8 @@ class Op:
         if is_reference:
             return single(self._reference_gradients(module.backward(*args[:-1]), args, inputs, needs))
         gradients = [inputs[i].new_empty(inputs[i].shape) if need else None for i, need in zip(self.differentiable, needs)]
-        module.backward(*gradients, *args[:-1])
+        saved = (t.contiguous() for t in args[self.end_inputs : self.end_saved])  # as forward made them: vmap rules hand over views
+        module.backward(*gradients, *args[: self.end_inputs], *saved, *args[self.end_saved : -1])
         return single(tuple(inputs[0].new_empty(0) if g is None else g for g in gradients))
 
     def _reference_gradients(self, found: Any, args: Any, inputs: Any, needs: Any) -> tuple[torch.Tensor, ...]:

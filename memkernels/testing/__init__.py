@@ -1,6 +1,5 @@
 """What tests, fuzz, benchmarks and `memkernels verify` share: specs, input layouts, and the comparison with float64."""
 
-import memkernels.testing.specs  # noqa: F401  (the package of spec files: imported first, so that the function of that name wins below)
 from typing import TYPE_CHECKING
 
 from memkernels.testing.compare import Row, measure, report, verify
