@@ -1,0 +1,15 @@
+"""C++ kernels at every instruction-set level never touch memory beyond a tensor's last, or before its first, element."""
+
+import pytest
+from cases import INTERPRETED, places
+from child import run_python
+
+BACKENDS = [] if INTERPRETED else [label for label, device in places("all") if label.startswith("cpp") and device == "cpu"]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("thorough", (False, pytest.param(True, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_stay_inside_their_tensors(backend, thorough):
+    out = run_python(f"import guard; guard.run_all({backend!r}, {thorough})", timeout=500)
+    assert int(out.split()[-1]) > 0
