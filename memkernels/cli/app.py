@@ -114,8 +114,8 @@ def bench(
     for folder in (plot, json_path and json_path.parent):
         if folder is not None:
             writable_folder(folder)
-    kinds = [getattr(torch, name, None) for name in dtype]
-    if not all(isinstance(kind, torch.dtype) for kind in kinds):
+    kinds = [kind for name in dtype if isinstance(kind := getattr(torch, name, None), torch.dtype)]
+    if len(kinds) != len(dtype):
         raise ValueError(f"--dtype: expected names such as float32, got {', '.join(dtype)}")
     with console.status("measuring"):
         rows = bench.run(ops or None, quick=not full, dtypes=kinds, peers=peer, backend=backend, device=device, threads=threads)

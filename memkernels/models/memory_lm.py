@@ -52,7 +52,7 @@ class CausalAttention(nn.Module):
         if state is not None:
             key, value = torch.cat([state[0], key], 2), torch.cat([state[1], value], 2)
         window = None if key.shape[2] <= self.context else (self.context - 1, -1)
-        heads = attention(query, key, value, is_causal=True, causal="bottom-right", window=window)
+        heads: Any = attention(query, key, value, is_causal=True, causal="bottom-right", window=window)
         kept = (key[:, :, -self.context :], value[:, :, -self.context :])
         return x + self.output(heads.transpose(1, 2).flatten(2)), kept
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +93,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if batched else weights.squeeze(0)
         else:
-            heads, weights = attention(q, k, v, mask, dropout, causal_only), None
+            attended: Any = attention(q, k, v, mask, dropout, causal_only)
+            heads, weights = attended, None
         output = F.linear(heads.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
         output = output if batched and self.batch_first else output.transpose(0, 1) if batched else output.squeeze(0)
         return output, weights
