@@ -130,6 +130,18 @@ MK_INLINE float reduce_max(Vec<float> a) {
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 
+// Lane i = the sum of the 8 floats at rows + 8 i.
+MK_INLINE Vec<float> reduce_add_each(const float* rows) {
+  __m256 p[4];
+  for (int t = 0; t < 4; t++) {
+    const __m256 a = _mm256_loadu_ps(rows + 8 * t), b = _mm256_loadu_ps(rows + 8 * (t + 4));
+    p[t] = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  }
+  const __m256 g = _mm256_add_ps(_mm256_shuffle_ps(p[0], p[1], 0x44), _mm256_shuffle_ps(p[0], p[1], 0xee));
+  const __m256 h = _mm256_add_ps(_mm256_shuffle_ps(p[2], p[3], 0x44), _mm256_shuffle_ps(p[2], p[3], 0xee));
+  return {_mm256_add_ps(_mm256_shuffle_ps(g, h, 0x88), _mm256_shuffle_ps(g, h, 0xdd))};
+}
+
 template <>
 struct Vec<double> {
   using T = double;
@@ -199,6 +211,15 @@ MK_INLINE double reduce_add(Vec<double> a) {
 MK_INLINE double reduce_max(Vec<double> a) {
   const __m128d x = _mm_max_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
   return _mm_cvtsd_f64(_mm_max_sd(x, _mm_unpackhi_pd(x, x)));
+}
+
+MK_INLINE Vec<double> reduce_add_each(const double* rows) {
+  __m256d p[2];
+  for (int t = 0; t < 2; t++) {
+    const __m256d a = _mm256_loadu_pd(rows + 4 * t), b = _mm256_loadu_pd(rows + 4 * (t + 2));
+    p[t] = _mm256_add_pd(_mm256_permute2f128_pd(a, b, 0x20), _mm256_permute2f128_pd(a, b, 0x31));
+  }
+  return {_mm256_add_pd(_mm256_unpacklo_pd(p[0], p[1]), _mm256_unpackhi_pd(p[0], p[1]))};
 }
 
 }  // namespace

@@ -100,6 +100,21 @@ MK_INLINE Vec<float> select(Mask16 m, Vec<float> a, Vec<float> b) { return {_mm5
 MK_INLINE float reduce_add(Vec<float> a) { return _mm512_reduce_add_ps(a.v); }
 MK_INLINE float reduce_max(Vec<float> a) { return _mm512_reduce_max_ps(a.v); }
 
+// Lane i = the sum of the 16 floats at rows + 16 i: sixteen reductions for the shuffles of three.
+MK_INLINE Vec<float> reduce_add_each(const float* rows) {
+  __m512 q[4];
+  for (int t = 0; t < 4; t++) {
+    const __m512 a = _mm512_loadu_ps(rows + 16 * t), b = _mm512_loadu_ps(rows + 16 * (t + 4));
+    const __m512 c = _mm512_loadu_ps(rows + 16 * (t + 8)), d = _mm512_loadu_ps(rows + 16 * (t + 12));
+    const __m512 x = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    const __m512 y = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+    q[t] = _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+  }
+  const __m512 g = _mm512_add_ps(_mm512_shuffle_ps(q[0], q[1], 0x44), _mm512_shuffle_ps(q[0], q[1], 0xee));
+  const __m512 h = _mm512_add_ps(_mm512_shuffle_ps(q[2], q[3], 0x44), _mm512_shuffle_ps(q[2], q[3], 0xee));
+  return {_mm512_add_ps(_mm512_shuffle_ps(g, h, 0x88), _mm512_shuffle_ps(g, h, 0xdd))};
+}
+
 template <>
 struct Vec<double> {
   using T = double;
@@ -151,6 +166,18 @@ MK_INLINE Mask8 operator==(Vec<double> a, Vec<double> b) { return {_mm512_cmp_pd
 MK_INLINE Vec<double> select(Mask8 m, Vec<double> a, Vec<double> b) { return {_mm512_mask_blend_pd(m.m, b.v, a.v)}; }
 MK_INLINE double reduce_add(Vec<double> a) { return _mm512_reduce_add_pd(a.v); }
 MK_INLINE double reduce_max(Vec<double> a) { return _mm512_reduce_max_pd(a.v); }
+
+MK_INLINE Vec<double> reduce_add_each(const double* rows) {
+  __m512d q[2];
+  for (int t = 0; t < 2; t++) {
+    const __m512d a = _mm512_loadu_pd(rows + 8 * t), b = _mm512_loadu_pd(rows + 8 * (t + 2));
+    const __m512d c = _mm512_loadu_pd(rows + 8 * (t + 4)), d = _mm512_loadu_pd(rows + 8 * (t + 6));
+    const __m512d x = _mm512_add_pd(_mm512_shuffle_f64x2(a, b, 0x44), _mm512_shuffle_f64x2(a, b, 0xee));
+    const __m512d y = _mm512_add_pd(_mm512_shuffle_f64x2(c, d, 0x44), _mm512_shuffle_f64x2(c, d, 0xee));
+    q[t] = _mm512_add_pd(_mm512_shuffle_f64x2(x, y, 0x88), _mm512_shuffle_f64x2(x, y, 0xdd));
+  }
+  return {_mm512_add_pd(_mm512_unpacklo_pd(q[0], q[1]), _mm512_unpackhi_pd(q[0], q[1]))};
+}
 
 }  // namespace
 }  // namespace mk::cpu::MK_LEVEL

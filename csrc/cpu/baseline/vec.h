@@ -3,6 +3,8 @@
 #pragma once
 #if defined(__SSE2__)
 #include <emmintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "common/types.h"
@@ -126,10 +128,22 @@ template <class T>
 MK_INLINE Vec<T> of_bits(typename Raw<T>::I bits) {
   return {(typename Raw<T>::F)bits};
 }
-template <class T>
-MK_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
-  return {a.v * b.v + c.v};
-}  // two roundings: there is no FMA here
+// One rounding, as on every other level: SSE2 has no fma, but a product of floats is exact in double.
+MK_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__aarch64__)
+  return {(Raw<float>::F)vfmaq_f32((float32x4_t)c.v, (float32x4_t)a.v, (float32x4_t)b.v)};
+#else
+  for (int i = 0; i < 4; i++) a.v[i] = float(double(a.v[i]) * double(b.v[i]) + double(c.v[i]));
+  return a;
+#endif
+}
+MK_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__aarch64__)
+  return {(Raw<double>::F)vfmaq_f64((float64x2_t)c.v, (float64x2_t)a.v, (float64x2_t)b.v)};
+#else
+  return {a.v * b.v + c.v};  // two roundings: exact ones would cost a library call
+#endif
+}
 template <class T>
 MK_INLINE Vec<T> select(LaneMask<T> m, Vec<T> a, Vec<T> b) {
   return of_bits<T>((m.m & bits_of(a)) | (~m.m & bits_of(b)));
@@ -198,6 +212,14 @@ template <class T>
 MK_INLINE T reduce_max(Vec<T> a) {
   T out = a.v[0];
   for (int i = 1; i < Vec<T>::kLanes; i++) out = out > a.v[i] ? out : a.v[i];
+  return out;
+}
+
+// Lane i = the sum of the kLanes elements at rows + kLanes i.
+template <class T>
+MK_INLINE Vec<T> reduce_add_each(const T* rows) {
+  Vec<T> out;
+  for (int i = 0; i < Vec<T>::kLanes; i++) out.v[i] = reduce_add(Vec<T>::load(rows + i * Vec<T>::kLanes));
   return out;
 }
 

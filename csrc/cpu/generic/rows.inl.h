@@ -1,0 +1,183 @@
+// Three passes over a tile of matrix rows that lies in the L1 or L2 cache: dot products, weighted sums, and rows made
+// of keys. A tile is given by the offsets of its rows, so that rows hidden by a mask are never touched. Per-row numbers
+// of head h (weights, dot products) lie at x[h * kTile + i]. Precision: the accumulation type throughout.
+#pragma once
+
+namespace mk::cpu::MK_LEVEL {
+namespace {
+
+constexpr int64_t kTile = 64;  // most rows a tile has; a multiple of every vector length
+
+template <class S>
+struct Rows {
+  const S* base;
+  int64_t stride;
+  const int32_t* index;  // of the `count` rows that take part
+  int64_t count, width;
+  MK_INLINE const S* row(int64_t i) const { return base + index[i] * stride; }
+};
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+enum class Dot { plain, squares, distance };
+
+// out[h][i] = key[h] . row i, or |key[h] - row i|^2; with Dot::squares also squares[i] = |row i|^2.
+template <class S, int H, Dot kDot>
+void dot_rows_of(const Rows<S>& rows, const acc_t<S>* key, acc_t<S>* out, acc_t<S>* squares) {
+  using A = acc_t<S>;
+  using V = Vec<A>;
+  constexpr int64_t L = V::kLanes;
+  constexpr int kSums = H + (kDot == Dot::squares ? 1 : 0);
+  alignas(64) A lanes[kSums * L * L];
+  for (int64_t first = 0; first < rows.count; first += L) {
+    const int64_t n = rows.count - first < L ? rows.count - first : L;
+    for (int64_t i = 0; i < n; i++) {
+      const S* row = rows.row(first + i);
+      V sum[kSums];
+      for (int h = 0; h < kSums; h++) sum[h] = V::zero();
+      for_each_vec<V>(rows.width, [&](int64_t j, auto part) {
+        const V m = load<V>(row + j, part);
+        for (int h = 0; h < H; h++) {
+          const V k = load<V>(key + h * rows.width + j, part);
+          if constexpr (kDot == Dot::distance) {
+            const V difference = k - m;
+            sum[h] = fma(difference, difference, sum[h]);
+          } else {
+            sum[h] = fma(m, k, sum[h]);
+          }
+        }
+        if constexpr (kDot == Dot::squares) sum[H] = fma(m, m, sum[H]);
+      });
+      for (int h = 0; h < kSums; h++) sum[h].store(lanes + (h * L + i) * L);
+    }
+    for (int h = 0; h < kSums; h++)
+      for (int64_t i = n; i < L; i++) V::zero().store(lanes + (h * L + i) * L);
+    for (int h = 0; h < H; h++) reduce_add_each(lanes + h * L * L).store(out + h * kTile + first);
+    if constexpr (kDot == Dot::squares) reduce_add_each(lanes + H * L * L).store(squares + first);
+  }
+}
+
+template <class S, Dot kDot>
+void dot_rows(const Rows<S>& rows, int64_t heads, const acc_t<S>* key, acc_t<S>* out, acc_t<S>* squares = nullptr) {
+  for (int64_t h = 0; h < heads; h += 4, key += 4 * rows.width, out += 4 * kTile) {
+    switch (heads - h) {
+      case 1:
+        dot_rows_of<S, 1, kDot>(rows, key, out, squares);
+        break;
+      case 2:
+        dot_rows_of<S, 2, kDot>(rows, key, out, squares);
+        break;
+      case 3:
+        dot_rows_of<S, 3, kDot>(rows, key, out, squares);
+        break;
+      default:
+        dot_rows_of<S, 4, kDot>(rows, key, out, squares);
+    }
+  }
+}
+
+// sums[h][0 .. vectors) += sum_i weights[h][i] row i, with the sums in registers; `ahead` is read into the cache
+// meanwhile.
+template <class S, int H, int N, class Part>
+MK_INLINE void add_columns(const Rows<S>& rows, int64_t column, const acc_t<S>* weights, acc_t<S>* sums, const S* ahead,
+                           Part part) {
+  using V = Vec<acc_t<S>>;
+  constexpr int64_t L = V::kLanes;
+  V sum[H][N];
+  for (int h = 0; h < H; h++)
+    for (int l = 0; l < N; l++) sum[h][l] = load<V>(sums + h * rows.width + column + l * L, part);
+  for (int64_t i = 0; i < rows.count; i++) {
+    const S* row = rows.row(i) + column;
+    if (ahead)
+      for (int l = 0; l < int(N * L * sizeof(S) + 63) / 64; l++)
+        __builtin_prefetch(ahead + i * rows.stride + column + l * (64 / int(sizeof(S))), 0, 3);
+    V m[N];
+    for (int l = 0; l < N; l++) m[l] = load<V>(row + l * L, part);
+    for (int h = 0; h < H; h++) {
+      const V w = V::set1(weights[h * kTile + i]);
+      for (int l = 0; l < N; l++) sum[h][l] = fma(w, m[l], sum[h][l]);
+    }
+  }
+  for (int h = 0; h < H; h++)
+    for (int l = 0; l < N; l++) store(sum[h][l], sums + h * rows.width + column + l * L, part);
+}
+
+template <class S, int H>
+void add_rows_of(const Rows<S>& rows, const acc_t<S>* weights, acc_t<S>* sums, const S* ahead) {
+  constexpr int64_t L = Vec<acc_t<S>>::kLanes;
+  int64_t j = 0;
+  for (; j + 4 * L <= rows.width; j += 4 * L) add_columns<S, H, 4>(rows, j, weights, sums, ahead, Full{});
+  for (; j + L <= rows.width; j += L) add_columns<S, H, 1>(rows, j, weights, sums, ahead, Full{});
+  if (j < rows.width) add_columns<S, H, 1>(rows, j, weights, sums, ahead, Tail{rows.width - j});
+}
+
+// sums[h] += sum_i weights[h][i] row i. `ahead`: where the next tile starts (null: nothing to fetch).
+template <class S>
+void add_rows(const Rows<S>& rows, int64_t heads, const acc_t<S>* weights, acc_t<S>* sums, const S* ahead) {
+  for (int64_t h = 0; h < heads; h += 4, weights += 4 * kTile, sums += 4 * rows.width, ahead = nullptr) {
+    switch (heads - h) {
+      case 1:
+        add_rows_of<S, 1>(rows, weights, sums, ahead);
+        break;
+      case 2:
+        add_rows_of<S, 2>(rows, weights, sums, ahead);
+        break;
+      case 3:
+        add_rows_of<S, 3>(rows, weights, sums, ahead);
+        break;
+      default:
+        add_rows_of<S, 4>(rows, weights, sums, ahead);
+    }
+  }
+}
+
+// A sum over heads of per-row numbers times vectors: sum_h scalar[h][i] vector[h].
+template <class A>
+struct Outer {
+  const A *scalar, *vector;  // null: absent
+};
+
+// out row i = outer products of x and y at row i - shrink[i] * row i, rounded once. The row part only with shrink.
+template <class S>
+void mix_rows(const Rows<S>& rows, int64_t heads, Outer<acc_t<S>> x, Outer<acc_t<S>> y, const acc_t<S>* shrink,
+              S* out) {
+  using V = Vec<acc_t<S>>;
+  constexpr int64_t L = V::kLanes;
+  const auto columns = [&](int64_t i, int64_t j, auto part, auto count) {
+    constexpr int N = decltype(count)::value;
+    V sum[N];
+    for (int l = 0; l < N; l++)
+      sum[l] = shrink ? V::set1(-shrink[i]) * load<V>(rows.row(i) + j + l * L, part) : V::zero();
+    const auto add = [&](const Outer<acc_t<S>>& o) {
+      if (!o.scalar) return;
+      for (int64_t h = 0; h < heads; h++) {
+        const V s = V::set1(o.scalar[h * kTile + i]);
+        for (int l = 0; l < N; l++) sum[l] = fma(s, load<V>(o.vector + h * rows.width + j + l * L, part), sum[l]);
+      }
+    };
+    add(x);
+    add(y);
+    for (int l = 0; l < N; l++) store(sum[l], out + int64_t(rows.index[i]) * rows.width + j + l * L, part);
+  };
+  for (int64_t i = 0; i < rows.count; i++) {
+    int64_t j = 0;
+    for (; j + 4 * L <= rows.width; j += 4 * L) columns(i, j, Full{}, Count<4>{});
+    for (; j + L <= rows.width; j += L) columns(i, j, Full{}, Count<1>{});
+    if (j < rows.width) columns(i, j, Tail{rows.width - j}, Count<1>{});
+  }
+}
+
+// The same vectors in the accumulation type, rows packed.
+template <class S>
+void widen_rows(const S* from, int64_t stride, int64_t rows, int64_t width, acc_t<S>* to) {
+  using V = Vec<acc_t<S>>;
+  for (int64_t r = 0; r < rows; r++)
+    for_each_vec<V>(
+        width, [&](int64_t j, auto part) { store(load<V>(from + r * stride + j, part), to + r * width + j, part); });
+}
+
+}  // namespace
+}  // namespace mk::cpu::MK_LEVEL
