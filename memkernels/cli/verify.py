@@ -85,9 +85,16 @@ def show(console: Console, summaries: Sequence[Summary]) -> None:
         table.add_column(head, no_wrap=True)
     for dtype in dtypes:
         table.add_column(dtype, justify="right")
+    absent: dict[str, list[str]] = {}
     for (op, backend), by_dtype in cells.items():
+        reasons = [reason for s in by_dtype.values() for reason in s.unavailable]
+        if reasons and all(s.status == "not run" for s in by_dtype.values()):
+            absent.setdefault(f"{backend}: {reasons[0]}", []).append(op)
+            continue
         table.add_row(op, backend, *(_cell(by_dtype[d]) if d in by_dtype else "-" for d in dtypes))
     console.print(table)
+    for reason, ops in absent.items():
+        console.print(f"not run on {reason} ({', '.join(ops)})", highlight=False, markup=False)
     limits = next((s.limits for s in summaries if len(s.limits) == 2), {})
     if limits:
         console.print(f"allowed: {limits['forward']:g} / {limits['backward']:g}; {sum(s.cases for s in summaries)} comparisons")

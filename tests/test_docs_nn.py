@@ -1,0 +1,36 @@
+"""The Python in docs/nn.md and docs/models.md runs, the docstrings' examples hold, and so do the examples."""
+
+import doctest
+import importlib
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = ("nn.lstm", "nn.lstm_cell", "nn.multihead_attention", "nn.external_memory", "models.vocabulary", "models.memory_lm")
+
+
+@pytest.mark.parametrize("name", ["nn", "models"])
+def test_documentation_runs(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8"), re.S)
+    assert blocks
+    exec(compile("\n".join(blocks), f"docs/{name}.md", "exec"), {})
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    module = importlib.import_module(f"memkernels.{name}")
+    found = doctest.testmod(module, extraglobs={"torch": torch})
+    assert found.attempted and not found.failed
+
+
+@pytest.mark.parametrize("name", ["language_model", "episodes"])
+def test_example(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name])
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    assert len(capsys.readouterr().out.splitlines()) >= 3

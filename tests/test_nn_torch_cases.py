@@ -1,0 +1,46 @@
+"""Our drop-in modules on the inputs and the bad inputs that PyTorch tests its own modules with."""
+
+import re
+import warnings
+
+import pytest
+import torch
+
+from memkernels import nn
+
+common_modules = pytest.importorskip("torch.testing._internal.common_modules", exc_type=ImportError)
+OURS = {torch.nn.LSTM: nn.LSTM, torch.nn.LSTMCell: nn.LSTMCell, torch.nn.MultiheadAttention: nn.MultiheadAttention}
+INFOS = [info for info in common_modules.module_db if info.module_cls in OURS]
+
+
+def build(module, case, training):
+    torch.manual_seed(0)
+    return module(*case.constructor_input.args, **case.constructor_input.kwargs).double().train(training)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
+def test_same_results(info, training):
+    cases = info.module_inputs_func(info, "cpu", torch.float64, True, training)
+    assert cases
+    for case in cases:
+        if case.forward_input is None:
+            continue
+        results = []
+        for module in (info.module_cls, OURS[info.module_cls]):
+            layer = build(module, case, training)
+            torch.manual_seed(1)
+            results.append(layer(*case.forward_input.args, **case.forward_input.kwargs))
+        torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("info", [i for i in INFOS if i.module_error_inputs_func], ids=lambda info: info.name)
+def test_same_errors(info):
+    for error in info.module_error_inputs_func(info, "cpu", torch.float32, True, True):
+        case = error.module_error_input
+        with warnings.catch_warnings(), pytest.raises(error.error_type, match=error.error_regex) as caught:
+            warnings.simplefilter("ignore")
+            layer = OURS[info.module_cls](*case.constructor_input.args, **case.constructor_input.kwargs)
+            layer(*case.forward_input.args, **case.forward_input.kwargs)
+        assert re.search(error.error_regex, str(caught.value))
