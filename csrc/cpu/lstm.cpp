@@ -83,10 +83,13 @@ void plan_forward(LstmForward& f, const LstmFormat& format, int64_t steps, Scrat
   f.panels = tiles_of(f.H, format.lanes);
   f.k_input = round_up(f.I, format.k_multiple), f.k_hidden = round_up(f.H, format.k_multiple);
   f.ld_hidden = round_up(f.H, std::max<int64_t>(32, format.lanes));
-  f.chunk = steps * f.rows.B;
+  f.chunk = round_up(steps * f.rows.B, format.row_multiple);
+  const int64_t hidden_rows = round_up(f.rows.B, format.row_multiple);
   const bool one_stride = f.rows.T == 1 || f.rows.B == 1 || f.input_t == f.rows.B * f.input_b;
+  const bool whole = f.I % format.k_multiple == 0 && f.rows.B * steps % format.row_multiple == 0 &&
+                     f.rows.B * f.rows.T % format.row_multiple == 0;
   f.ld_x = f.rows.B == 1 ? f.input_t : f.input_b;
-  if (format.gather || !one_stride) {
+  if (format.gather || !one_stride || !whole) {
     f.ld_x = f.k_input;
     f.x = scratch.take<char>(f.chunk * f.ld_x * format.pack_bytes);
   }
@@ -94,7 +97,7 @@ void plan_forward(LstmForward& f, const LstmFormat& format, int64_t steps, Scrat
   f.packed_hh = scratch.take<char>(f.panels * f.k_hidden * panel * format.pack_bytes);
   f.bias = scratch.take<char>(f.panels * panel * format.sum_bytes);
   f.projected = scratch.take<char>(f.panels * f.chunk * panel * format.sum_bytes);
-  for (void*& hidden : f.hidden) hidden = scratch.take<char>(f.rows.B * f.ld_hidden * format.pack_bytes);
+  for (void*& hidden : f.hidden) hidden = scratch.take<char>(hidden_rows * f.ld_hidden * format.pack_bytes);
   f.carry = scratch.take<char>(f.rows.B * f.ld_hidden * format.sum_bytes);
 }
 
@@ -154,9 +157,10 @@ void plan_backward(LstmBackward& f, const LstmFormat& format, int dtype, int64_t
   f.ld_gates = round_up(gates, 32) + 32;  // no power of two: columns of dz must not fall into one cache set
   f.ld_hidden = round_up(f.H, std::max<int64_t>(32, panel));
   f.chunk = round_up(steps * f.rows.B, 32);
+  const int64_t dz_rows = f.chunk + format.row_multiple;  // the last step's tiles may reach past the chunk
   f.packed_hh = scratch.take<char>(tiles_of(f.H, panel) * panel * f.k_gates * format.pack_bytes);
   if (f.dinput) f.packed_ih = scratch.take<char>(tiles_of(f.I, panel) * panel * f.k_gates * format.pack_bytes);
-  for (void*& dz : f.dz) dz = scratch.take<char>(f.chunk * f.ld_gates * format.pack_bytes);
+  for (void*& dz : f.dz) dz = scratch.take<char>(dz_rows * f.ld_gates * format.pack_bytes);
   f.dh = scratch.take<char>(f.rows.B * f.ld_hidden * format.sum_bytes);
   f.dc = scratch.take<char>(f.rows.B * f.ld_hidden * format.sum_bytes);
   f.sum_ih = f.dweight_ih, f.sum_hh = f.dweight_hh;

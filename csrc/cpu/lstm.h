@@ -18,6 +18,7 @@ struct LstmFormat {
   int64_t chunk_rows;            // rows (t, b) of a chunk, about
   int64_t row_tile, tile;        // rows of a unit at most: forward, backward
   int64_t gate_tile;             // rows of W of a weight gradient unit at most
+  int64_t row_multiple;          // rows that an operand must have in memory: operand tiles are loaded whole
   bool gather;                   // the input is always copied into operand form
 };
 

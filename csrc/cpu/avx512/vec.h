@@ -27,12 +27,16 @@ MK_INLINE Mask8 operator!(Mask8 a) { return {__mmask8(~a.m)}; }
 MK_INLINE bool any(Mask8 a) { return a.m != 0; }
 
 MK_INLINE __m256i round_bfloat16(__m512 v) {
+#if defined(__AVX512BF16__)
+  return (__m256i)_mm512_cvtneps_pbh(v);  // one instruction instead of eight; denormals (below 1.2e-38) become 0
+#else
   const __m512i bits = _mm512_castps_si512(v),
                 odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+#endif
 }
 MK_INLINE __m512 widen_bfloat16(__m256i h) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));

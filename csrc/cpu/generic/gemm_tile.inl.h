@@ -1,6 +1,6 @@
 // Register tiles of matrix products: c[m][n] = sum_k a[m][k] b[k][n] + init[m][n], n a panel of N whole vectors, k in order.
 //
-// Every element is one chain of fma over k, whatever the tile it lies in: results do not depend on how rows are dealt out.
+// Every element is summed by the same chains of fma over k, whatever the tile it lies in: results do not depend on how rows are dealt out.
 // b is packed: panel rows of N * lanes numbers, one after the other. a is read as it lies, by rows (a[m * lda + k]) or, for
 // products that sum over rows, by columns (a[k * lda + m]).
 #pragma once
@@ -11,38 +11,45 @@ namespace {
 // Rows of a tile: as many as leave registers for one row of b (32 vector registers with AVX-512, 16 below).
 constexpr int64_t tile_rows(int n) { return Vec<float>::kLanes == 16 ? (n == 4 ? 6 : 14) : (n == 4 ? 2 : 5); }
 
+constexpr int64_t kSumBlock = 256;  // longest chain of additions: blocks of k are summed from zero, then added in order
+
 template <class A, int M, int N, bool kColumns>
 void gemm_tile(int64_t count, const A* a, int64_t lda, const A* b, const A* init, int64_t ldi, A* c, int64_t ldc) {
   using V = Vec<A>;
-  V sum[M][N];
-#pragma GCC unroll 16
-  for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-    for (int n = 0; n < N; n++) sum[m][n] = V::zero();
   // Three rows share a base pointer: base, base + lda and base + 2 lda are addressing modes, so 14 rows need 5 registers.
   const A* row[(M + 2) / 3];
   for (int i = 0; i < (M + 2) / 3; i++) row[i] = kColumns ? a : a + 3 * i * lda;
-  for (int64_t k = 0; k < count; k++) {
-    V w[N];
-#pragma GCC unroll 4
-    for (int n = 0; n < N; n++) w[n] = V::load(b + n * V::kLanes);
+  for (int64_t begin = 0; begin == 0 || begin < count; begin += kSumBlock) {
+    V sum[M][N];
 #pragma GCC unroll 16
-    for (int m = 0; m < M; m++) {
-      const V x = V::set1(kColumns ? row[0][m] : row[m / 3][m % 3 * lda]);
+    for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-      for (int n = 0; n < N; n++) sum[m][n] = fma(x, w[n], sum[m][n]);
+      for (int n = 0; n < N; n++) sum[m][n] = V::zero();
+    const int64_t left = count - begin < kSumBlock ? count - begin : kSumBlock;
+    for (int64_t k = 0; k < left; k++) {
+      V w[N];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++) w[n] = V::load(b + n * V::kLanes);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++) {
+        const V x = V::set1(kColumns ? row[0][m] : row[m / 3][m % 3 * lda]);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) sum[m][n] = fma(x, w[n], sum[m][n]);
+      }
+      for (int i = 0; i < (kColumns ? 1 : (M + 2) / 3); i++) row[i] += kColumns ? lda : 1;
+      b += N * V::kLanes;
     }
-    for (int i = 0; i < (kColumns ? 1 : (M + 2) / 3); i++) row[i] += kColumns ? lda : 1;
-    b += N * V::kLanes;
+    // The first term comes last: a large one would cost every partial sum its low bits.
+    const bool last = begin + kSumBlock >= count;
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++) {
+        if (begin) sum[m][n] = V::load(c + m * ldc + n * V::kLanes) + sum[m][n];
+        if (last && init) sum[m][n] = sum[m][n] + V::load(init + m * ldi + n * V::kLanes);
+        sum[m][n].store(c + m * ldc + n * V::kLanes);
+      }
   }
-#pragma GCC unroll 16
-  for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-    for (int n = 0; n < N; n++) {
-      // Added last: a large first term would cost every partial sum its low bits.
-      if (init) sum[m][n] = sum[m][n] + V::load(init + m * ldi + n * V::kLanes);
-      sum[m][n].store(c + m * ldc + n * V::kLanes);
-    }
 }
 
 template <class A>

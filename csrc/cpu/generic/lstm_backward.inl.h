@@ -48,24 +48,22 @@ void start_backward(const LstmBackward& f, Span span) {
     }
 }
 
-// dz of step t, for the rows and panels of `units`; P is what dz is kept in.
+// dz of step t in one panel of two vectors; P is what dz is kept in.
 template <class T, class P>
-void step_gradients(const LstmBackward& f, int64_t t, P* dz, Span units, int64_t most) {
+void panel_gradients(const LstmBackward& f, int64_t t, P* dz, Span rows, int64_t p) {
   constexpr int64_t kLanes = Vec<acc_t<T>>::kLanes;
-  const int64_t tiles = tiles_of(f.rows.B, most);
-  for (int64_t u = units.begin; u < units.end; u++) {
-    const Span rows = tile_of(f.rows.B, tiles, u % tiles);
-    const int64_t first = u / tiles * 2 * kLanes;
-    for (int64_t b = rows.begin; b < rows.end; b++)
-      for_each_vec<Vec<acc_t<T>>>(smaller(2 * kLanes, f.H - first), [&](int64_t i, auto part) {
-        gradient_row<T, P>(f, dz + b * f.ld_gates + first + i, t, b, first + i, part);
-      });
-  }
+  const int64_t first = p * 2 * kLanes;
+  for (int64_t b = rows.begin; b < rows.end; b++)
+    for_each_vec<Vec<acc_t<T>>>(smaller(2 * kLanes, f.H - first), [&](int64_t i, auto part) {
+      gradient_row<T, P>(f, dz + b * f.ld_gates + first + i, t, b, first + i, part);
+    });
 }
 
 template <class T>
 void gates_backward(const LstmBackward& f, int64_t t, void* dz, Span units) {
-  step_gradients<T>(f, t, static_cast<acc_t<T>*>(dz), units, tile_rows(2));
+  const int64_t tiles = tiles_of(f.rows.B, tile_rows(2));
+  for (int64_t u = units.begin; u < units.end; u++)
+    panel_gradients<T>(f, t, static_cast<acc_t<T>*>(dz), tile_of(f.rows.B, tiles, u % tiles), u / tiles);
 }
 
 template <class T>
