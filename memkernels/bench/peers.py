@@ -26,11 +26,14 @@ def peer(spec: OpSpec, name: str) -> Invoke | None:
 
     Args:
         spec: the op.
-        name: "compile" (torch.compile of eager), "without <input>" (the op with that input left out), or a name in spec.peers.
+        name: "compile" (torch.compile of eager), "without <input>" (the op with that input left out), a name in spec.peers, or
+            "sdpa:<backend>" for one of torch's own attention backends ("sdpa:FLASH_ATTENTION").
     """
     if name.startswith("without "):
         left_out = name.removeprefix("without ")
         return lambda inputs, options: spec.call(spec.function, {**inputs, left_out: None}, options)
+    if name.startswith("sdpa:") and "sdpa" in spec.peers:
+        return _one_sdpa(spec, name.removeprefix("sdpa:"))
     if name != "compile":
         return partial(spec.call, spec.peers[name]) if name in spec.peers else None
     if spec.name in NOT_COMPILED or "eager" not in spec.peers:
@@ -42,3 +45,13 @@ def peer(spec: OpSpec, name: str) -> Invoke | None:
         return spec.call(eager, inputs, options)
 
     return torch.compile(call, dynamic=False)
+
+
+def _one_sdpa(spec: OpSpec, backend: str) -> Invoke:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def call(inputs: dict[str, Any], options: dict[str, Any]) -> Any:
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return spec.call(spec.peers["sdpa"], inputs, options)
+
+    return call

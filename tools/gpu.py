@@ -1,0 +1,140 @@
+"""Everything that only a GPU can show, in one command, offline, in less than eight minutes: `make gpu RESULTS=dir`.
+
+    python tools/gpu.py --results DIR [--only STAGE,...]
+
+Runs with this interpreter's own torch and Triton. Each stage is a process of its own with a time limit and is reported PASSED, FAILED or
+NOT RUN with the reason; what was stopped at its limit was not run. Writes DIR/gpu.json and DIR/<stage>.log. Exit code 1 when one failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGET = 470.0
+STAGES = ROOT / "tools" / "gpu_stages.py"
+CANARY = ROOT / "tools" / "gpu_canary.cu"
+# What each sanitizer tool must find in the planted program before its silence about our kernels means anything.
+CANARIES = {"memcheck": "out-of-bounds", "racecheck": "race", "initcheck": "uninitialised"}
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+OURS = ("mk::cuda", "_fwd_kernel", "_bwd_kernel", "_kernel(")
+
+
+@dataclass
+class Outcome:
+    """How one stage ended."""
+
+    stage: str
+    status: str  # PASSED, FAILED, NOT RUN
+    seconds: float = 0.0
+    reason: str = ""
+
+
+class NotRun(Exception):
+    """The reason why a stage could not be run."""
+
+
+class Run:
+    """One `make gpu`: the results folder, the clock, and what is known of the device."""
+
+    def __init__(self, results: Path):
+        self.results, self.begin = results, time.monotonic()
+        self.outcomes: list[Outcome] = []
+        results.mkdir(parents=True, exist_ok=True)
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",
+            "TRITON_CACHE_DIR": str(results.resolve() / "triton"),
+        }
+        self.environment.pop("TRITON_INTERPRET", None)
+        self.device = self.query("import torch; print(torch.cuda.get_device_name(), '%d.%d' % torch.cuda.get_device_capability(), sep='|')")
+
+    def query(self, code: str) -> list[str]:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=self.environment)
+        return done.stdout.strip().split("|") if done.returncode == 0 else []
+
+    def left(self) -> float:
+        return BUDGET - (time.monotonic() - self.begin)
+
+    def execute(self, name: str, limit: float, command: list[str], **variables: str) -> int:
+        """Exit code of a command whose output goes to <name>.log; NotRun when it does not end within its limit."""
+        limit = min(limit, self.left())
+        if limit < 5:
+            raise NotRun("no time left")
+        with open(self.results / f"{name}.log", "w") as log:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env={**self.environment, **variables}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            try:
+                return process.wait(limit)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)
+                process.wait()
+                raise NotRun(f"stopped at its limit of {limit:.0f} s") from None
+
+    def tail(self, name: str) -> str:
+        lines = [line for line in (self.results / f"{name}.log").read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1][:200] if lines else ""
+
+    def stage(self, name: str, action: Callable[[], str], needs_gpu: bool = True) -> None:
+        begin = time.monotonic()
+        try:
+            if needs_gpu and not self.device:
+                raise NotRun("no GPU that torch can use")
+            outcome = Outcome(name, "PASSED", reason=action())
+        except NotRun as reason:
+            outcome = Outcome(name, "NOT RUN", reason=str(reason))
+        except Exception as error:
+            outcome = Outcome(name, "FAILED", reason=str(error) or type(error).__name__)
+        outcome.seconds = round(time.monotonic() - begin, 1)
+        self.outcomes.append(outcome)
+        print(f"{outcome.status:<8} {name:<22} {outcome.seconds:>6.1f} s  {outcome.reason}", flush=True)
+
+    def python(self, name: str, limit: float, *arguments: str, **variables: str) -> str:
+        device = "'cuda' if torch.cuda.is_available() else 'cpu'"
+        code = f"import json, torch; from memkernels.bench import environment; print(json.dumps(environment({device})))"
+        found = self.query(code)
+        parts = {name: self.results / f"{name}.json" for name in ("verify", "determinism", "bench")}
+        rows = {name: json.loads(path.read_text()) for name, path in parts.items() if path.exists()}
+        report = {"stages": [asdict(o) for o in self.outcomes], "environment": json.loads("|".join(found)) if found else {}, **rows}
+        path = self.results / "gpu.json"
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        return path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--only", default="", help="comma-separated stages")
+    arguments = parser.parse_args()
+    run = Run(arguments.results)
+    stages: dict[str, tuple[Callable[[], str], bool]] = {
+        "build": (run.build, False),
+        "verify": (lambda: run.part("verify", 70), True),
+        "tests": (run.tests, True),
+        "bench": (lambda: run.part("bench", 110), True),
+        "determinism": (lambda: run.part("determinism", 40), True),
+        "sanitizer canaries": (run.canaries, True),
+        **{f"sanitizer {check}": ((lambda check=check: run.check_kernels(check)), True) for check in TOOLS},
+    }
+    for name, (action, needs_gpu) in stages.items():
+        if not arguments.only or name in arguments.only.split(","):
+            run.stage(name, action, needs_gpu)
+    path = run.write()
+    count = {status: sum(o.status == status for o in run.outcomes) for status in ("PASSED", "FAILED", "NOT RUN")}
+    print(f"{', '.join(f'{n} {status}' for status, n in count.items())} in {time.monotonic() - run.begin:.0f} s; {path}")
+    return 1 if count["FAILED"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
