@@ -101,6 +101,67 @@ class Run:
         print(f"{outcome.status:<8} {name:<22} {outcome.seconds:>6.1f} s  {outcome.reason}", flush=True)
 
     def python(self, name: str, limit: float, *arguments: str, **variables: str) -> str:
+        code = self.execute(name, limit, [sys.executable, *arguments], **variables)
+        if code:
+            raise RuntimeError(f"exit code {code}: {self.tail(name)}")
+        return self.tail(name)
+
+    def build(self) -> str:
+        variables = {"MEMKERNELS_BUILD": "require"}
+        if self.device:
+            major, minor = self.device[1].split(".")
+            variables["MEMKERNELS_CUDA_ARCHS"] = f"{major}{minor}" + ("a" if major == "9" else "")
+        self.python("build", 120, "setup.py", "build_ext", "--inplace", **variables)
+        return "for " + (", ".join(self.device) or "the default targets, no GPU here")
+
+    def part(self, name: str, limit: float) -> str:
+        """A stage of gpu_stages.py, which writes <name>.json as it goes."""
+        return self.python(name, limit, str(STAGES), name, str(self.results / f"{name}.json"))
+
+    def tests(self) -> str:
+        junit = f"--junitxml={self.results / 'tests.xml'}"
+        return self.python("tests", 130, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "4", "-m", "gpu", junit, "tests")
+
+    def sanitizer(self) -> str:
+        found = shutil.which("compute-sanitizer")
+        if not found:
+            raise NotRun("compute-sanitizer is not on PATH")
+        return found
+
+    def canaries(self) -> str:
+        tool, nvcc = self.sanitizer(), shutil.which("nvcc")
+        if not nvcc:
+            raise NotRun("nvcc is not on PATH")
+        program = self.results.resolve() / "canary"
+        if self.execute("canary-build", 60, [nvcc, "-o", str(program), str(CANARY)]):
+            raise NotRun(f"the planted program did not compile: {self.tail('canary-build')}")
+        for check, plant in CANARIES.items():
+            code = self.execute(f"canary-{check}", 30, [tool, "--tool", check, "--error-exitcode", "99", str(program), plant])
+            if code != 99:
+                raise NotRun(f"{check} did not report the planted {plant} (exit code {code}: {self.tail(f'canary-{check}')})")
+        return f"{', '.join(CANARIES)} report what was planted"
+
+    def check_kernels(self, check: str) -> str:
+        tool = self.sanitizer()
+        if check in CANARIES and self.status("sanitizer canaries") != "PASSED":
+            raise NotRun("the planted errors were not reported, silence would mean nothing")
+        name = f"sanitizer-{check}"
+        command = [tool, "--tool", check, "--error-exitcode", "99", sys.executable, str(STAGES), "tiny", str(self.results / "tiny.json")]
+        code = self.execute(name, 60, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        text = (self.results / f"{name}.log").read_text(errors="replace")
+        if code not in (0, 99) or "tiny:" not in text:
+            raise NotRun(f"exit code {code}: {self.tail(name)}")
+        if code == 0:
+            return "no error"
+        if any(kernel in text for kernel in OURS):
+            raise RuntimeError(f"errors in our kernels, see {name}.log: {self.tail(name)}")
+        return f"errors only in kernels that are not ours: {self.tail(name)}"
+
+    def status(self, name: str) -> str:
+        return next((o.status for o in self.outcomes if o.stage == name), "NOT RUN")
+
+    def write(self) -> Path:
+        """gpu.json: the stages, the environment, and every row that the stages wrote."""
         device = "'cuda' if torch.cuda.is_available() else 'cpu'"
         code = f"import json, torch; from memkernels.bench import environment; print(json.dumps(environment({device})))"
         found = self.query(code)

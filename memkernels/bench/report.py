@@ -71,7 +71,9 @@ def plot(rows: Sequence[Row], folder: str | os.PathLike[str]) -> list[Path]:
         height = 0.8 / len(peers)
         for index, peer in enumerate(peers):
             points = [(labels.index(f"{r.op} {r.size} {r.dtype}"), r.ratio) for r in chosen if r.peer == peer]
-            axes.barh([i + (index - (len(peers) - 1) / 2) * height for i, _ in points], [ratio for _, ratio in points], height, label=peer)
+            axes.barh(
+                [i + (index - (len(peers) - 1) / 2) * height for i, _ in points], [ratio or 0.0 for _, ratio in points], height, label=peer
+            )
         axes.axvline(1.0, color="black", linewidth=1)
         axes.set_yticks(range(len(labels)), labels, fontsize=8)
         axes.invert_yaxis()

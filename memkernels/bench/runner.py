@@ -91,7 +91,7 @@ class Call:
         names = differentiable(spec, inputs)
         self.inputs = inputs
         self.leaves = {n: t.detach().requires_grad_() if t is not None and n in names else t for n, t in inputs.items()}
-        self.wanted = [self.leaves[n] for n in names]
+        self.wanted = [t for n in names if (t := self.leaves[n]) is not None]
         self.upstream: list[torch.Tensor] = []
 
     def _forced(self) -> Any:
