@@ -16,6 +16,8 @@ from memkernels.backends.triton._launch import Device, ceil_div
 
 INTERPRETED = _config.triton_interpret()  # Triton reads the same switch when a kernel is defined
 
+INTERPRET = tl.constexpr(INTERPRETED)
+
 
 @triton.jit
 def lanes(size: tl.constexpr):
@@ -40,6 +42,32 @@ def sigmoid(x):
 
 
 @triton.jit
+def dot(a, b, total, PRECISION: tl.constexpr):
+    """total + a @ b in float32: of two equal 16-bit tiles at their own speed, else widened (the interpreter has no right bfloat16 dot)."""
+    if a.dtype == b.dtype and not INTERPRET:
+        return tl.dot(a, b, total, input_precision=PRECISION)
+    else:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(value, dtype: tl.constexpr):
+    """float32 to the nearest value of a dtype; the interpreter would cut bfloat16 off."""
+    if INTERPRET:
+        if dtype == tl.bfloat16:
+            value = value.to(tl.float32)
+            bits = value.to(tl.uint32, bitcast=True)
+            nearest = ((bits + (0x7FFF + ((bits >> 16) & 1))) & 0xFFFF0000).to(tl.float32, bitcast=True)
+            value = tl.where(value == value, nearest, value)
+    return value.to(dtype)
+
+
+@triton.jit
+def store(ptr, value, mask=None):
+    tl.store(ptr, rounded(value, ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def sum_splits_kernel(out_ptr, part_ptr, items, splits, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
     """out[i] = sum over s of part[s, i], in an order that depends on nothing but the number of splits."""
     item = tl.program_id(0).to(tl.int64) * BLOCK + lanes(BLOCK)
@@ -48,7 +76,7 @@ def sum_splits_kernel(out_ptr, part_ptr, items, splits, BLOCK_S: tl.constexpr, B
         s = first + lanes(BLOCK_S)
         tile = (s < splits)[:, None] & (item < items)[None, :]
         total += tl.sum(tl.load(part_ptr + s[:, None] * items + item[None, :], mask=tile, other=0.0), 0)
-    tl.store(out_ptr + item, total, mask=item < items)
+    store(out_ptr + item, total, mask=item < items)
 
 
 def sum_splits(out: torch.Tensor, part: torch.Tensor) -> None:

@@ -1,10 +1,10 @@
 """Content addressing on Triton, for content_address and content_read: weights = softmax(strength * c(key, memory)), read = weights @ value.
 
-Forward: a program owns one split of the rows of one batch entry, holds all heads and reads each row once: similarity, online softmax, weighted
-sum. Each split leaves (maximum, sum, weighted sum); a second kernel combines them in order of the splits. Weights, if asked for, are written
-as logits and then normalised. Backward: a program owns one split, reads its rows once and writes their gradients; the sums over rows that
-dkey and dstrength are leave one partial a split. Tiles are laid out rows x heads, so that no result of a dot is ever transposed.
-Bytes: forward s*N*W, backward 2*s*N*W (3*s*N*W with dweights). Products exact in float32 (see _common.precision), sums float32.
+Forward: a program owns one split of the rows of one batch entry, holds all heads and reads each row once: similarity, online softmax,
+weighted sum. Each split leaves (maximum, sum, weighted sum); a second kernel combines them in order of the splits. Weights, if asked for,
+are written as logits and then normalised. Backward: a program owns one split, reads its rows once and writes their gradients; the sums
+over rows that dkey and dstrength are leave one partial a split. Tiles are laid out rows x heads, so that no result of a dot is ever
+transposed. Bytes: forward s*N*W, backward 2*s*N*W (3*s*N*W with dweights). Products exact in float32 (see _common.precision), sums float32.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ import triton
 import triton.language as tl
 
 from memkernels.backends.triton import _launch
-from memkernels.backends.triton._common import NAMES, aot, lanes, precision, run, strides, sum_splits
+from memkernels.backends.triton._common import NAMES, aot, lanes, precision, run, store, strides, sum_splits
 
 EPS = tl.constexpr(1e-6)
 
 
 @triton.jit
-def _similar(memory, key, key_ptr, key_stride_r, key_stride_w, R, W, inverse, SIMILARITY: tl.constexpr, PRECISION: tl.constexpr):
-    """c "rows x heads" and the norms of the rows; forward and backward must agree to the last bit, or a saturated softmax is off by strength * eps."""
+def _similar(memory, key, key_ptr, key_stride_r, key_stride_w, R, W, key_norm, SIMILARITY: tl.constexpr, PRECISION: tl.constexpr):
+    """c "rows x heads" and the norms of the rows.
+
+    Forward and backward must agree to the last bit: where one row has all the weight, a difference would be multiplied by strength.
+    """
     norm = tl.full([memory.shape[0]], 1.0, tl.float32)
     if SIMILARITY == "l2":
         r, w = lanes(key.shape[0]), lanes(key.shape[1])
@@ -33,10 +36,10 @@ def _similar(memory, key, key_ptr, key_stride_r, key_stride_w, R, W, inverse, SI
             away = memory - row[None, :]
             similar = tl.where((r == i)[None, :], -tl.sum(away * away, 1)[:, None], similar)
     else:
-        similar = tl.dot(memory, tl.trans(key), input_precision=PRECISION) * inverse[None, :]
+        similar = tl.dot(memory, tl.trans(key), input_precision=PRECISION)
     if SIMILARITY == "cosine":
         norm = tl.sqrt(tl.sum(memory * memory, 1) + EPS)
-        similar /= norm[:, None]
+        similar /= norm[:, None] * key_norm[None, :]
     return similar, norm
 
 
@@ -53,9 +56,9 @@ def _content_fwd_kernel(
     key = tl.load(key_ptr + r[:, None] * key_stride_r + w[None, :] * key_stride_w, mask=(r < R)[:, None] & (w < W)[None, :], other=0.0)
     key = key.to(tl.float32)
     strength = tl.load(strength_ptr + b * strength_stride_b + r * strength_stride_r, mask=r < R, other=0.0).to(tl.float32)
-    inverse = tl.full([BLOCK_R], 1.0, tl.float32)
+    key_norm = tl.full([BLOCK_R], 1.0, tl.float32)
     if SIMILARITY == "cosine":
-        inverse = 1 / tl.sqrt(tl.sum(key * key, 1) + EPS)
+        key_norm = tl.sqrt(tl.sum(key * key, 1) + EPS)
     top, total = tl.full([BLOCK_R], float("-inf"), tl.float32), tl.zeros([BLOCK_R], tl.float32)
     read = tl.zeros([BLOCK_V, BLOCK_R], tl.float32)
     for first in range(split * chunk, tl.minimum((split + 1) * chunk, N), BLOCK_N):
@@ -65,10 +68,10 @@ def _content_fwd_kernel(
             seen = seen & (tl.load(mask_ptr + b * mask_stride_b + n * mask_stride_n, mask=seen, other=0) != 0)
         place = b * memory_stride_b + n[:, None] * memory_stride_n + w[None, :] * memory_stride_w
         memory = tl.load(memory_ptr + place, mask=seen[:, None] & (w < W)[None, :], other=0.0).to(tl.float32)
-        similar, _ = _similar(memory, key, key_ptr, key_stride_r, key_stride_w, R, W, inverse, SIMILARITY, PRECISION)
+        similar, _ = _similar(memory, key, key_ptr, key_stride_r, key_stride_w, R, W, key_norm, SIMILARITY, PRECISION)
         logit = tl.where(seen[:, None], similar * strength[None, :], float("-inf"))
         if logit_ptr is not None:
-            tl.store(logit_ptr + (b * R + r)[None, :] * N + n[:, None], logit, mask=(r < R)[None, :] & (n < N)[:, None])
+            store(logit_ptr + (b * R + r)[None, :] * N + n[:, None], logit, mask=(r < R)[None, :] & (n < N)[:, None])
         new_top = tl.maximum(top, tl.max(logit, 0))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         weights = tl.exp(logit - shift[None, :])
@@ -81,10 +84,10 @@ def _content_fwd_kernel(
                 value = tl.load(value_ptr + place, mask=seen[:, None] & (v < V)[None, :], other=0.0).to(tl.float32)
             read = tl.dot(tl.trans(value), weights, read * shrink[None, :], input_precision=PRECISION)
     head = (split * B + b) * R + r
-    tl.store(maximum_ptr + head, top, mask=r < R)
-    tl.store(sum_ptr + head, total, mask=r < R)
+    store(maximum_ptr + head, top, mask=r < R)
+    store(sum_ptr + head, total, mask=r < R)
     if part_ptr is not None:
-        tl.store(part_ptr + head[None, :] * V + v[:, None], read, mask=(r < R)[None, :] & (v < V)[:, None])
+        store(part_ptr + head[None, :] * V + v[:, None], read, mask=(r < R)[None, :] & (v < V)[:, None])
 
 
 @triton.jit
@@ -102,11 +105,11 @@ def _content_combine_kernel(read_ptr, total_ptr, lse_ptr, maximum_ptr, sum_ptr, 
         total, top = total * shrink + tl.load(sum_ptr + place) * grow, new_top
         if part_ptr is not None:
             read = read * shrink + tl.load(part_ptr + place * V + v, mask=v < V, other=0.0) * grow
-    tl.store(lse_ptr + head, top + tl.log(total))
+    store(lse_ptr + head, top + tl.log(total))
     if part_ptr is not None:
         read /= tl.where(total == 0, 1.0, total)
-        tl.store(read_ptr + head * V + v, read, mask=v < V)
-        tl.store(total_ptr + head * V + v, read, mask=v < V)
+        store(read_ptr + head * V + v, read, mask=v < V)
+        store(total_ptr + head * V + v, read, mask=v < V)
 
 
 @triton.jit
@@ -117,7 +120,7 @@ def _content_weights_kernel(weights_ptr, logit_ptr, lse_ptr, N, BLOCK: tl.conste
     n = (tl.program_id(0).to(tl.int64) % blocks) * BLOCK + lanes(BLOCK)
     logit = tl.load(logit_ptr + head * N + n, mask=n < N, other=float("-inf"))
     lse = tl.load(lse_ptr + head)
-    tl.store(weights_ptr + head * N + n, tl.where(logit == float("-inf"), 0.0, tl.exp(logit - lse)), mask=n < N)
+    store(weights_ptr + head * N + n, tl.where(logit == float("-inf"), 0.0, tl.exp(logit - lse)), mask=n < N)
 
 
 @triton.jit
@@ -136,9 +139,9 @@ def _content_bwd_kernel(
     key = key.to(tl.float32)
     strength = tl.load(strength_ptr + b * strength_stride_b + r * strength_stride_r, mask=r < R, other=0.0).to(tl.float32)
     lse = tl.load(lse_ptr + b * R + r, mask=r < R, other=float("inf"))
-    inverse = tl.full([BLOCK_R], 1.0, tl.float32)
+    key_norm = tl.full([BLOCK_R], 1.0, tl.float32)
     if SIMILARITY == "cosine":
-        inverse = 1 / tl.sqrt(tl.sum(key * key, 1) + EPS)
+        key_norm = tl.sqrt(tl.sum(key * key, 1) + EPS)
     if dread_ptr is not None:
         dread_ptr += b * dread_stride_b + r[:, None] * dread_stride_r + v[None, :] * dread_stride_v
         dread = tl.load(dread_ptr, mask=(r < R)[:, None] & (v < V)[None, :], other=0.0).to(tl.float32)
@@ -157,7 +160,7 @@ def _content_bwd_kernel(
             seen = seen & (tl.load(mask_ptr + b * mask_stride_b + n * mask_stride_n, mask=seen, other=0) != 0)
         place = b * memory_stride_b + n[:, None] * memory_stride_n + w[None, :] * memory_stride_w
         memory = tl.load(memory_ptr + place, mask=seen[:, None] & (w < W)[None, :], other=0.0).to(tl.float32)
-        similar, norm = _similar(memory, key, key_ptr, key_stride_r, key_stride_w, R, W, inverse, SIMILARITY, PRECISION)
+        similar, norm = _similar(memory, key, key_ptr, key_stride_r, key_stride_w, R, W, key_norm, SIMILARITY, PRECISION)
         weights = tl.where(seen[:, None], tl.exp(similar * strength[None, :] - lse[None, :]), 0.0)
         gradient = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
         if dweights_ptr is not None:
@@ -184,25 +187,25 @@ def _content_bwd_kernel(
                 dsum += tl.sum(ddot, 0)
             dkey = tl.dot(tl.trans(memory), ddot, dkey, input_precision=PRECISION)
             if dmemory_ptr is not None:
-                dmemory = tl.dot(ddot * inverse[None, :], key, input_precision=PRECISION)
+                dmemory = tl.dot(ddot / key_norm[None, :], key, input_precision=PRECISION)
                 if SIMILARITY == "cosine":
                     dmemory -= memory * (tl.sum(along, 1) / (norm * norm))[:, None]
                 if SIMILARITY == "l2":
                     dmemory -= memory * tl.sum(ddot, 1)[:, None]
                 if dread_ptr is not None and value_ptr is None:
                     dmemory = tl.dot(weights, dread, dmemory, input_precision=PRECISION)
-                tl.store(dmemory_ptr + (b * N + n)[:, None] * W + w[None, :], dmemory, mask=(n < N)[:, None] & (w < W)[None, :])
+                store(dmemory_ptr + (b * N + n)[:, None] * W + w[None, :], dmemory, mask=(n < N)[:, None] & (w < W)[None, :])
             if dvalue_ptr is not None:
                 dvalue = tl.dot(weights, dread, input_precision=PRECISION)
-                tl.store(dvalue_ptr + (b * N + n)[:, None] * V + v[None, :], dvalue, mask=(n < N)[:, None] & (v < V)[None, :])
+                store(dvalue_ptr + (b * N + n)[:, None] * V + v[None, :], dvalue, mask=(n < N)[:, None] & (v < V)[None, :])
     head = (split * B + b) * R + r
     if delta_part_ptr is not None:
-        tl.store(delta_part_ptr + (2 * split * B + b) * R + r, dstrength, mask=r < R)
-        tl.store(delta_part_ptr + ((2 * split + 1) * B + b) * R + r, dsum, mask=r < R)
+        store(delta_part_ptr + (2 * split * B + b) * R + r, dstrength, mask=r < R)
+        store(delta_part_ptr + ((2 * split + 1) * B + b) * R + r, dsum, mask=r < R)
     else:
-        tl.store(dkey_part_ptr + head[None, :] * W + w[:, None], dkey, mask=(r < R)[None, :] & (w < W)[:, None])
-        tl.store(dsum_part_ptr + head * 2, dstrength, mask=r < R)
-        tl.store(dsum_part_ptr + (head * 2 + 1), dsum, mask=r < R)
+        store(dkey_part_ptr + head[None, :] * W + w[:, None], dkey, mask=(r < R)[None, :] & (w < W)[:, None])
+        store(dsum_part_ptr + head * 2, dstrength, mask=r < R)
+        store(dsum_part_ptr + (head * 2 + 1), dsum, mask=r < R)
 
 
 @triton.jit
@@ -228,9 +231,9 @@ def _content_dkey_kernel(
     elif SIMILARITY == "l2":
         dkey -= key * dsum
     if dkey_ptr is not None:
-        tl.store(dkey_ptr + head * W + w, dkey, mask=w < W)
+        store(dkey_ptr + head * W + w, dkey, mask=w < W)
     if dstrength_ptr is not None:
-        tl.store(dstrength_ptr + head, dstrength)
+        store(dstrength_ptr + head, dstrength)
 
 
 def _tiles(rows, dtype, similarity):
@@ -289,7 +292,8 @@ def backward(dmemory, dkey, dstrength, dvalue, dread, dweights, memory, key, str
         run(
             _content_bwd_kernel, (batch * rows.splits,), *gradients, *parts, delta_part, memory, key, strength, value, mask,
             lse, delta, total, dread, dweights, batch, count, heads, width, value_width, rows.splits, rows.chunk,
-            *memory.stride(), *key.stride(), *strength.stride(), *strides(value, 3), *strides(mask, 2), *strides(dread, 3), *strides(dweights, 3),
+            *memory.stride(), *key.stride(), *strength.stride(), *strides(value, 3), *strides(mask, 2),
+            *strides(dread, 3), *strides(dweights, 3),
             **_tiles(rows, memory.dtype, similarity),
         )  # fmt: skip
 

@@ -65,7 +65,7 @@ def content(rows: int, heads: int, width: int, value_width: int | None, backward
     block_v = block_w if value_width is None else power_of_two(value_width, 16)
     block_n = 16 if backward else max(16, min(32, 2048 // max(block_w, block_v, block_r)))
     chunk, splits = split(rows, block_n)
-    return Rows(block_r, block_n, block_w, block_v, chunk, splits, 8 if block_r * max(block_w, block_v) > 2048 else 4)
+    return Rows(block_r, block_n, block_w, block_v, chunk, splits, 8 if backward or block_r * max(block_w, block_v) > 2048 else 4)
 
 
 def memory_read(rows: int, heads: int, width: int, backward: bool = False) -> Rows:
@@ -81,3 +81,30 @@ def memory_write(rows: int, width: int) -> Rows:
     block_w = power_of_two(width)
     block_n = max(1, min(64, 2048 // block_w))
     return Rows(1, block_n, block_w, block_w, block_n, ceil_div(rows, block_n), 4)
+
+
+def pointwise(hidden: int) -> Rows:
+    """For lstm_gates: a tile of 1024 elements, wide rather than tall."""
+    block_w = min(128, power_of_two(hidden))
+    block_n = 1024 // block_w
+    return Rows(1, block_n, block_w, block_w, block_n, 1, 4)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Tiles of lstm: batch rows x hidden units, summed over block_k at a time; `persistent`: one program runs all steps of its rows."""
+
+    block_b: int
+    block_h: int
+    block_k: int
+    num_warps: int
+    persistent: bool
+
+
+def lstm(hidden: int, wide: bool) -> Steps:
+    """`wide`: float32 weights, of which half as many fit."""
+    block_h = power_of_two(hidden, 16)
+    limit = 64 if wide else 128
+    persistent = block_h <= limit
+    block_h = block_h if persistent else 32
+    return Steps(16, block_h, min(32, power_of_two(hidden, 16)), 8 if block_h > 64 else 4, persistent)

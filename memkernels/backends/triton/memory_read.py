@@ -1,7 +1,7 @@
 """read = weights @ memory on Triton.
 
-Forward: a program owns one split of the rows of one batch entry and one tile of the width, and holds all heads; partial sums are combined in
-a fixed order by a second kernel. Backward: a program owns a block of rows, reads it once and writes both gradients; nothing is combined.
+Forward: a program owns one split of the rows of one batch entry and one tile of the width, and holds all heads; partial sums are combined
+in a fixed order by a second kernel. Backward: a program owns a block of rows, reads it once and writes both gradients; nothing is combined.
 Bytes: forward s*N*W + 4*R*W a split, backward 2*s*N*W. Products are exact in float32 (see _common.precision), sums float32.
 """
 
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from memkernels.backends.triton import _launch
-from memkernels.backends.triton._common import aot, lanes, precision, refuse, run, strides, sum_splits
+from memkernels.backends.triton._common import aot, lanes, precision, refuse, run, store, strides, sum_splits
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def _memory_read_fwd_kernel(
         weights = tl.load(weights_ptr + n[None, :] * weights_stride_n, mask=(r < R)[:, None] & (n < N)[None, :], other=0.0)
         total = tl.dot(weights.to(tl.float32), memory.to(tl.float32), total, input_precision=PRECISION)
     place = ((split * B + b) * R + r)[:, None] * W + w[None, :]
-    tl.store(part_ptr + place, total, mask=(r < R)[:, None] & (w < W)[None, :])
+    store(part_ptr + place, total, mask=(r < R)[:, None] & (w < W)[None, :])
 
 
 @triton.jit
@@ -60,9 +60,9 @@ def _memory_read_bwd_kernel(
             dweights = tl.dot(dread, tl.trans(memory), dweights, input_precision=PRECISION)
         if dmemory_ptr is not None:
             dmemory = tl.dot(weights, dread, input_precision=PRECISION)
-            tl.store(dmemory_ptr + (b * N + n)[:, None] * W + w[None, :], dmemory, mask=tile)
+            store(dmemory_ptr + (b * N + n)[:, None] * W + w[None, :], dmemory, mask=tile)
     if dweights_ptr is not None:
-        tl.store(dweights_ptr + (b * R + r)[:, None] * N + n[None, :], dweights, mask=(r < R)[:, None] & (n < N)[None, :])
+        store(dweights_ptr + (b * R + r)[:, None] * N + n[None, :], dweights, mask=(r < R)[:, None] & (n < N)[None, :])
 
 
 def supports(memory, weights):
@@ -82,7 +82,8 @@ def forward(read, memory, weights):
     part = read[None] if rows.splits == 1 else read.new_empty(rows.splits, *read.shape, dtype=torch.float32)
     run(
         _memory_read_fwd_kernel, (batch * rows.splits, _launch.ceil_div(width, rows.block_w)),
-        part, memory, weights, batch, count, heads, width, rows.splits, rows.chunk, *memory.stride(), *weights.stride(), **_tiles(rows, memory.dtype),
+        part, memory, weights, batch, count, heads, width, rows.splits, rows.chunk,
+        *memory.stride(), *weights.stride(), **_tiles(rows, memory.dtype),
     )  # fmt: skip
     if rows.splits != 1:
         sum_splits(read, part)

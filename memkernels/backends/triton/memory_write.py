@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from memkernels.backends.triton import _launch
-from memkernels.backends.triton._common import aot, lanes, refuse, run, strides, sum_splits
+from memkernels.backends.triton._common import aot, lanes, refuse, run, store, strides, sum_splits
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _memory_write_fwd_kernel(
         kept *= 1 - weights * erase.to(tl.float32)[None, :]
         added += weights * add.to(tl.float32)[None, :]
     place = b * written_stride_b + n[:, None] * written_stride_n + w[None, :] * written_stride_w
-    tl.store(written_ptr + place, memory * kept + added, mask=tile)
+    store(written_ptr + place, memory * kept + added, mask=tile)
 
 
 @triton.jit
@@ -72,18 +72,18 @@ def _memory_write_bwd_kernel(
         dkept = d * memory.to(tl.float32) * others
         dweights = tl.sum(d * add[None, :] - dkept * erase[None, :], 1)
         if dweights_ptr is not None:
-            tl.store(dweights_ptr + (b * H + head) * N + n, dweights, mask=n < N)
+            store(dweights_ptr + (b * H + head) * N + n, dweights, mask=n < N)
         part = ((block * B + b) * H + head) * W + w
         if derase_part_ptr is not None:
-            tl.store(derase_part_ptr + part, -tl.sum(dkept * weights[:, None], 0), mask=w < W)
+            store(derase_part_ptr + part, -tl.sum(dkept * weights[:, None], 0), mask=w < W)
         if dadd_part_ptr is not None:
-            tl.store(dadd_part_ptr + part, tl.sum(d * weights[:, None], 0), mask=w < W)
+            store(dadd_part_ptr + part, tl.sum(d * weights[:, None], 0), mask=w < W)
     if dmemory_ptr is not None:
         for h in range(H):
             head = tl.cast(h, tl.int64)
             factor = tl.load(weights_ptr + head * weights_stride_h, mask=n < N, other=0.0).to(tl.float32)[:, None]
             d *= 1 - factor * tl.load(erase_ptr + head * erase_stride_h, mask=w < W, other=0.0).to(tl.float32)[None, :]
-        tl.store(dmemory_ptr + (b * N + n)[:, None] * W + w[None, :], d, mask=tile)
+        store(dmemory_ptr + (b * N + n)[:, None] * W + w[None, :], d, mask=tile)
 
 
 def supports(memory, weights, erase, add):
