@@ -20,7 +20,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = compare.DTYPES
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Case:
     """One call of one op on one backend."""
 
@@ -33,6 +33,8 @@ class Case:
     def __str__(self) -> str:
         device = "" if self.device == "cpu" else f"-{self.device}"
         return f"{self.spec.name}-{self.backend}{device}-{str(self.dtype).removeprefix('torch.')}-{self.sample.name}"
+
+    __repr__ = __str__
 
     @property
     def options(self) -> dict[str, Any]:

@@ -12,11 +12,13 @@ def pytest_configure(config):
 
 def pytest_report_header(config):
     import cases
+    import test_fuzz
     from memkernels.testing import compare
 
     lines = cases.not_run()
     head = f"memkernels: backends {', '.join(compare.labels())}" + (" (Triton in its interpreter)" if cases.INTERPRETED else "")
-    return [head, *(f"memkernels: not run: {line}" for line in lines)]
+    seeds = f"memkernels: fuzz seed {test_fuzz.SEED}, long form {test_fuzz.LONG_SEED}"
+    return [head, seeds, *(f"memkernels: not run: {line}" for line in lines)]
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from memkernels import _C, _compat
+from memkernels import _C, _compat, _config
 
 _C.bind(_compat.dlpack_exchange_api(), _compat.torch_parallel_for_address(), _compat.torch_num_threads_address())
+if (_level := _config.cpu_level()) is not None:
+    _C.set_cpu_level(_level)
 
 
 def cpu_level(level: str | None = None) -> str:
