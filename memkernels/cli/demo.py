@@ -18,6 +18,7 @@ from memkernels import bench
 from memkernels.bench.environment import environment
 from memkernels.cli import info, plots, verify
 from memkernels.cli.files import writable_folder, write_text
+from memkernels.cli.speed import PEERS, measure, speed_table
 from memkernels.cli.texts import python_documentation, read_texts
 from memkernels.cli.train import train
 from memkernels.cli.trainer import Limit, Settings, Trainer
@@ -25,7 +26,6 @@ from memkernels.cli.trainer import Limit, Settings, Trainer
 # Sizes that learn most in a minute on two cores (docs/cli.md has the measurement).
 CONFIG = dict(embedding=64, hidden=256, slots=32, width=32, read_heads=2, mode="content")
 SETTINGS = Settings(window=64, batch=32, rate=6e-3, warmup=20)
-PEERS = ("eager", "compile")
 
 
 def run(console: Console, text_files: Sequence[Path], seconds: float, out: Path, model: str, verify_ops: bool, bench_ops: bool) -> int:
@@ -96,36 +96,14 @@ def _train(console: Console, trainer: Trainer, source: str, text: str, seconds: 
 
 
 def _bench(console: Console, out: Path) -> dict[str, Any]:
-    with console.status("measuring"):
-        rows = bench.run(None, quick=True, peers=PEERS, seconds=0.3)
+    rows, failures = measure(console, None, quick=True, peers=PEERS, seconds=0.3)
     console.print(speed_table(rows))
     for note in dict.fromkeys(f"{row.op} {row.mode}: {row.note}" for row in rows if row.note):
         console.print(note, highlight=False, markup=False)
+    for op, reason in failures.items():
+        console.print(f"{op}: not measured, its result is wrong: {reason}", style="red", highlight=False, markup=False)
     try:
         bench.plot(rows, out)
     except ImportError as error:
         console.print(f"no plots: {error}", highlight=False)
-    return bench.report(rows)
-
-
-def speed_table(rows: Sequence[bench.Row]) -> Table:
-    """One line an op, size and mode: our time, the peers' times, and how many times faster we are."""
-    table = Table(title=f"Median milliseconds, float32, {torch.get_num_threads()} threads (times faster than the peer)")
-    for head in ("op", "size", "mode", "backend", "fused", "eager", "torch.compile", "of floor"):
-        table.add_column(head, justify="left" if head in ("op", "size", "mode", "backend") else "right")
-    cases = dict.fromkeys((row.op, row.size, row.mode) for row in rows)
-    for case in cases:
-        mine = {row.peer: row for row in rows if (row.op, row.size, row.mode) == case}
-        first = next(iter(mine.values()))
-        peers = [_peer(mine.get(name)) for name in PEERS]
-        floor = "-" if first.floor is None else f"{first.floor:.0%}"
-        table.add_row(*case, first.backend, f"{first.ms:.3g}", *peers, floor)
-    return table
-
-
-def _peer(row: bench.Row | None) -> str:
-    if row is None:
-        return "-"
-    if row.peer_ms is None or row.ratio is None:
-        return "failed, see below"
-    return f"{row.peer_ms:.3g} ({row.ratio:.1f}x)"
+    return {**bench.report(rows), "failures": failures}

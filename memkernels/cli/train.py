@@ -75,8 +75,8 @@ def train(console: Console, trainer: Trainer, limit: Limit, out: Path | None, sa
 
     Raises: KeyboardInterrupt, after saving, if it was stopped.
     """
-    points = [Point(trainer.step, trainer.seconds, trainer.evaluate(QUICK_EVALUATION), 0.0)]
-    points[0] = Point(trainer.step, trainer.seconds, points[0].train, points[0].train)
+    first = trainer.evaluate(QUICK_EVALUATION)
+    points = [Point(trainer.step, trainer.seconds, first, first)]
     recent: list[float] = []
     saved = evaluated = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -99,9 +99,8 @@ def train(console: Console, trainer: Trainer, limit: Limit, out: Path | None, sa
             trainer.save(out)
         if stopped():
             raise KeyboardInterrupt
-    if recent:
-        points.append(Point(trainer.step, trainer.seconds, sum(recent) / len(recent), trainer.evaluate()))
-    return points
+    last = sum(recent) / len(recent) if recent else first
+    return [*points, Point(trainer.step, trainer.seconds, last, trainer.evaluate())]
 
 
 def _describe(point: Point, step: int | None = None, recent: list[float] | None = None) -> str:
