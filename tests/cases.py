@@ -81,7 +81,9 @@ def _reasons(op: str, sample: str, dtype: torch.dtype, device: str) -> dict[str,
 
 @functools.cache
 def places(levels: str) -> list[tuple[str, str]]:
-    """(backend label, device) pairs to run on; levels "all": the C++ kernels at every instruction-set level."""
+    """(backend label, device) pairs; levels: "best", "lower" (C++ kernels below the machine's best instruction set) or "all"."""
+    if levels == "lower":
+        return [pair for pair in places("all") if pair not in places("best")]
     if INTERPRETED:
         return [("triton", "cpu")]
     found = ["reference", "cpp"] if memkernels.backends()["cpp"] is None else ["reference"]

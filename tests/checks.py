@@ -49,15 +49,15 @@ def threads(n: int):
         torch.set_num_threads(before)
 
 
-def check_accuracy(case: Case, layout: str = "contiguous", gradient: str | None = "contiguous", seed: int = 0) -> None:
-    """Outputs and gradients against float64, within spec.tol of the reference's own error; the inputs stay as they were."""
+def check_accuracy(case: Case, layout: str = "contiguous", gradient: str | None = "contiguous", seed: int = 0, slack: float = 1) -> None:
+    """Outputs and gradients against float64, within spec.tol (times slack) of the reference's own error; the inputs stay as they were."""
     given = case.inputs(seed=seed)
     before = copies(given)
     rows = compare.measure(
         case.spec, case.sample, case.dtype, case.backend, layout=layout, gradient=gradient, seed=seed, device=case.device, inputs=given
     )
     assert_unchanged(given, before, "the call")
-    bad = [row for row in rows if row.status != "ok"]
+    bad = [row for row in rows if not row.ratio <= row.limit * slack]
     assert not bad, f"layout {layout}, gradient {gradient}, seed {seed}\n" + compare.report(bad)
 
 

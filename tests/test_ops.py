@@ -11,18 +11,23 @@ pytestmark = pytest.mark.timeout(300)
 FLOAT = DTYPES[1:2] if INTERPRETED else DTYPES[:2]
 
 
+def plain(**kwargs):
+    """Samples with elements to look at and no values at the edge of the range."""
+    return select(hard=False, empty=False, **kwargs)
+
+
 @pytest.mark.parametrize("case", select(levels="all"))
 def test_accuracy(case):
     checks.check_accuracy(case)
 
 
-@pytest.mark.parametrize("case", select(hard=False, empty=False, dtypes=FLOAT) + select(levels="all", hard=False, empty=False, first=2, dtypes=DTYPES[2:]))
+@pytest.mark.parametrize("case", plain(dtypes=FLOAT, kernels_only=True) + plain(dtypes=DTYPES[2:], first=3) + plain(levels="lower", first=3))
 def test_input_layouts(case):
     for layout in LAYOUTS:
         checks.check_accuracy(case, layout=layout)
 
 
-@pytest.mark.parametrize("case", select(hard=False, empty=False))
+@pytest.mark.parametrize("case", plain(dtypes=FLOAT, kernels_only=True) + plain(dtypes=DTYPES[2:], first=3) + plain(levels="lower", first=3))
 def test_gradient_layouts(case):
     for gradient in GRADIENT_LAYOUTS:
         for seed in range(3 if gradient == "partial" else 1):
@@ -45,7 +50,7 @@ def _zeroed():
 @pytest.mark.parametrize("case", list(_zeroed()))
 def test_every_dimension_zero(case):
     if case.reason() is None:
-        checks.check_accuracy(case)
+        checks.check_accuracy(case, slack=8)  # many values that are all alike: the reference is exact by luck
 
 
 @pytest.mark.parametrize("case", select(dtypes=FLOAT[-1:]))
@@ -58,7 +63,7 @@ def test_backward_changes_nothing(case):
     checks.check_gradients_kept(case)
 
 
-@pytest.mark.parametrize("case", select(dtypes=FLOAT[-1:], hard=False, empty=False))
+@pytest.mark.parametrize("case", plain(dtypes=FLOAT[-1:]))
 def test_requires_grad_subsets(case):
     checks.check_requires_grad(case)
 
@@ -74,28 +79,37 @@ def test_errors(case, error):
     checks.check_error(case, error)
 
 
-@pytest.mark.parametrize("case", select(levels="all", hard=False, dtypes=DTYPES[1:3]))
+@pytest.mark.parametrize("case", select(dtypes=DTYPES[1:3], hard=False) + plain(levels="lower", dtypes=DTYPES[1:3], first=3))
 def test_deterministic(case):
-    checks.check_deterministic(case, 5 if INTERPRETED else 20)
+    checks.check_deterministic(case, 5 if INTERPRETED else 15)
+
+
+@pytest.mark.parametrize("case", one_per_op(DTYPES[1]))
+def test_deterministic_over_100_runs(case):
+    checks.check_deterministic(case, 10 if INTERPRETED else 100)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", select(levels="all", empty=False))
-def test_deterministic_over_100_runs(case):
+def test_deterministic_over_100_runs_of_all_samples(case):
     checks.check_deterministic(case, 100)
 
 
-@pytest.mark.parametrize("case", select(levels="all", dtypes=DTYPES[1:3], hard=False, empty=False, kernels_only=True))
+HALF_TOO = DTYPES[1:3]
+INDEPENDENT = plain(dtypes=HALF_TOO, kernels_only=True) + plain(levels="lower", dtypes=HALF_TOO, first=3)
+
+
+@pytest.mark.parametrize("case", INDEPENDENT)
 def test_thread_invariant(case):
     checks.check_thread_invariant(case)
 
 
-@pytest.mark.parametrize("case", [p for p in select(levels="all", dtypes=DTYPES[1:], hard=False, empty=False, kernels_only=True) if p.values[0].spec.rows])
+@pytest.mark.parametrize("case", [p for p in INDEPENDENT if p.values[0].spec.rows])
 def test_batch_invariant(case):
     checks.check_batch_invariant(case, (1, 2, 3) if INTERPRETED else (1, 2, 3, 8, 33))
 
 
-@pytest.mark.parametrize("case", [p for p in select(levels="all", dtypes=DTYPES[1:3], hard=False, empty=False, kernels_only=True) if p.values[0].spec.rows])
+@pytest.mark.parametrize("case", [p for p in INDEPENDENT if p.values[0].spec.rows])
 def test_row_poison(case):
     checks.check_row_poison(case)
 

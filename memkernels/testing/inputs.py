@@ -45,7 +45,7 @@ def draw(spec: OpSpec, sample: Sample, dtype: torch.dtype, seed: int = 0, device
         drawn[name] = wanted.draw(wanted.shape(sample.dims), wanted.dtype or dtype, numbers).to(wanted.dtype or dtype)
     if sample.twist is not None:
         drawn = {**drawn, **sample.twist(drawn)}
-    return {name: None if t is None else t.to(device).contiguous() for name, t in drawn.items()}
+    return {name: None if t is None else t.to(device, spec.inputs[name].dtype or dtype).contiguous() for name, t in drawn.items()}
 
 
 def differentiable(spec: OpSpec, inputs: Tensors) -> list[str]:
