@@ -76,9 +76,9 @@ def _train(console: Console, trainer: Trainer, source: str, text: str, seconds: 
         bar = "#" * round(8 * p.held_out)
         table.add_row(str(p.step), f"{p.seconds:.0f}", f"{p.train:.3f}", f"{p.held_out:.3f}", bar)
     console.print(table)
-    prompt = text[len(text) - len(trainer.held_out) :][:40]
+    prompt = _prompt(text[len(text) - len(trainer.held_out) :])
     begin = time.monotonic()
-    sample = trainer.model.generate(prompt, length=400, temperature=0.7, top_p=0.9, seed=0)
+    sample = trainer.model.generate(prompt, length=400, temperature=0.8, top_p=0.9, seed=0)
     speed = 400 / (time.monotonic() - begin)
     console.print(f"\nIt continues held-out text ({speed:.0f} characters a second), the prompt in bold:", highlight=False)
     console.print(Text.assemble((prompt, "bold"), sample))
@@ -93,6 +93,15 @@ def _train(console: Console, trainer: Trainer, source: str, text: str, seconds: 
         "sample": {"prompt": prompt, "text": sample, "characters_per_second": round(speed, 1)},
         "checkpoint": checkpoint.name,
     }
+
+
+def _prompt(text: str) -> str:
+    """The start of the first line that reads like a sentence."""
+    for line in text.splitlines():
+        start = line.strip()[:40]
+        if len(start) == 40 and sum(c.isalpha() or c == " " for c in start) > 36:
+            return start
+    return text[:40]
 
 
 def _bench(console: Console, out: Path) -> dict[str, Any]:

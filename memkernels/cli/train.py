@@ -18,7 +18,7 @@ from memkernels.cli.errors import UserError
 from memkernels.cli.files import writable_folder
 from memkernels.cli.trainer import Limit, Settings, Trainer
 
-QUICK_EVALUATION = 8192  # characters of the held-out tail that are scored while training
+QUICK_EVALUATION = 16384  # characters of the held-out tail that are scored while training
 
 
 @dataclass(frozen=True)

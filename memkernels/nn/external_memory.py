@@ -160,7 +160,8 @@ class ExternalMemory(nn.Module):
         # The gate multiplies erase and add instead of the weights: the same product, once for all steps.
         erase = gate * torch.sigmoid(parts[2]).unflatten(-1, (-1, self.width))
         add = gate * torch.tanh(parts[3]).unflatten(-1, (-1, self.width))
-        memory, reads = state.memory, list[Any]()
+        memory = state.memory
+        reads: list[Any] = []
         for read_key, write_key, read_strength, write_strength, e, a in _steps(*keys, *strengths, erase, add):
             weights = content_address(memory, write_key, write_strength, similarity=self.similarity)
             memory = memory_write(memory, weights, e, a)
