@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from memkernels import _backends, _vmap
-from memkernels._compat import below_autograd, eager_apply, functorch_active
+from memkernels._compat import autocast_enabled, below_autograd, eager_apply, functorch_active
 from memkernels._op import Op
 
 
@@ -139,5 +139,5 @@ _NOTHING = contextlib.nullcontext()
 
 def _as_in_forward(name: str | None, device: str) -> Any:
     """Backward may run in another thread or context: with the backend forward was forced to, and never under autocast."""
-    autocast = torch.is_autocast_enabled(device)
+    autocast = autocast_enabled(device)
     return _restored(name, device, autocast) if autocast or name is not None else _NOTHING

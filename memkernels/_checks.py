@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from memkernels._compat import autocast_enabled
+
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -91,7 +93,7 @@ def check_floating(op: str, **tensors: torch.Tensor | None) -> None:
 
 def _autocast_unifies(tensor: torch.Tensor, first: torch.Tensor) -> bool:
     lower = tensor.dtype in FLOATS and torch.float64 not in (tensor.dtype, first.dtype)
-    return lower and torch.is_autocast_enabled(first.device.type)
+    return lower and autocast_enabled(first.device.type)
 
 
 def check_dtype(op: str, argument: str, tensor: torch.Tensor | None, dtype: torch.dtype, like: torch.Tensor) -> None:

@@ -20,6 +20,14 @@ def forward_ad_active() -> bool:
     return forward_ad._current_level >= 0
 
 
+_AUTOCAST = ("cpu", "cuda", "xpu", "mps")
+
+
+def autocast_enabled(device: str) -> bool:
+    """torch.is_autocast_enabled raises for devices that know no autocast, meta among them."""
+    return device in _AUTOCAST and torch.is_autocast_enabled(device)
+
+
 def dlpack_exchange_api() -> Any:
     """The PyCapsule of the DLPack C exchange API (torch >= 2.10)."""
     return torch.Tensor.__dlpack_c_exchange_api__  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from memkernels import _autograd, _backends
-from memkernels._compat import below_autograd, forward_ad_active, functorch_active, intercepted
+from memkernels._compat import autocast_enabled, below_autograd, forward_ad_active, functorch_active, intercepted
 from memkernels._op import Arg, Op, Out
 
 __all__ = ["OPS", "Arg", "Out", "capture", "define_inplace", "define_op", "explain"]
@@ -26,7 +26,7 @@ class RoutedOp(Op):
         if _capturing is not None and _capturing == threading.get_ident():
             raise _Captured(self, args)
         device = args[0].device.type
-        if torch.is_autocast_enabled(device):
+        if autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 out = self._route(_autocast(self, args, device))
         else:

@@ -43,6 +43,13 @@ def test_subclasses_and_modes_intercept():
         assert _compat.intercepted((plain,))
 
 
+def test_autocast_is_asked_of_every_device():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _compat.autocast_enabled("cpu")
+    assert not _compat.autocast_enabled("cpu")
+    assert not _compat.autocast_enabled("meta")
+
+
 def test_eager_apply_records_the_gradient():
     x = torch.ones(2, requires_grad=True)
     _compat.eager_apply(Double)(x).sum().backward()

@@ -78,8 +78,7 @@ def lstm(
         h0, c0 = state
         check_dims("lstm", input=(input, "T B I"), weight_hh=(weight_hh, "4H H"), h0=(h0, "B H"), c0=(c0, "B H"))
     floating = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)
-    if not torch.is_autocast_enabled(input.device.type):
-        check_floating("lstm", **dict(zip(_FLOATING, floating, strict=True)))
+    check_floating("lstm", **dict(zip(_FLOATING, floating, strict=True)))
     check_dtype("lstm", "reset", reset, torch.bool, input)
     check_dtype("lstm", "lengths", lengths, torch.int64, input)
     _check_lengths(lengths, input)
