@@ -219,4 +219,4 @@ def demo(
     from memkernels.cli import demo
 
     _threads(threads)
-    return demo.run(console, [*(text or ()), *(more or ())], seconds, out, model, verify, bench)
+    return demo.run(console, [*(text or ()), *(more or ())], seconds, out, model, verify, bench, threads)

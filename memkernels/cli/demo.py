@@ -28,8 +28,17 @@ CONFIG = dict(embedding=64, hidden=256, slots=32, width=32, read_heads=2, mode="
 SETTINGS = Settings(window=64, batch=32, rate=6e-3, warmup=20)
 
 
-def run(console: Console, text_files: Sequence[Path], seconds: float, out: Path, model: str, verify_ops: bool, bench_ops: bool) -> int:
-    """Everything in order; returns the exit code."""
+def run(
+    console: Console,
+    text_files: Sequence[Path],
+    seconds: float,
+    out: Path,
+    model: str,
+    verify_ops: bool,
+    bench_ops: bool,
+    threads: int | None,
+) -> int:
+    """Everything in order; returns the exit code. Without `threads`, training uses torch's number or one, whichever is faster."""
     text = read_texts(text_files) if text_files else python_documentation()
     source = ", ".join(map(str, text_files)) if text_files else "Python's documentation (pydoc_data.topics)"
     trainer = Trainer.start(text, CONFIG | {"model": model}, SETTINGS)
@@ -43,7 +52,10 @@ def run(console: Console, text_files: Sequence[Path], seconds: float, out: Path,
         summaries = verify.run(console, None, None, None, "cpu", None)
         report["verify"] = verify.plain(summaries)
     _head(console, f"3. Does it learn: Embedding - LSTM - {'external memory' if model == 'memory' else 'attention - LSTM'} - Dense")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or faster_threads(trainer))
     report["training"] = _train(console, trainer, source, text, seconds, out)
+    torch.set_num_threads(before)
     if bench_ops:
         _head(console, "4. Is it fast: fused against plain torch and torch.compile")
         report["bench"] = _bench(console, out)
@@ -89,10 +101,28 @@ def _train(console: Console, trainer: Trainer, source: str, text: str, seconds: 
         "characters": len(text),
         "config": asdict(trainer.model.config),
         "parameters": parameters,
+        "threads": torch.get_num_threads(),
         "points": [asdict(p) for p in points],
         "sample": {"prompt": prompt, "text": sample, "characters_per_second": round(speed, 1)},
         "checkpoint": checkpoint.name,
     }
+
+
+def faster_threads(trainer: Trainer) -> int:
+    """torch's number of threads, or 1 where that is faster: on a busy machine the threads of every small op wait for each other."""
+    torch_threads = torch.get_num_threads()
+    timings = {}
+    for threads in (torch_threads, 1):
+        torch.set_num_threads(threads)
+        times = []
+        for _ in range(4):
+            begin = time.perf_counter()
+            trainer.model.loss(trainer.batch()).backward()
+            times.append(time.perf_counter() - begin)
+        timings[threads] = sorted(times[1:])[1]
+    trainer.optimizer.zero_grad(set_to_none=True)
+    torch.set_num_threads(torch_threads)
+    return min(timings, key=lambda threads: timings[threads])
 
 
 def _prompt(text: str) -> str:

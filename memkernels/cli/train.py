@@ -100,7 +100,7 @@ def train(console: Console, trainer: Trainer, limit: Limit, out: Path | None, sa
         if stopped():
             raise KeyboardInterrupt
     last = sum(recent) / len(recent) if recent else first
-    return [*points, Point(trainer.step, trainer.seconds, last, trainer.evaluate())]
+    return [*(p for p in points if p.step < trainer.step or p is points[0]), Point(trainer.step, trainer.seconds, last, trainer.evaluate())]
 
 
 def _describe(point: Point, step: int | None = None, recent: list[float] | None = None) -> str:
