@@ -133,6 +133,7 @@ def strides(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:
     return (0,) * dims if tensor is None else tensor.stride()
 
 
+SIZES = frozenset("NWVDKQHM")  # multiples of 16 in a typical call, which lets loads be vectors
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -144,7 +145,7 @@ class Aot:
     kernel: Any
     signature: Mapping[str, str]
     constants: Mapping[str, Any]
-    divisible: tuple[str, ...]  # arguments that are multiples of 16, as aligned pointers and even strides are
+    divisible: tuple[str, ...]  # multiples of 16: aligned pointers, SIZES, strides
     num_warps: int
     num_stages: int
     expect: tuple[str, ...] = ()  # what must be in the PTX for sm_90, e.g. "wgmma"
@@ -160,10 +161,10 @@ def aot(
     num_stages: int = 3,
     expect: tuple[str, ...] = (),
 ) -> Aot:
-    """Types follow the names: `*_ptr` points to `dtype`, every other argument is an int32 multiple of 16, unless `types` says otherwise."""
+    """Types follow the names: `*_ptr` points to `dtype`, every other argument is an int32, unless `types` says otherwise."""
     types = dict(types or {})
     signature = {
         a: "constexpr" if a in constants else types.get(a, f"*{NAMES[dtype]}" if a.endswith("_ptr") else "i32") for a in kernel.arg_names
     }
-    divisible = tuple(a for a, t in signature.items() if t[0] == "*" or ("stride" in a and t != "constexpr"))
+    divisible = tuple(a for a, t in signature.items() if t[0] == "*" or (t != "constexpr" and ("stride" in a or a in SIZES)))
     return Aot(f"{name}_{NAMES[dtype]}", kernel, signature, dict(constants), divisible, num_warps, num_stages, expect)

@@ -108,3 +108,52 @@ def lstm(hidden: int, wide: bool) -> Steps:
     persistent = block_h <= limit
     block_h = block_h if persistent else 32
     return Steps(16, block_h, min(32, power_of_two(hidden, 16)), 8 if block_h > 64 else 4, persistent)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Tiles of attention: queries x keys; `splits` of the keys for few queries."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    block_v: int
+    num_warps: int
+    num_stages: int
+    chunk: int
+    splits: int
+
+
+SPLIT_QUERIES = 64
+KEYS_PER_SPLIT = 1024
+
+
+# (16-bit kernel, padded width up to) -> queries, keys, warps, stages; the largest tiles that compile without spills for sm_80, sm_90 and sm_100.
+ATTENTION_TILES = {
+    ("forward", 64): (128, 64, 8, 3),
+    ("forward", 128): (128, 64, 8, 3),
+    ("dkey", 64): (32, 64, 4, 2),
+    ("dkey", 128): (64, 32, 8, 2),
+    ("dquery", 64): (128, 64, 8, 2),
+    ("dquery", 128): (128, 64, 8, 2),
+}
+
+
+def attention(queries: int, keys: int, width: int, value_width: int, wide: bool, kernel: str) -> Attention:
+    """For attention; `wide`: float32. `kernel`: "forward", "dkey" or "dquery". Few queries over many keys are split over the keys."""
+    block_d, block_v = power_of_two(width, 16), power_of_two(value_width, 16)
+    largest = max(block_d, block_v)
+    if wide:
+        block_m, block_n, warps, stages = (32, 32, 8, 2) if largest <= 64 else (16, 16, 8, 2)
+    elif largest <= 128:
+        block_m, block_n, warps, stages = ATTENTION_TILES[kernel, 64 if largest <= 64 else 128]
+    else:
+        block_m, block_n, warps, stages = (32, 16, 8, 2) if largest <= 256 else (16, 16, 8, 2)
+    if queries < block_m:
+        block_m = power_of_two(queries, 16)
+        warps = min(warps, 4)
+    chunk, splits = max(keys, 1), 1
+    if queries <= SPLIT_QUERIES and keys > 2 * KEYS_PER_SPLIT:
+        chunk = ceil_div(max(KEYS_PER_SPLIT, ceil_div(keys, MAX_SPLITS)), block_n) * block_n
+        splits = ceil_div(keys, chunk)
+    return Attention(block_m, block_n, block_d, block_v, warps, stages, chunk, splits)

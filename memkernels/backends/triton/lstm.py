@@ -2,7 +2,7 @@
 
 Products over all steps (input @ weight_ih.T, and in backward dz with input, weights and states) are one matrix product each. The recurrent
 part: a program owns a tile of batch rows x hidden units and, for each step, multiplies the state that enters it by its rows of weight_hh
-and applies the gates. Where all hidden units fit one program it runs all T steps (the state passes through global memory, behind a barrier);
+and applies the gates. Where all hidden units fit one program it runs all T steps (the state goes through global memory, behind a barrier);
 else one launch is one step. Lengths and resets are read on the device. float32 sums; c and dz stay float32 between steps.
 Bytes a step: 4*s*H^2 of weights (cached), 16+7s a hidden unit.
 """

@@ -1,0 +1,84 @@
+"""What the attention kernels share: which keys a query sees, dropout, and the host's view of a call."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from memkernels.backends.triton import _launch
+from memkernels.backends.triton._common import precision, refuse
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def masked(logit, i, k, mask_ptr, mask_stride_q, mask_stride_k, Q, K, low, high, WINDOWED: tl.constexpr):
+    """Scores in powers of two, with the float mask added, -inf where query i does not see key k (one of the two is a row, one a column)."""
+    seen = (i < Q) & (k < K)
+    if WINDOWED:
+        seen = seen & (k - i >= low) & (k - i <= high)
+    if mask_ptr is not None:
+        mask = tl.load(mask_ptr + i * mask_stride_q + k * mask_stride_k, mask=seen, other=0)
+        if mask.dtype == tl.int1:
+            seen = seen & (mask != 0)
+        else:
+            mask = mask.to(tl.float32)
+            seen = seen & (mask != float("-inf"))
+            logit += mask * LOG2E
+    return tl.where(seen, logit, float("-inf"))
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def dropout(seed, head, i, k, threshold, inverse):
+    """0 or 1 / (1 - p) for each weight: the hash of backends/reference/attention.py."""
+    low = (seed & 0xFFFFFFFF).to(tl.uint32)
+    high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    a = _mix(_mix(low + i.to(tl.uint32) * 0x9E3779B9) + head.to(tl.uint32) * 0x9E3779B9)
+    c = _mix(a ^ high)
+    x = a + k.to(tl.uint32) * 0x9E3779B9
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = x ^ c
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    x = x ^ (x >> 16)
+    return tl.where(x >= tl.cast(threshold, tl.int64).to(tl.uint32), inverse, 0.0)
+
+
+def supports(query, key, value, attn_mask, seed, scale, dropout_p, left, right, causal):
+    width = max(query.shape[3], value.shape[3])
+    if width > _launch.MAX_WIDTH:
+        return f"a head of {width} elements is over the limit of {_launch.MAX_WIDTH}"
+    return refuse(query)
+
+
+def mask_arguments(attn_mask, batch):
+    """(batch entries that share a mask entry, strides with 0 where the mask broadcasts)."""
+    if attn_mask is None:
+        return 1, 0, 0, 0, 0
+    strides = (0 if size == 1 else stride for size, stride in zip(attn_mask.shape, attn_mask.stride(), strict=True))
+    return max(batch // max(attn_mask.shape[0], 1), 1), *strides
+
+
+def limits(queries, keys, left, right, causal):
+    """Key minus query is between these two: the window, or what can occur anyway."""
+    offset = keys - queries if causal == "bottom-right" else 0
+    return (offset - left if left >= 0 else -queries), (offset + right if right >= 0 else keys)
+
+
+def dropout_arguments(dropout_p):
+    """(threshold of the hash, factor of what is kept); with p = 1 everything is kept and multiplied by 0."""
+    return (0, 0.0) if dropout_p >= 1 else (int(dropout_p * 2**32), 1 / (1 - dropout_p))
+
+
+def tiles(launch, dtype, left, right):
+    return dict(
+        WINDOWED=left >= 0 or right >= 0, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_D=launch.block_d, BLOCK_V=launch.block_v,
+        PRECISION="ieee" if precision(dtype) == "tf32x3" else precision(dtype), num_warps=launch.num_warps, num_stages=launch.num_stages,
+    )  # fmt: skip

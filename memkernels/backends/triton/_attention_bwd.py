@@ -1,0 +1,261 @@
+"""The backward of attention: see attention.py. With p = exp(s - lse), delta = dout . out - dlse, ds = p * (dout . v - delta):
+dv = p^T dout, dq = scale * ds k, dk = scale * ds^T q, dmask = ds summed over what the mask broadcasts along.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from memkernels.backends.triton import _launch
+from memkernels.backends.triton._attention import LOG2E, dropout, dropout_arguments, limits, mask_arguments, masked, tiles
+from memkernels.backends.triton._common import aot, dot, lanes, rounded, run, store, strides, sum_splits
+
+
+@triton.jit
+def _attention_delta_kernel(
+    delta_ptr, out_ptr, dout_ptr, dlse_ptr, NH, Q, V, rows, dout_stride_b, dout_stride_h, dout_stride_q, dout_stride_v,
+    dlse_stride_b, dlse_stride_h, dlse_stride_q, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    row, v = tl.program_id(0).to(tl.int64) * BLOCK + lanes(BLOCK), lanes(BLOCK_V)
+    b, head, i = row // Q // NH, row // Q % NH, row % Q
+    tile = (row < rows)[:, None] & (v < V)[None, :]
+    place = (b * dout_stride_b + head * dout_stride_h + i * dout_stride_q)[:, None] + v[None, :] * dout_stride_v
+    out = tl.load(out_ptr + row[:, None] * V + v[None, :], mask=tile, other=0.0).to(tl.float32)
+    delta = tl.sum(out * tl.load(dout_ptr + place, mask=tile, other=0.0).to(tl.float32), 1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + b * dlse_stride_b + head * dlse_stride_h + i * dlse_stride_q, mask=row < rows, other=0.0)
+    tl.store(delta_ptr + row, delta, mask=row < rows)
+
+
+@triton.jit
+def _row(lse_ptr, delta_ptr, i, Q):
+    """(log-sum-exp in powers of two, delta) of queries; a query past the end has weight 0, a blind one has nothing to subtract."""
+    lse = tl.load(lse_ptr + i, mask=i < Q, other=float("inf"))
+    return tl.where(lse == float("-inf"), 0.0, lse) * LOG2E, tl.load(delta_ptr + i, mask=i < Q, other=0.0)
+
+
+@triton.jit
+def _walk_queries(
+    dkey, dvalue, key, value, k, head, query_ptr, dout_ptr, lse_ptr, delta_ptr, mask_ptr, seed, lo, hi, Q, K, D, V, scale, threshold, inverse,
+    low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
+    MASKED: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds what queries lo .. hi of one head give to a block of keys; tiles are keys x queries."""
+    d, v = lanes(key.shape[1]), lanes(value.shape[1])
+    for start in range(lo, hi, BLOCK_M):
+        i = tl.cast(start, tl.int64) + lanes(BLOCK_M)
+        place = i[:, None] * query_stride_q + d[None, :] * query_stride_d
+        query = tl.load(query_ptr + place, mask=(i < Q)[:, None] & (d < D)[None, :], other=0.0)
+        dout = tl.load(
+            dout_ptr + i[:, None] * dout_stride_q + v[None, :] * dout_stride_v, mask=(i < Q)[:, None] & (v < V)[None, :], other=0.0
+        )
+        lse, delta = _row(lse_ptr, delta_ptr, i, Q)
+        zero = tl.zeros([key.shape[0], BLOCK_M], tl.float32)
+        logit = dot(key, tl.trans(query), zero, PRECISION) * scale
+        if MASKED:
+            logit = masked(logit, i[None, :], k[:, None], mask_ptr, mask_stride_q, mask_stride_k, Q, K, low, high, WINDOWED)
+        weights = tl.exp2(logit - lse[None, :])
+        dweights = dot(value, tl.trans(dout), zero, PRECISION)
+        if seed is not None:
+            kept = dropout(seed, head, i[None, :], k[:, None], threshold, inverse)
+            dweights *= kept
+            dvalue = dot(rounded(weights * kept, dout.dtype), dout, dvalue, PRECISION)
+        else:
+            dvalue = dot(rounded(weights, dout.dtype), dout, dvalue, PRECISION)
+        dlogit = weights * (dweights - delta[None, :])
+        if MASKED:
+            dlogit = tl.where(logit == float("-inf"), 0.0, dlogit)
+        dkey = dot(rounded(dlogit, query.dtype), query, dkey, PRECISION)
+    return dkey, dvalue
+
+
+@triton.jit
+def _attention_dkey_kernel(
+    dkey_ptr, dvalue_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, seed_ptr, dout_ptr, lse_ptr, delta_ptr,
+    NH, Q, K, D, V, group, mask_group, scale, threshold, inverse, low, high,
+    query_stride_b, query_stride_h, query_stride_q, query_stride_d, key_stride_b, key_stride_h, key_stride_k, key_stride_d,
+    value_stride_b, value_stride_h, value_stride_k, value_stride_v, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
+    dout_stride_b, dout_stride_h, dout_stride_q, dout_stride_v, WINDOWED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(K, BLOCK_N)
+    block, row = tl.program_id(0).to(tl.int64) % blocks, tl.program_id(0).to(tl.int64) // blocks
+    b, shared = row // (NH // group), row % (NH // group)
+    k, d, v = block * BLOCK_N + lanes(BLOCK_N), lanes(BLOCK_D), lanes(BLOCK_V)
+    keys, values = (k < K)[:, None] & (d < D)[None, :], (k < K)[:, None] & (v < V)[None, :]
+    key = tl.load(
+        key_ptr + b * key_stride_b + shared * key_stride_h + k[:, None] * key_stride_k + d[None, :] * key_stride_d, mask=keys, other=0.0
+    )
+    value_ptr += b * value_stride_b + shared * value_stride_h
+    value = tl.load(value_ptr + k[:, None] * value_stride_k + v[None, :] * value_stride_v, mask=values, other=0.0)
+    seed = None
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr + b)
+    first, last = block * BLOCK_N, tl.minimum((block + 1) * BLOCK_N, K) - 1
+    begin, end = tl.maximum(first - high, 0) // BLOCK_M * BLOCK_M, tl.minimum(last - low + 1, Q)
+    clear = tl.minimum(tl.maximum(tl.cdiv(last - high, BLOCK_M) * BLOCK_M, begin), tl.maximum(end, begin))
+    clear_end = tl.maximum(tl.minimum(end, first - low + 1) // BLOCK_M * BLOCK_M, clear)
+    dkey, dvalue = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    for member in range(group):
+        head = shared * group + member
+        queries, douts = query_ptr + b * query_stride_b + head * query_stride_h, dout_ptr + b * dout_stride_b + head * dout_stride_h
+        lses, deltas = lse_ptr + (b * NH + head) * Q, delta_ptr + (b * NH + head) * Q
+        if mask_ptr is not None:
+            masks = mask_ptr + (b // mask_group) * mask_stride_b + head * mask_stride_h
+            dkey, dvalue = _walk_queries(
+                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, masks, seed, begin, end, Q, K, D, V, scale * LOG2E, threshold,
+                inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
+                True, WINDOWED, BLOCK_M, PRECISION,
+            )  # fmt: skip
+        elif WINDOWED:
+            dkey, dvalue = _walk_queries(
+                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, None, seed, begin, clear, Q, K, D, V, scale * LOG2E, threshold,
+                inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
+                True, WINDOWED, BLOCK_M, PRECISION,
+            )  # fmt: skip
+            dkey, dvalue = _walk_queries(
+                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, None, seed, clear, clear_end, Q, K, D, V, scale * LOG2E, threshold,
+                inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
+                False, WINDOWED, BLOCK_M, PRECISION,
+            )  # fmt: skip
+            dkey, dvalue = _walk_queries(
+                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, None, seed, clear_end, end, Q, K, D, V, scale * LOG2E, threshold,
+                inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
+                True, WINDOWED, BLOCK_M, PRECISION,
+            )  # fmt: skip
+        else:
+            dkey, dvalue = _walk_queries(
+                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, None, seed, 0, Q, Q, K, D, V, scale * LOG2E, threshold,
+                inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
+                False, WINDOWED, BLOCK_M, PRECISION,
+            )  # fmt: skip
+    if dkey_ptr is not None:
+        store(dkey_ptr + (row * K + k)[:, None] * D + d[None, :], dkey * scale, mask=keys)
+    if dvalue_ptr is not None:
+        store(dvalue_ptr + (row * K + k)[:, None] * V + v[None, :], dvalue, mask=values)
+
+
+@triton.jit
+def _attention_dquery_kernel(
+    dquery_part_ptr, dmask_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, seed_ptr, dout_ptr, lse_ptr, delta_ptr,
+    B, NH, Q, K, D, V, group, mask_group, splits, chunk, scale, threshold, inverse, low, high,
+    query_stride_b, query_stride_h, query_stride_q, query_stride_d, key_stride_b, key_stride_h, key_stride_k, key_stride_d,
+    value_stride_b, value_stride_h, value_stride_k, value_stride_v, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
+    dout_stride_b, dout_stride_h, dout_stride_q, dout_stride_v, WINDOWED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of a block of queries; with dmask_ptr (a mask of the full shape) also ds, which is its gradient."""
+    blocks = tl.cdiv(Q, BLOCK_M)
+    program = tl.program_id(0).to(tl.int64)
+    block, split, row = blocks - 1 - program % blocks, (program // blocks) % splits, program // blocks // splits
+    b, head = row // NH, row % NH
+    i, d, v = block * BLOCK_M + lanes(BLOCK_M), lanes(BLOCK_D), lanes(BLOCK_V)
+    queries = (i < Q)[:, None] & (d < D)[None, :]
+    query_ptr += b * query_stride_b + head * query_stride_h
+    query = tl.load(query_ptr + i[:, None] * query_stride_q + d[None, :] * query_stride_d, mask=queries, other=0.0)
+    dout_ptr += b * dout_stride_b + head * dout_stride_h
+    dout = tl.load(dout_ptr + i[:, None] * dout_stride_q + v[None, :] * dout_stride_v, mask=(i < Q)[:, None] & (v < V)[None, :], other=0.0)
+    lse, delta = _row(lse_ptr + row * Q, delta_ptr + row * Q, i, Q)
+    key_ptr += b * key_stride_b + (head // group) * key_stride_h
+    value_ptr += b * value_stride_b + (head // group) * value_stride_h
+    if mask_ptr is not None:
+        mask_ptr += (b // mask_group) * mask_stride_b + head * mask_stride_h
+    first, last = block * BLOCK_M, tl.minimum((block + 1) * BLOCK_M, Q) - 1
+    begin = tl.maximum(split * chunk, first + low) // BLOCK_N * BLOCK_N
+    end = tl.minimum(tl.minimum((split + 1) * chunk, K), last + high + 1)
+    if dmask_ptr is not None:
+        begin, end = split * chunk, tl.minimum((split + 1) * chunk, K)
+    dquery, zero = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        k = tl.cast(start, tl.int64) + lanes(BLOCK_N)
+        key = tl.load(key_ptr + k[:, None] * key_stride_k + d[None, :] * key_stride_d, mask=(k < K)[:, None] & (d < D)[None, :], other=0.0)
+        place = k[:, None] * value_stride_k + v[None, :] * value_stride_v
+        value = tl.load(value_ptr + place, mask=(k < K)[:, None] & (v < V)[None, :], other=0.0)
+        logit = dot(query, tl.trans(key), zero, PRECISION) * (scale * LOG2E)
+        logit = masked(logit, i[:, None], k[None, :], mask_ptr, mask_stride_q, mask_stride_k, Q, K, low, high, WINDOWED)
+        dweights = dot(dout, tl.trans(value), zero, PRECISION)
+        if seed_ptr is not None:
+            dweights *= dropout(tl.load(seed_ptr + b), head, i[:, None], k[None, :], threshold, inverse)
+        dlogit = tl.where(logit == float("-inf"), 0.0, tl.exp2(logit - lse[:, None]) * (dweights - delta[:, None]))
+        if dmask_ptr is not None:
+            store(dmask_ptr + (row * Q + i)[:, None] * K + k[None, :], dlogit, mask=(i < Q)[:, None] & (k < K)[None, :])
+        if mask_ptr is not None or WINDOWED:  # a key that is not finite must not reach a query that does not see it by 0 * NaN
+            key = tl.where((key - key) != 0, 0.0, key)
+        dquery = dot(rounded(dlogit, key.dtype), key, dquery, PRECISION)
+    if dquery_part_ptr is not None:
+        at = (split * B * NH + row) * Q + i
+        store(dquery_part_ptr + at[:, None] * D + d[None, :], dquery * scale, mask=queries)
+
+
+def backward(dquery, dkey, dvalue, dmask, dout, dlse, query, key, value, attn_mask, seed, out, lse, scale, dropout_p, left, right, causal):
+    (batch, heads, queries, width), keys, value_width = query.shape, key.shape[2], value.shape[3]
+    dout = out.new_zeros(()).expand(out.shape) if dout is None else dout
+
+    def launch_for(kernel):
+        return _launch.attention(queries, keys, width, value_width, query.dtype == torch.float32, kernel)
+
+    launch = launch_for("dkey")
+    delta, group = torch.empty_like(lse), max(heads // max(key.shape[1], 1), 1)
+    run(
+        _attention_delta_kernel, (_launch.ceil_div(lse.numel(), 16),), delta, out, dout, dlse, heads, queries, value_width, lse.numel(),
+        *dout.stride(), *strides(dlse, 3), BLOCK=16, BLOCK_V=launch.block_v,
+    )  # fmt: skip
+    mask_group, *mask_strides = mask_arguments(attn_mask, batch)
+    tensors = query, key, value, attn_mask, seed, dout, lse, delta
+    numbers = float(scale), *dropout_arguments(dropout_p), *limits(queries, keys, left, right, causal)
+    layouts = *query.stride(), *key.stride(), *value.stride(), *mask_strides, *dout.stride()
+    sizes = heads, queries, keys, width, value_width, group, mask_group
+    if dkey is not None or dvalue is not None:
+        grid = (batch * key.shape[1] * _launch.ceil_div(keys, launch.block_n),)
+        options = tiles(launch, query.dtype, left, right)
+        run(_attention_dkey_kernel, grid, dkey, dvalue, *tensors, *sizes, *numbers, *layouts, **options)
+    if dmask is not None and attn_mask.shape[3] == 1:
+        # A constant added to all scores of a query moves its log-sum-exp and nothing else; the sum of ds would only show rounding.
+        _sum_to_mask(dmask, (torch.zeros_like(lse) if dlse is None else dlse.masked_fill(lse == -torch.inf, 0))[..., None])
+        dmask = None
+    if dquery is None and dmask is None:
+        return
+    launch, full = launch_for("dquery"), None
+    if dmask is not None:
+        full = dmask if dmask.shape == (batch, heads, queries, keys) else lse.new_empty(batch, heads, queries, keys)
+    part = None
+    if dquery is not None:
+        part = dquery[None] if launch.splits == 1 else lse.new_empty(launch.splits, *dquery.shape)
+    grid = (batch * heads * launch.splits * _launch.ceil_div(queries, launch.block_m),)
+    run(
+        _attention_dquery_kernel, grid, part, full, *tensors, batch, *sizes, launch.splits, launch.chunk, *numbers, *layouts,
+        **tiles(launch, query.dtype, left, right),
+    )  # fmt: skip
+    if part is not None and launch.splits > 1:
+        sum_splits(dquery, part)
+    if full is not dmask:
+        _sum_to_mask(dmask, full)
+
+
+def _sum_to_mask(dmask, full):
+    """dmask = ds summed over the batch entries, heads, queries or keys that share an element of the mask."""
+    if dmask.shape[0] not in (1, full.shape[0]):
+        full = full.unflatten(0, (dmask.shape[0], -1)).sum(1)
+    dmask.copy_(full.sum_to_size(dmask.shape))
+
+
+def entries(dtype):
+    """What is compiled ahead of time."""
+    found = []
+    for width, causal, kernel in (
+        (w, c, k) for w in (64, 128) for c in (False, True) for k in (_attention_dkey_kernel, _attention_dquery_kernel)
+    ):
+        launch = _launch.attention(
+            4096, 4096, width, width, dtype == torch.float32, "dkey" if kernel is _attention_dkey_kernel else "dquery"
+        )
+        absent = dict(mask_ptr=None, seed_ptr=None, dmask_ptr=None, mask_stride_b=0, mask_stride_h=0, mask_stride_q=0, mask_stride_k=0)
+        ones = {a: 1 for a in ("query_stride_d", "key_stride_d", "value_stride_v", "dout_stride_v", "group", "mask_group", "splits")}
+        constants = {k: v for k, v in tiles(launch, dtype, -1, 0 if causal else -1).items() if k.isupper()} | absent | ones
+        constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+        types = dict(lse_ptr="*fp32", delta_ptr="*fp32", scale="fp32", inverse="fp32", threshold="i32")
+        name = f"attention_{'dkey' if kernel is _attention_dkey_kernel else 'dquery'}_D{width}" + ("_causal" if causal else "")
+        expect = () if dtype == torch.float32 else ("wgmma",) if launch.block_n >= 64 else ("mma",)
+        found.append(aot(name, kernel, dtype, constants, types, launch.num_warps, launch.num_stages, expect))
+    return found

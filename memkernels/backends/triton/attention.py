@@ -1,0 +1,185 @@
+"""Softmax attention on Triton: out = softmax(scale * q . k + mask) @ v over the keys a query sees.
+
+Forward: a program owns a block of queries of one head and walks over the keys with an online softmax; blocks that every query of the
+program sees entirely skip the mask. Few queries over many keys are split over the keys, and the parts combined in order.
+Backward (_attention_bwd.py): one kernel owns blocks of keys (dk, dv), one owns blocks of queries (dq, and the mask's gradient); scores
+are computed again in each, so nothing is summed by atomics. float32 softmax and sums; 16-bit weights are rounded before they meet
+the values, as the matrix instructions need. Operations: forward 4*Q*K*D a head, backward 14*Q*K*D.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from memkernels.backends.triton import _attention_bwd, _launch
+from memkernels.backends.triton._attention import LN2, LOG2E, dropout, dropout_arguments, limits, mask_arguments, masked, supports, tiles
+from memkernels.backends.triton._common import NAMES, aot, dot, lanes, rounded, run, store, strides
+
+__all__ = ["AOT", "backward", "forward", "supports"]
+
+
+@triton.jit
+def _walk(
+    acc, total, top, broken, query, i, head, key_ptr, value_ptr, mask_ptr, seed, lo, hi, Q, K, D, V, scale, threshold, inverse, low, high,
+    key_stride_k, key_stride_d, value_stride_k, value_stride_v, mask_stride_q, mask_stride_k,
+    MASKED: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over keys lo .. hi. MASKED: not every key of a block is seen by every query."""
+    d, v = lanes(query.shape[1]), lanes(acc.shape[1])
+    for start in range(lo, hi, BLOCK_N):
+        k = tl.cast(start, tl.int64) + lanes(BLOCK_N)
+        key = tl.load(key_ptr + k[:, None] * key_stride_k + d[None, :] * key_stride_d, mask=(k < K)[:, None] & (d < D)[None, :], other=0.0)
+        zero = tl.zeros([query.shape[0], BLOCK_N], tl.float32)
+        logit = dot(query, tl.trans(key), zero, PRECISION) * scale
+        if MASKED:
+            logit = masked(logit, i[:, None], k[None, :], mask_ptr, mask_stride_q, mask_stride_k, Q, K, low, high, WINDOWED)
+        new_top = tl.maximum(top, tl.max(logit, 1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(logit - shift[:, None])
+        shrink = tl.exp2(top - shift)
+        total, top = total * shrink + tl.sum(weights, 1), new_top
+        if seed is not None:
+            weights *= dropout(seed, head, i[:, None], k[None, :], threshold, inverse)
+        place = k[:, None] * value_stride_k + v[None, :] * value_stride_v
+        value = tl.load(value_ptr + place, mask=(k < K)[:, None] & (v < V)[None, :], other=0.0)
+        if MASKED:  # a value that is not finite must not reach a query that does not see it by 0 * NaN
+            bad = (value - value) != 0
+            value = tl.where(bad, 0.0, value)
+            hit = (tl.max(bad.to(tl.int32), 1) > 0)[None, :] & (weights != 0)
+            broken = tl.maximum(broken, tl.max(hit.to(tl.int32), 1))
+        acc = dot(rounded(weights, value.dtype), value, acc * shrink[:, None], PRECISION)
+    return acc, total, top, broken
+
+
+@triton.jit
+def _attention_fwd_kernel(
+    out_ptr, lse_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, seed_ptr, B, NH, Q, K, D, V, group, mask_group, splits, chunk,
+    scale, threshold, inverse, low, high, query_stride_b, query_stride_h, query_stride_q, query_stride_d,
+    key_stride_b, key_stride_h, key_stride_k, key_stride_d, value_stride_b, value_stride_h, value_stride_k, value_stride_v,
+    mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k, WINDOWED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(Q, BLOCK_M)
+    program = tl.program_id(0).to(tl.int64)
+    block, split, row = (
+        blocks - 1 - program % blocks,
+        (program // blocks) % splits,
+        program // blocks // splits,
+    )  # longest causal block first
+    b, head = row // NH, row % NH
+    i, d, v = block * BLOCK_M + lanes(BLOCK_M), lanes(BLOCK_D), lanes(BLOCK_V)
+    place = b * query_stride_b + head * query_stride_h + i[:, None] * query_stride_q + d[None, :] * query_stride_d
+    query = tl.load(query_ptr + place, mask=(i < Q)[:, None] & (d < D)[None, :], other=0.0)
+    key_ptr += b * key_stride_b + (head // group) * key_stride_h
+    value_ptr += b * value_stride_b + (head // group) * value_stride_h
+    seed = None
+    if mask_ptr is not None:
+        mask_ptr += (b // mask_group) * mask_stride_b + head * mask_stride_h
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr + b)
+    first, last = block * BLOCK_M, tl.minimum((block + 1) * BLOCK_M, Q) - 1
+    begin = tl.maximum(split * chunk, first + low) // BLOCK_N * BLOCK_N
+    end = tl.minimum(tl.minimum((split + 1) * chunk, K), last + high + 1)
+    begin = tl.minimum(begin, tl.maximum(end, 0))
+    # Blocks in between are seen entirely by all queries of this program.
+    clear = tl.minimum(tl.maximum(tl.cdiv(last + low, BLOCK_N) * BLOCK_N, begin), tl.maximum(end, begin))
+    clear_end = tl.maximum(tl.minimum(end, first + high + 1) // BLOCK_N * BLOCK_N, clear)
+    if mask_ptr is not None:
+        clear = begin
+        clear_end = begin
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    total, top = tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_M], float("-inf"), tl.float32)
+    broken = tl.zeros([BLOCK_M], tl.int32)
+    scale *= LOG2E
+    if WINDOWED:
+        acc, total, top, broken = _walk(
+            acc, total, top, broken, query, i, head, key_ptr, value_ptr, mask_ptr, seed, begin, clear, Q, K, D, V, scale, threshold, inverse,
+            low, high, key_stride_k, key_stride_d, value_stride_k, value_stride_v, mask_stride_q, mask_stride_k,
+            True, WINDOWED, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    else:
+        clear = begin
+    if mask_ptr is None:
+        acc, total, top, broken = _walk(
+            acc, total, top, broken, query, i, head, key_ptr, value_ptr, mask_ptr, seed, clear, clear_end, Q, K, D, V, scale, threshold, inverse,
+            low, high, key_stride_k, key_stride_d, value_stride_k, value_stride_v, mask_stride_q, mask_stride_k,
+            False, WINDOWED, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    acc, total, top, broken = _walk(
+        acc, total, top, broken, query, i, head, key_ptr, value_ptr, mask_ptr, seed, clear_end, end, Q, K, D, V, scale, threshold, inverse,
+        low, high, key_stride_k, key_stride_d, value_stride_k, value_stride_v, mask_stride_q, mask_stride_k,
+        True, WINDOWED, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    acc = acc / tl.where(total == 0, 1.0, total)[:, None]
+    acc = tl.where((broken != 0)[:, None], float("nan"), acc)
+    at = ((split * B + b) * NH + head) * Q + i
+    store(out_ptr + at[:, None] * V + v[None, :], acc, mask=(i < Q)[:, None] & (v < V)[None, :])
+    store(lse_ptr + at, top * LN2 + tl.log(total), mask=i < Q)
+
+
+@triton.jit
+def _attention_combine_kernel(out_ptr, lse_ptr, out_part_ptr, lse_part_ptr, rows, V, splits, BLOCK_V: tl.constexpr):
+    """One query: the softmax over the union of the splits, in their order."""
+    row, v = tl.program_id(0).to(tl.int64), lanes(BLOCK_V)
+    top, total = tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.float32)
+    out = tl.zeros([BLOCK_V], tl.float32)
+    for split in range(splits):
+        at = tl.cast(split, tl.int64) * rows + row
+        lse = tl.load(lse_part_ptr + at)
+        new_top = tl.maximum(top, lse)
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        shrink, grow = tl.exp(top - shift), tl.exp(lse - shift)
+        out = out * shrink + tl.load(out_part_ptr + at * V + v, mask=v < V, other=0.0) * grow
+        total, top = total * shrink + grow, new_top
+    store(out_ptr + row * V + v, out / tl.where(total == 0, 1.0, total), mask=v < V)
+    store(lse_ptr + row, top + tl.log(total))
+
+
+def forward(out, lse, query, key, value, attn_mask, seed, scale, dropout_p, left, right, causal):
+    (batch, heads, queries, width), keys, value_width = query.shape, key.shape[2], value.shape[3]
+    launch = _launch.attention(queries, keys, width, value_width, query.dtype == torch.float32, "forward")
+    split = launch.splits > 1
+    out_part = out.new_empty(launch.splits, *out.shape, dtype=torch.float32) if split else out
+    lse_part = lse.new_empty(launch.splits, *lse.shape) if split else lse
+    mask_group, *mask_strides = mask_arguments(attn_mask, batch)
+    run(
+        _attention_fwd_kernel, (batch * heads * launch.splits * _launch.ceil_div(queries, launch.block_m),),
+        out_part, lse_part, query, key, value, attn_mask, seed, batch, heads, queries, keys, width, value_width,
+        max(heads // max(key.shape[1], 1), 1), mask_group, launch.splits, launch.chunk, float(scale), *dropout_arguments(dropout_p),
+        *limits(queries, keys, left, right, causal), *query.stride(), *key.stride(), *value.stride(), *mask_strides,
+        **tiles(launch, query.dtype, left, right),
+    )  # fmt: skip
+    if split:
+        run(
+            _attention_combine_kernel, (lse.numel(),), out, lse, out_part, lse_part, lse.numel(), value_width, launch.splits,
+            BLOCK_V=launch.block_v,
+        )  # fmt: skip
+
+
+backward = _attention_bwd.backward
+
+
+def _aot(dtype, width, causal, queries=4096):
+    launch = _launch.attention(queries, 4096, width, width, dtype == torch.float32, "forward")
+    sizes = dict(mask_ptr=None, seed_ptr=None, splits=launch.splits, mask_stride_b=0, mask_stride_h=0, mask_stride_q=0, mask_stride_k=0)
+    ones = {a: 1 for a in ("query_stride_d", "key_stride_d", "value_stride_v", "group", "mask_group")}
+    constants = {k: v for k, v in tiles(launch, dtype, -1, 0 if causal else -1).items() if k.isupper()} | sizes | ones
+    types = {"lse_ptr": "*fp32", "scale": "fp32", "inverse": "fp32", "threshold": "i32"} | (
+        {"out_ptr": "*fp32"} if launch.splits > 1 else {}
+    )
+    name = f"attention_fwd_D{width}" + ("_causal" if causal else "") + (f"_Q{queries}" if queries != 4096 else "")
+    expect = ("wgmma",) if dtype != torch.float32 and queries >= 64 else ()
+    return aot(name, _attention_fwd_kernel, dtype, constants, types, launch.num_warps, launch.num_stages, expect)
+
+
+AOT = [
+    entry
+    for dtype in NAMES
+    for entry in (
+        *(_aot(dtype, width, causal) for width in (64, 128) for causal in (False, True)),
+        _aot(dtype, 64, False, queries=16),
+        *_attention_bwd.entries(dtype),
+    )
+]
