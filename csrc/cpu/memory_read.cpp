@@ -3,6 +3,7 @@
 
 #include "common/arena.h"
 #include "common/checks.h"
+#include "common/pages.h"
 #include "common/parallel.h"
 #include "cpu/select.h"
 
@@ -42,9 +43,11 @@ void forward(const TensorView& read, const TensorView& memory, const TensorView&
   Scratch scratch;
   char* sums = scratch.take<char>(a.batch * chunks * slot);
   parallel_for(a.batch * chunks, grain_for(std::min(step, a.rows) * a.width * item), [&](int64_t begin, int64_t end) {
+    Scratch mine;
+    void* room = mine.take<char>(read_scratch(a) * (dtype == 0 ? 8 : 4));
     for (int64_t i = begin; i < end; i++) {
       const int64_t b = i / chunks, first = i % chunks * step;
-      kernels.sum[dtype](a, b, first, std::min(first + step, a.rows), sums + i * slot);
+      kernels.sum[dtype](a, b, first, std::min(first + step, a.rows), sums + i * slot, room);
       if (chunks == 1) kernels.combine[dtype](a, b, sums + i * slot, 1);
     }
   });
@@ -67,13 +70,16 @@ void backward(const TensorView& dmemory, const TensorView& dweights, const Tenso
   const int dtype = int(memory.dtype());
   const auto& kernels = select(memory_read_levels);
   pybind11::gil_scoped_release nogil;
-  constexpr int64_t kRows = 64;
+  constexpr int64_t kRows = 512;
+  if (a.dmemory) prefer_huge_pages(a.dmemory, dmemory.numel() * item_size(memory.dtype()));
   const int64_t blocks = (a.rows + kRows - 1) / kRows;
-  parallel_for(a.batch * blocks, grain_for(kRows * a.width * item_size(memory.dtype())),
+  parallel_for(a.batch * blocks, grain_for(std::min(kRows, a.rows) * a.width * item_size(memory.dtype())),
                [&](int64_t begin, int64_t end) {
+                 Scratch scratch;
+                 void* room = scratch.take<char>(read_scratch(a) * (dtype == 0 ? 8 : 4));
                  for (int64_t i = begin; i < end; i++) {
                    const int64_t first = i % blocks * kRows;
-                   kernels.backward[dtype](a, i / blocks, first, std::min(first + kRows, a.rows));
+                   kernels.backward[dtype](a, i / blocks, first, std::min(first + kRows, a.rows), room);
                  }
                });
 }

@@ -1,85 +1,53 @@
 // memory_read: read[r] = sum_n weights[r][n] memory[n];  backward: dmemory[n] = sum_r weights[r][n] dread[r],
 // dweights[r][n] = memory[n] . dread[r]
 //
-// A task owns a fixed range of rows of one batch entry; its forward sums go to its own slot, so no two tasks write the
-// same place. Bytes per memory element: forward reads 1, backward reads 1 and writes 1, for any number of heads up to a
-// head block in registers. Precision: products and sums in the accumulation type (float, double for double); rounded to
-// the storage type once.
+// A task owns a fixed range of rows of one batch entry and walks it in tiles that stay in the L1 cache while the head
+// blocks pass over them; its forward sums go to its own slot, so no two tasks write the same place. Bytes per memory
+// element, any number of heads: forward reads 1, backward reads 1 and writes 1. Precision: products and sums in the
+// accumulation type (float, double for double); rounded to the storage type once.
+#include "cpu/generic/rows.inl.h"
 #include "cpu/memory_read.h"
 
 namespace mk::cpu::MK_LEVEL {
 namespace {
 
-constexpr int64_t kTileRows = 64;  // rows that stay in the L1 cache while the head blocks pass over them
-
-// sums[H][L * lanes] += weights of H heads times a tile of rows, L vectors wide (the last one short when Part is Tail).
-template <class S, int H, int L, class Part>
-MK_INLINE void sum_tile(const S* memory, int64_t stride, const acc_t<S>* weights, int64_t rows, acc_t<S>* sums,
-                        int64_t sums_stride, Part part) {
-  using V = Vec<acc_t<S>>;
-  V acc[H][L];
-  for (int h = 0; h < H; h++)
-    for (int l = 0; l + 1 < L; l++) acc[h][l] = V::load(sums + h * sums_stride + l * V::kLanes);
-  for (int h = 0; h < H; h++) acc[h][L - 1] = load<V>(sums + h * sums_stride + (L - 1) * V::kLanes, part);
-  for (int64_t n = 0; n < rows; n++) {
-    V row[L];
-    for (int l = 0; l + 1 < L; l++) row[l] = V::load(memory + n * stride + l * V::kLanes);
-    row[L - 1] = load<V>(memory + n * stride + (L - 1) * V::kLanes, part);
-    for (int h = 0; h < H; h++) {
-      const V w = V::set1(weights[h * kTileRows + n]);
-      for (int l = 0; l < L; l++) acc[h][l] = fma(w, row[l], acc[h][l]);
-    }
+// What a task keeps beside its tile: weights (or dot products) [R][kTile], dread [R][W], the rows of a tile.
+template <class S>
+struct ReadScratch {
+  acc_t<S>*weights, *dread;
+  int32_t* index;
+  MK_INLINE ReadScratch(const MemoryReadArgs& a, void* memory) {
+    weights = static_cast<acc_t<S>*>(memory), dread = weights + a.heads * kTile;
+    index = reinterpret_cast<int32_t*>(dread + a.heads * a.width);
+    for (int64_t i = 0; i < kTile; i++) index[i] = int32_t(i);
   }
-  for (int h = 0; h < H; h++) {
-    for (int l = 0; l + 1 < L; l++) acc[h][l].store(sums + h * sums_stride + l * V::kLanes);
-    store(acc[h][L - 1], sums + h * sums_stride + (L - 1) * V::kLanes, part);
-  }
-}
+};
 
-template <class S, int H>
-void sum_heads(const S* memory, int64_t stride, const acc_t<S>* weights, int64_t rows, int64_t width, acc_t<S>* sums) {
-  constexpr int64_t kLanes = Vec<acc_t<S>>::kLanes;
-  int64_t j = 0;
-  for (; j + 4 * kLanes <= width; j += 4 * kLanes)
-    sum_tile<S, H, 4>(memory + j, stride, weights, rows, sums + j, width, Full{});
-  for (; j + kLanes <= width; j += kLanes)
-    sum_tile<S, H, 1>(memory + j, stride, weights, rows, sums + j, width, Full{});
-  if (j < width) sum_tile<S, H, 1>(memory + j, stride, weights, rows, sums + j, width, Tail{width - j});
+template <class S>
+MK_INLINE Rows<S> read_tile(const MemoryReadArgs& a, int64_t b, int64_t n, int64_t end, const int32_t* index) {
+  const S* rows = static_cast<const S*>(a.memory) + b * a.memory_b + n * a.memory_n;
+  return {rows, a.memory_n, index, end - n < kTile ? end - n : kTile, a.width};
 }
 
 template <class S>
-void memory_read_sum(const MemoryReadArgs& a, int64_t b, int64_t begin, int64_t end, void* out) {
-  using A = acc_t<S>;
-  const S* memory = static_cast<const S*>(a.memory) + b * a.memory_b;
-  const S* weights = static_cast<const S*>(a.weights) + b * a.weights_b;
-  A* sums = static_cast<A*>(out);
+MK_INLINE void widen_weights(const MemoryReadArgs& a, int64_t b, int64_t n, int64_t rows, acc_t<S>* out) {
+  using V = Vec<acc_t<S>>;
+  const S* weights = static_cast<const S*>(a.weights) + b * a.weights_b + n;
+  for (int64_t r = 0; r < a.heads; r++)
+    for_each_vec<V>(rows, [&](int64_t i, auto part) {
+      store(load<V>(weights + r * a.weights_r + i, part), out + r * kTile + i, part);
+    });
+}
+
+template <class S>
+void memory_read_sum(const MemoryReadArgs& a, int64_t b, int64_t begin, int64_t end, void* out, void* scratch) {
+  ReadScratch<S> t(a, scratch);
+  acc_t<S>* sums = static_cast<acc_t<S>*>(out);
   for (int64_t i = 0; i < a.heads * a.width; i++) sums[i] = 0;
-  A tile[4 * kTileRows];
-  for (int64_t n = begin; n < end; n += kTileRows) {
-    const int64_t rows = end - n < kTileRows ? end - n : kTileRows;
-    const S* m = memory + n * a.memory_n;
-    for (int64_t r = 0; r < a.heads; r += 4) {
-      const int64_t heads = a.heads - r < 4 ? a.heads - r : 4;
-      for (int64_t h = 0; h < heads; h++) {
-        const S* w = weights + (r + h) * a.weights_r + n;
-        for_each_vec<Vec<A>>(
-            rows, [&](int64_t i, auto part) { store(load<Vec<A>>(w + i, part), tile + h * kTileRows + i, part); });
-      }
-      A* s = sums + r * a.width;
-      switch (heads) {
-        case 4:
-          sum_heads<S, 4>(m, a.memory_n, tile, rows, a.width, s);
-          break;
-        case 3:
-          sum_heads<S, 3>(m, a.memory_n, tile, rows, a.width, s);
-          break;
-        case 2:
-          sum_heads<S, 2>(m, a.memory_n, tile, rows, a.width, s);
-          break;
-        default:
-          sum_heads<S, 1>(m, a.memory_n, tile, rows, a.width, s);
-      }
-    }
+  for (int64_t n = begin; n < end; n += kTile) {
+    const Rows<S> tile = read_tile<S>(a, b, n, end, t.index);
+    widen_weights<S>(a, b, n, tile.count, t.weights);
+    add_rows<S>(tile, a.heads, t.weights, sums, nullptr);
   }
 }
 
@@ -97,30 +65,24 @@ void memory_read_combine(const MemoryReadArgs& a, int64_t b, const void* chunk_s
 }
 
 template <class S>
-void memory_read_backward(const MemoryReadArgs& a, int64_t b, int64_t begin, int64_t end) {
+void memory_read_backward(const MemoryReadArgs& a, int64_t b, int64_t begin, int64_t end, void* scratch) {
   using A = acc_t<S>;
   using V = Vec<A>;
-  const S* dread = static_cast<const S*>(a.dread) + b * a.dread_b;
-  const S* weights = static_cast<const S*>(a.weights) + b * a.weights_b;
-  for (int64_t n = begin; n < end; n++) {
+  ReadScratch<S> t(a, scratch);
+  widen_rows(static_cast<const S*>(a.dread) + b * a.dread_b, a.dread_r, a.heads, a.width, t.dread);
+  for (int64_t n = begin; n < end; n += kTile) {
+    const Rows<S> tile = read_tile<S>(a, b, n, end, t.index);
     if (a.dmemory) {
-      S* out = static_cast<S*>(a.dmemory) + (b * a.rows + n) * a.width;
-      for_each_vec<V>(a.width, [&](int64_t j, auto part) {
-        V sum = V::zero();
-        for (int64_t r = 0; r < a.heads; r++)
-          sum = fma(V::set1(A(to_float(weights[r * a.weights_r + n]))), load<V>(dread + r * a.dread_r + j, part), sum);
-        store(sum, out + j, part);
-      });
+      widen_weights<S>(a, b, n, tile.count, t.weights);
+      const Outer<A> from_read{t.weights, t.dread}, none{nullptr, nullptr};
+      mix_rows<S>(tile, a.heads, from_read, none, nullptr, static_cast<S*>(a.dmemory) + (b * a.rows + n) * a.width);
     }
-    if (a.dweights) {
-      const S* row = static_cast<const S*>(a.memory) + b * a.memory_b + n * a.memory_n;
-      for (int64_t r = 0; r < a.heads; r++) {
-        V sum = V::zero();
-        for_each_vec<V>(a.width, [&](int64_t j, auto part) {
-          sum = fma(load<V>(row + j, part), load<V>(dread + r * a.dread_r + j, part), sum);
-        });
-        static_cast<S*>(a.dweights)[(b * a.heads + r) * a.rows + n] = convert<S>::from(reduce_add(sum));
-      }
+    if (!a.dweights) continue;
+    dot_rows<S, Dot::plain>(tile, a.heads, t.dread, t.weights);
+    for (int64_t r = 0; r < a.heads; r++) {
+      S* out = static_cast<S*>(a.dweights) + (b * a.heads + r) * a.rows + n;
+      for_each_vec<V>(tile.count,
+                      [&](int64_t i, auto part) { store(load<V>(t.weights + r * kTile + i, part), out + i, part); });
     }
   }
 }

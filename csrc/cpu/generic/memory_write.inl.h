@@ -113,7 +113,7 @@ MK_INLINE void gradient_columns(const WriteRows<S>& t, int64_t j, const acc_t<S>
     for (int l = 0; l < N; l++) {
       const int64_t at = h * t.width + j + l * L;
       e[h][l] = load<V>(erase + at, part), a[h][l] = load<V>(add + at, part);
-      de[h][l] = load<V>(derase + at, part), da[h][l] = load<V>(dadd + at, part);
+      de[h][l] = da[h][l] = V::zero();
     }
   for (int64_t i = 0; i < t.rows; i++) {
     V weight[H], minus[H], dw[H];
@@ -145,8 +145,9 @@ MK_INLINE void gradient_columns(const WriteRows<S>& t, int64_t j, const acc_t<S>
   }
   for (int h = 0; h < H; h++)
     for (int l = 0; l < N; l++) {
-      store(de[h][l], derase + h * t.width + j + l * L, part);
-      store(da[h][l], dadd + h * t.width + j + l * L, part);
+      const int64_t at = h * t.width + j + l * L;
+      store(load<V>(derase + at, part) + de[h][l], derase + at, part);
+      store(load<V>(dadd + at, part) + da[h][l], dadd + at, part);
     }
 }
 
@@ -159,6 +160,8 @@ void gradient_columns_many(const WriteRows<S>& t, int64_t heads, int64_t j, cons
   using V = Vec<acc_t<S>>;
   constexpr int64_t L = V::kLanes;
   const V one = V::set1(1);
+  acc_t<S>*de = factors + 2 * heads * L, *da = de + heads * L;
+  for (int64_t i = 0; i < 2 * heads * L; i += L) V::zero().store(de + i);
   for (int64_t i = 0; i < t.rows; i++) {
     const V d = load<V>(t.d + i * t.d_n + j, part), m = load<V>(t.memory + i * t.memory_n + j, part);
     V product = one;
@@ -174,11 +177,16 @@ void gradient_columns_many(const WriteRows<S>& t, int64_t heads, int64_t j, cons
       const int64_t at = h * t.width + j;
       const V weight = V::set1(w[h * kWriteTile + i]), u = V::load(factors + (heads + h) * L) * after;
       after = after * V::load(factors + h * L);
-      store(load<V>(derase + at, part) - weight * u, derase + at, part);
-      store(fma(weight, d, load<V>(dadd + at, part)), dadd + at, part);
+      (V::load(de + h * L) - weight * u).store(de + h * L);
+      fma(weight, d, V::load(da + h * L)).store(da + h * L);
       acc_t<S>* sum = lanes + (h * kWriteTile + i) * L;
       (fma(d, load<V>(add + at, part), V::load(sum)) - u * load<V>(erase + at, part)).store(sum);
     }
+  }
+  for (int64_t h = 0; h < heads; h++) {
+    const int64_t at = h * t.width + j;
+    store(load<V>(derase + at, part) + V::load(de + h * L), derase + at, part);
+    store(load<V>(dadd + at, part) + V::load(da + h * L), dadd + at, part);
   }
 }
 

@@ -79,8 +79,8 @@ void dot_rows(const Rows<S>& rows, int64_t heads, const acc_t<S>* key, acc_t<S>*
   }
 }
 
-// sums[h][0 .. vectors) += sum_i weights[h][i] row i, with the sums in registers; `ahead` is read into the cache
-// meanwhile.
+// sums[h][0 .. vectors) += sum_i weights[h][i] row i, with the sums of the tile in registers (short sums round less
+// than one long one); `ahead` is read into the cache meanwhile.
 template <class S, int H, int N, class Part>
 MK_INLINE void add_columns(const Rows<S>& rows, int64_t column, const acc_t<S>* weights, acc_t<S>* sums, const S* ahead,
                            Part part) {
@@ -88,7 +88,7 @@ MK_INLINE void add_columns(const Rows<S>& rows, int64_t column, const acc_t<S>* 
   constexpr int64_t L = V::kLanes;
   V sum[H][N];
   for (int h = 0; h < H; h++)
-    for (int l = 0; l < N; l++) sum[h][l] = load<V>(sums + h * rows.width + column + l * L, part);
+    for (int l = 0; l < N; l++) sum[h][l] = V::zero();
   for (int64_t i = 0; i < rows.count; i++) {
     const S* row = rows.row(i) + column;
     if (ahead)
@@ -102,7 +102,10 @@ MK_INLINE void add_columns(const Rows<S>& rows, int64_t column, const acc_t<S>* 
     }
   }
   for (int h = 0; h < H; h++)
-    for (int l = 0; l < N; l++) store(sum[h][l], sums + h * rows.width + column + l * L, part);
+    for (int l = 0; l < N; l++) {
+      acc_t<S>* to = sums + h * rows.width + column + l * L;
+      store(load<V>(to, part) + sum[h][l], to, part);
+    }
 }
 
 template <class S, int H>
