@@ -177,6 +177,18 @@ def check(python: str, environment: dict[str, str]) -> None:
     say("check passed: " + ", ".join(commands))
 
 
+def test(python: str, environment: dict[str, str], arguments: list[str], everything: bool) -> int:
+    """The suite; before it, the Triton kernels in Triton's interpreter, which is a mode of a whole process."""
+    pytest = [python, "-m", "pytest", "-q", "-n", workers()] + ([] if everything else ["-m", "not slow"])
+    code = 0
+    if not arguments:
+        say("Triton kernels in the interpreter")
+        chosen = ["tests/test_ops.py", "tests/test_fuzz.py"] if everything else ["tests/test_ops.py", "-k", "accuracy or gradient_layouts"]
+        code = subprocess.run([*pytest, *chosen], cwd=ROOT, env={**environment, "TRITON_INTERPRET": "1"}).returncode
+        say(f"Triton kernels in the interpreter: exit code {code}; the suite:")
+    return subprocess.run([*pytest, *arguments], cwd=ROOT, env=environment).returncode or code
+
+
 def workers() -> str:
     return str(min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
 
@@ -188,10 +200,10 @@ def main() -> None:
     python, environment = prepare(word)
     if word == "check":
         return check(python, environment)
+    if word in ("test", "test-all"):
+        sys.exit(test(python, environment, rest, everything=word == "test-all"))
     commands = {
         "demo": ["-m", "memkernels", "demo"],
-        "test": ["-m", "pytest", "-q", "-n", workers()],
-        "test-all": ["-m", "pytest", "-q", "-n", workers(), "-m", "slow or not slow"],
         "bench": ["benchmarks/targets.py"],
         "docs": ["tools/docs.py"],
         "gpu": ["tools/gpu.py"],
