@@ -38,8 +38,9 @@ def _row(lse_ptr, delta_ptr, i, Q):
 
 @triton.jit
 def _walk_queries(
-    dkey, dvalue, key, value, k, head, query_ptr, dout_ptr, lse_ptr, delta_ptr, mask_ptr, seed, lo, hi, Q, K, D, V, scale, threshold, inverse,
-    low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
+    dkey, dvalue, key, value, k, head, query_ptr, dout_ptr, lse_ptr, delta_ptr, mask_ptr, seed, lo, hi,
+    Q, K, D, V, scale, threshold, inverse, low, high,
+    query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
     MASKED: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what queries lo .. hi of one head give to a block of keys; tiles are keys x queries."""
@@ -105,30 +106,30 @@ def _attention_dkey_kernel(
         if mask_ptr is not None:
             masks = mask_ptr + (b // mask_group) * mask_stride_b + head * mask_stride_h
             dkey, dvalue = _walk_queries(
-                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, masks, seed, begin, end, Q, K, D, V, scale * LOG2E, threshold,
-                inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
+                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, masks, seed, begin, end, Q, K, D, V, scale * LOG2E,
+                threshold, inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
                 True, WINDOWED, BLOCK_M, PRECISION,
             )  # fmt: skip
         elif WINDOWED:
             dkey, dvalue = _walk_queries(
-                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, None, seed, begin, clear, Q, K, D, V, scale * LOG2E, threshold,
-                inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
+                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, None, seed, begin, clear, Q, K, D, V, scale * LOG2E,
+                threshold, inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
                 True, WINDOWED, BLOCK_M, PRECISION,
             )  # fmt: skip
             dkey, dvalue = _walk_queries(
-                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, None, seed, clear, clear_end, Q, K, D, V, scale * LOG2E, threshold,
-                inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
+                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, None, seed, clear, clear_end, Q, K, D, V, scale * LOG2E,
+                threshold, inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
                 False, WINDOWED, BLOCK_M, PRECISION,
             )  # fmt: skip
             dkey, dvalue = _walk_queries(
-                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, None, seed, clear_end, end, Q, K, D, V, scale * LOG2E, threshold,
-                inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
+                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, None, seed, clear_end, end, Q, K, D, V, scale * LOG2E,
+                threshold, inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
                 True, WINDOWED, BLOCK_M, PRECISION,
             )  # fmt: skip
         else:
             dkey, dvalue = _walk_queries(
-                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, None, seed, 0, Q, Q, K, D, V, scale * LOG2E, threshold,
-                inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
+                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, None, seed, 0, Q, Q, K, D, V, scale * LOG2E,
+                threshold, inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
                 False, WINDOWED, BLOCK_M, PRECISION,
             )  # fmt: skip
     if dkey_ptr is not None:
@@ -251,7 +252,7 @@ def entries(dtype):
             4096, 4096, width, width, dtype == torch.float32, "dkey" if kernel is _attention_dkey_kernel else "dquery"
         )
         absent = dict(mask_ptr=None, seed_ptr=None, dmask_ptr=None, mask_stride_b=0, mask_stride_h=0, mask_stride_q=0, mask_stride_k=0)
-        ones = {a: 1 for a in ("query_stride_d", "key_stride_d", "value_stride_v", "dout_stride_v", "group", "mask_group", "splits")}
+        ones = dict.fromkeys(("query_stride_d", "key_stride_d", "value_stride_v", "dout_stride_v", "group", "mask_group", "splits"), 1)
         constants = {k: v for k, v in tiles(launch, dtype, -1, 0 if causal else -1).items() if k.isupper()} | absent | ones
         constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
         types = dict(lse_ptr="*fp32", delta_ptr="*fp32", scale="fp32", inverse="fp32", threshold="i32")

@@ -137,6 +137,9 @@ SIZES = frozenset("NWVDKQHM")  # multiples of 16 in a typical call, which lets l
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
+AOT_DTYPES = (torch.float32, torch.bfloat16)  # float16 compiles to the same code as bfloat16 but for the type; attention has all three
+
+
 @dataclass(frozen=True)
 class Aot:
     """One kernel with the argument types of a typical call, to be compiled without a GPU."""

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from memkernels.backends.triton import _launch
-from memkernels.backends.triton._common import NAMES, aot, lanes, precision, run, store, strides, sum_splits
+from memkernels.backends.triton._common import AOT_DTYPES, aot, lanes, precision, run, store, strides, sum_splits
 
 EPS = tl.constexpr(1e-6)
 
@@ -314,7 +314,9 @@ def backward(dmemory, dkey, dstrength, dvalue, dread, dweights, memory, key, str
 def entries(name, read):
     """What is compiled ahead of time for content_address (`read` False) and content_read."""
     found = []
-    for dtype, similarity, kernel in product(NAMES, ("cosine", "dot", "l2"), (_content_fwd_kernel, _content_bwd_kernel)):
+    for dtype, similarity, kernel in product(
+        AOT_DTYPES, ("cosine", "dot", "l2") if read else ("cosine",), (_content_fwd_kernel, _content_bwd_kernel)
+    ):
         rows = _launch.content(65536, 4, 64, None, kernel is _content_bwd_kernel)
         absent = {"mask_ptr", "value_ptr", "dvalue_ptr", "delta_part_ptr"}
         absent |= {"logit_ptr", "dweights_ptr", "delta_ptr"} if read else {"part_ptr", "dread_ptr", "total_ptr"}

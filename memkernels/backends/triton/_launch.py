@@ -128,7 +128,7 @@ SPLIT_QUERIES = 64
 KEYS_PER_SPLIT = 1024
 
 
-# (16-bit kernel, padded width up to) -> queries, keys, warps, stages; the largest tiles that compile without spills for sm_80, sm_90 and sm_100.
+# (16-bit kernel, padded width up to) -> queries, keys, warps, stages: the largest tiles that compile without spills.
 ATTENTION_TILES = {
     ("forward", 64): (128, 64, 8, 3),
     ("forward", 128): (128, 64, 8, 3),

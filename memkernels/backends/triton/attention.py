@@ -15,15 +15,15 @@ import triton.language as tl
 
 from memkernels.backends.triton import _attention_bwd, _launch
 from memkernels.backends.triton._attention import LN2, LOG2E, dropout, dropout_arguments, limits, mask_arguments, masked, supports, tiles
-from memkernels.backends.triton._common import NAMES, aot, dot, lanes, rounded, run, store, strides
+from memkernels.backends.triton._common import NAMES, aot, dot, lanes, rounded, run, store
 
 __all__ = ["AOT", "backward", "forward", "supports"]
 
 
 @triton.jit
 def _walk(
-    acc, total, top, broken, query, i, head, key_ptr, value_ptr, mask_ptr, seed, lo, hi, Q, K, D, V, scale, threshold, inverse, low, high,
-    key_stride_k, key_stride_d, value_stride_k, value_stride_v, mask_stride_q, mask_stride_k,
+    acc, total, top, broken, query, i, head, key_ptr, value_ptr, mask_ptr, seed, lo, hi, Q, K, D, V, scale, threshold, inverse,
+    low, high, key_stride_k, key_stride_d, value_stride_k, value_stride_v, mask_stride_q, mask_stride_k,
     MASKED: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys lo .. hi. MASKED: not every key of a block is seen by every query."""
@@ -95,16 +95,16 @@ def _attention_fwd_kernel(
     scale *= LOG2E
     if WINDOWED:
         acc, total, top, broken = _walk(
-            acc, total, top, broken, query, i, head, key_ptr, value_ptr, mask_ptr, seed, begin, clear, Q, K, D, V, scale, threshold, inverse,
-            low, high, key_stride_k, key_stride_d, value_stride_k, value_stride_v, mask_stride_q, mask_stride_k,
+            acc, total, top, broken, query, i, head, key_ptr, value_ptr, mask_ptr, seed, begin, clear, Q, K, D, V, scale,
+            threshold, inverse, low, high, key_stride_k, key_stride_d, value_stride_k, value_stride_v, mask_stride_q, mask_stride_k,
             True, WINDOWED, BLOCK_N, PRECISION,
         )  # fmt: skip
     else:
         clear = begin
     if mask_ptr is None:
         acc, total, top, broken = _walk(
-            acc, total, top, broken, query, i, head, key_ptr, value_ptr, mask_ptr, seed, clear, clear_end, Q, K, D, V, scale, threshold, inverse,
-            low, high, key_stride_k, key_stride_d, value_stride_k, value_stride_v, mask_stride_q, mask_stride_k,
+            acc, total, top, broken, query, i, head, key_ptr, value_ptr, mask_ptr, seed, clear, clear_end, Q, K, D, V, scale,
+            threshold, inverse, low, high, key_stride_k, key_stride_d, value_stride_k, value_stride_v, mask_stride_q, mask_stride_k,
             False, WINDOWED, BLOCK_N, PRECISION,
         )  # fmt: skip
     acc, total, top, broken = _walk(
@@ -164,7 +164,7 @@ backward = _attention_bwd.backward
 def _aot(dtype, width, causal, queries=4096):
     launch = _launch.attention(queries, 4096, width, width, dtype == torch.float32, "forward")
     sizes = dict(mask_ptr=None, seed_ptr=None, splits=launch.splits, mask_stride_b=0, mask_stride_h=0, mask_stride_q=0, mask_stride_k=0)
-    ones = {a: 1 for a in ("query_stride_d", "key_stride_d", "value_stride_v", "group", "mask_group")}
+    ones = dict.fromkeys(("query_stride_d", "key_stride_d", "value_stride_v", "group", "mask_group"), 1)
     constants = {k: v for k, v in tiles(launch, dtype, -1, 0 if causal else -1).items() if k.isupper()} | sizes | ones
     types = {"lse_ptr": "*fp32", "scale": "fp32", "inverse": "fp32", "threshold": "i32"} | (
         {"out_ptr": "*fp32"} if launch.splits > 1 else {}

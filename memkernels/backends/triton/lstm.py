@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from memkernels.backends.triton import _launch, _matmul
-from memkernels.backends.triton._common import NAMES, aot, dot, lanes, refuse, rounded, run, sigmoid, store, strides, sum_splits, tanh
+from memkernels.backends.triton._common import AOT_DTYPES, aot, dot, lanes, refuse, rounded, run, sigmoid, store, strides, sum_splits, tanh
 
 
 @triton.jit
@@ -236,12 +236,12 @@ def _aot(name, kernel, dtype, hidden):
 
 AOT = [
     entry
-    for dtype in NAMES
+    for dtype in AOT_DTYPES
     for entry in (
         *_matmul.entries(dtype),
         *(
             _aot(name, kernel, dtype, hidden)
-            for hidden in (64, 128, 512)
+            for hidden in (64, 512)
             for name, kernel in (("lstm_fwd", _lstm_fwd_kernel), ("lstm_bwd", _lstm_bwd_kernel))
         ),
     )

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from memkernels.backends.triton import _launch
-from memkernels.backends.triton._common import NAMES, aot, lanes, refuse, run, sigmoid, store, strides, sum_splits, tanh
+from memkernels.backends.triton._common import AOT_DTYPES, aot, lanes, refuse, run, sigmoid, store, strides, sum_splits, tanh
 
 
 @triton.jit
@@ -131,6 +131,6 @@ def _aot(name, kernel, dtype):
 
 AOT = [
     _aot(name, kernel, dtype)
-    for dtype in NAMES
+    for dtype in AOT_DTYPES
     for name, kernel in (("lstm_gates_fwd", _lstm_gates_fwd_kernel), ("lstm_gates_bwd", _lstm_gates_bwd_kernel))
 ]

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from memkernels.backends.triton import _launch
-from memkernels.backends.triton._common import aot, lanes, precision, refuse, run, store, strides, sum_splits
+from memkernels.backends.triton._common import AOT_DTYPES, aot, lanes, precision, refuse, run, store, strides, sum_splits
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def _aot(name, kernel, dtype, **types):
 
 AOT = [
     entry
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for dtype in AOT_DTYPES
     for entry in (
         _aot("memory_read_fwd", _memory_read_fwd_kernel, dtype, part_ptr="*fp32"),
         _aot("memory_read_bwd", _memory_read_bwd_kernel, dtype),

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from memkernels.backends.triton import _launch
-from memkernels.backends.triton._common import aot, lanes, refuse, run, store, strides, sum_splits
+from memkernels.backends.triton._common import AOT_DTYPES, aot, lanes, refuse, run, store, strides, sum_splits
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def _aot(name, kernel, dtype):
 
 AOT = [
     entry
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for dtype in AOT_DTYPES
     for entry in (
         _aot("memory_write_fwd", _memory_write_fwd_kernel, dtype),
         _aot("memory_write_bwd", _memory_write_bwd_kernel, dtype),

@@ -1,0 +1,159 @@
+"""Launch parameters of the Triton kernels as pure functions, and what the interpreter's small cases do not reach: splits and long memories."""
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import memkernels
+from memkernels.backends.triton import _launch
+from memkernels.backends.triton._attention import dropout_arguments, limits, mask_arguments
+from memkernels.backends.triton._common import INTERPRETED
+
+SIZES = (0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 511, 512, 513, 4096, 65536, 1 << 20)
+interpreted = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs TRITON_INTERPRET=1 or a GPU")
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+def power_of_two(n):
+    return n > 0 and n & (n - 1) == 0
+
+
+def launches():
+    for rows in SIZES:
+        for width in (0, 1, 16, 17, 64, 500):
+            yield rows, width, _launch.memory_write(rows, width)
+            for backward in (False, True):
+                yield rows, width, _launch.memory_read(rows, 4, width, backward)
+                yield rows, width, _launch.content(rows, 4, width, None, backward)
+
+
+def test_tiles_cover_the_rows():
+    for rows, _, launch in launches():
+        assert launch.chunk % launch.block_n == 0
+        assert launch.splits * launch.chunk >= rows > (launch.splits - 1) * launch.chunk or rows == launch.splits == 0
+        assert all(power_of_two(n) for n in (launch.block_r, launch.block_n, launch.block_w, launch.block_v, launch.num_warps))
+
+
+def test_a_tile_holds_whole_rows():
+    for width in SIZES[:14]:
+        if width <= _launch.MAX_WIDTH:
+            assert _launch.content(100, 4, width, width + 1).block_w >= width
+            assert _launch.content(100, 4, width, width + 1).block_v >= width + 1
+            assert _launch.memory_write(100, width).block_w >= width
+
+
+def test_splits_are_bounded():
+    assert all(_launch.content(rows, 4, 64, None).splits <= _launch.MAX_SPLITS for rows in SIZES)
+    assert _launch.content(512, 4, 64, None).splits == 1
+    assert _launch.content(65536, 4, 64, None).splits == 128
+
+
+def test_launches_are_frozen_and_depend_on_no_batch():
+    launch = _launch.content(100, 4, 64, None)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        launch.block_n = 1
+    for function in (_launch.content, _launch.memory_read, _launch.memory_write, _launch.lstm, _launch.attention, _launch.pointwise):
+        assert "batch" not in function.__code__.co_varnames
+
+
+def test_limits_are_reasons():
+    assert _launch.refuse_rows(4, 64) is None
+    assert "513" in _launch.refuse_rows(4, 64, 513)
+    assert "129 heads" in _launch.refuse_rows(129, 16)
+    assert "8192" in _launch.refuse_rows(128, 128)
+
+
+def test_attention_launch():
+    for keys in SIZES:
+        for queries in SIZES[1:12]:
+            for wide in (False, True):
+                for kernel in ("forward", "dkey", "dquery"):
+                    launch = _launch.attention(queries, keys, 64, 80, wide, kernel)
+                    assert launch.block_m >= 16 and launch.block_d == 64 and launch.block_v == 128
+                    assert launch.splits * launch.chunk >= keys
+                    assert launch.splits == 1 or launch.chunk % launch.block_n == 0
+    assert _launch.attention(4, 65536, 64, 64, False, "forward").splits == 64
+    assert _launch.attention(65, 65536, 64, 64, False, "forward").splits == 1
+
+
+def test_lstm_launch():
+    assert _launch.lstm(128, wide=False).persistent and not _launch.lstm(129, wide=False).persistent
+    assert _launch.lstm(64, wide=True).persistent and not _launch.lstm(65, wide=True).persistent
+    assert _launch.lstm(100, wide=False).block_h == 128
+
+
+def test_attention_arguments():
+    assert limits(5, 9, -1, 0, "top-left") == (-5, 0)
+    assert limits(5, 9, 2, 0, "bottom-right") == (2, 4)
+    assert dropout_arguments(0.5) == (1 << 31, 2.0)
+    assert dropout_arguments(1.0) == (0, 0.0)
+    assert mask_arguments(None, 4) == (1, 0, 0, 0, 0)
+    assert mask_arguments(torch.zeros(2, 1, 3, 5), 4) == (2, 15, 0, 5, 1)
+
+
+def both(function, *tensors):
+    """Outputs and gradients in float64 by the reference and in float32 by Triton."""
+    results = []
+    for name, dtype, device in (("reference", torch.float64, "cpu"), ("triton", torch.float32, DEVICE)):
+        inputs = [t.to(device, dtype).requires_grad_() for t in tensors]
+        with memkernels.backend(name):
+            out = function(*inputs)
+            results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    return zip(*results, strict=True)
+
+
+def draw(*shapes):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "function, shapes",
+    [
+        (memkernels.memory_read, ((1, 1100, 3), (1, 2, 1100))),
+        (memkernels.content_read, ((1, 1100, 3), (1, 2, 3), (1, 2))),
+        (memkernels.content_address, ((1, 1100, 3), (1, 2, 3), (1, 2))),
+        (memkernels.memory_write, ((1, 1100, 3), (1, 2, 1100), (1, 2, 3), (1, 2, 3))),
+    ],
+)
+def test_several_splits(function, shapes):
+    for want, got in both(function, *draw(*shapes)):
+        torch.testing.assert_close(got.cpu().double(), want, rtol=2e-4, atol=2e-4)
+
+
+@interpreted
+def test_dropout_is_the_reference_mask():
+    query, key, value = draw((1, 2, 5, 4), (1, 2, 7, 4), (1, 2, 7, 3))
+
+    def function(q, k, v):
+        torch.manual_seed(3)
+        return memkernels.attention(q, k, v, dropout_p=0.4)
+
+    if DEVICE == "cpu":
+        for want, got in both(function, query, key, value):
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+def test_values_that_no_query_sees_reach_nothing():
+    query, key, value = (t.float().to(DEVICE) for t in draw((1, 1, 6, 4), (1, 1, 6, 4), (1, 1, 6, 4)))
+    with memkernels.backend("triton"):
+        clean = memkernels.attention(query, key, value, is_causal=True)
+        key[..., 5, :], value[..., 5, :] = float("nan"), float("nan")
+        dirty = memkernels.attention(query, key, value, is_causal=True)
+    assert torch.equal(clean[..., :5, :], dirty[..., :5, :]) and dirty[..., 5, :].isnan().all()
+
+
+@interpreted
+def test_refusals_name_their_reason():
+    with memkernels.backend("triton"):
+        with pytest.raises(memkernels.BackendError, match="float64 is not supported"):
+            memkernels.memory_read(
+                torch.ones(1, 2, 2, dtype=torch.float64, device=DEVICE), torch.ones(1, 1, 2, dtype=torch.float64, device=DEVICE)
+            )
+        with pytest.raises(memkernels.BackendError, match="over the limit of 512"):
+            memkernels.content_read(*(t.float().to(DEVICE) for t in draw((1, 2, 600), (1, 1, 600), (1, 1))))

@@ -1,0 +1,83 @@
+"""Every Triton kernel compiled without a GPU: no spills, shared memory within the limit, int64 offsets, tensor-core instructions where meant."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.timeout(1200)
+
+MODULES = ("memory_read", "memory_write", "content_address", "content_read", "lstm_gates", "lstm", "attention")
+CAPABILITIES = (80, 90, 100)
+# ptxas sometimes parks a value or two on the stack to reach the next step of occupancy; a real spill is an order of magnitude more.
+STACK_BYTES = 32
+QUICK = {
+    "memory_read_fwd_bf16", "memory_read_bwd_fp32", "memory_write_fwd_fp32", "memory_write_bwd_bf16", "content_address_fwd_cosine_bf16",
+    "content_read_fwd_cosine_fp32", "content_read_bwd_cosine_bf16", "lstm_gates_bwd_fp32", "lstm_project_bf16", "lstm_fwd_H512_fp32",
+    "lstm_bwd_H64_bf16", "attention_fwd_D64_causal_bf16", "attention_fwd_D128_bf16", "attention_dkey_D64_bf16", "attention_dquery_D64_causal_bf16",
+}  # fmt: skip
+
+
+@cache
+def entries(module):
+    return [entry.name for entry in importlib.import_module(f"memkernels.backends.triton.{module}").AOT]
+
+
+@cache
+def reports(module, full):
+    """Compiled in a process of its own: one that runs the interpreter has no kernels to compile."""
+    wanted = [f"{module}:{n}:{c}" for n in entries(module) for c in CAPABILITIES if full or (n in QUICK and c == 90)]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = Path(__file__).parent
+    environment["PYTHONPATH"] = os.pathsep.join([str(root.parent), environment.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", root / "triton_aot.py", *wanted], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(wanted)
+    return found
+
+
+def check(report):
+    name = f"{report['kernel']} for sm_{report['sm']}"
+    assert report["stack"] <= STACK_BYTES, f"{name} spills {report['stack']} bytes with {report['registers']} registers"
+    assert report["shared"] <= report["shared_limit"], f"{name} needs {report['shared']} bytes of shared memory"
+    assert not report["narrow_offsets"], f"{name} adds an offset that is not int64: {report['narrow_offsets'][0]}"
+    missing = set(report["expect"]) - set(report["found"])
+    assert not missing, f"{name} has no {', '.join(sorted(missing))}, only {report['found']}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_resources(module):
+    for report in reports(module, False):
+        check(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", MODULES)
+def test_resources_of_every_kernel(module):
+    for report in reports(module, True):
+        check(report)
+
+
+def test_every_module_is_covered():
+    directory = Path(importlib.import_module("memkernels.backends.triton").__file__).parent
+    kernels = {p.stem for p in directory.glob("*.py") if not p.stem.startswith("_")}
+    assert kernels == set(MODULES)
+    assert QUICK <= {name for module in MODULES for name in entries(module)}
+
+
+def test_the_lint_sees_a_narrow_offset():
+    from triton_aot import narrow_offsets
+
+    wide = "%5 = tt.addptr %3, %4 : tensor<16x!tt.ptr<f32>>, tensor<16xi64> loc(#loc2)"
+    assert not narrow_offsets(wide)
+    assert narrow_offsets(wide.replace("xi64", "xi32"))
+    assert narrow_offsets("%5 = tt.addptr %3, %c : !tt.ptr<f32>, i32 loc(#loc2)")
