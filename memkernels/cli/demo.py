@@ -16,6 +16,7 @@ from rich.text import Text
 
 from memkernels import bench
 from memkernels.bench.environment import environment
+from memkernels.bench.peers import NOT_COMPILED
 from memkernels.cli import info, plots, verify
 from memkernels.cli.files import writable_folder, write_text
 from memkernels.cli.speed import PEERS, measure, speed_table
@@ -137,6 +138,8 @@ def _prompt(text: str) -> str:
 def _bench(console: Console, out: Path) -> dict[str, Any]:
     rows, failures = measure(console, None, quick=True, peers=PEERS, seconds=0.3)
     console.print(speed_table(rows))
+    for op in NOT_COMPILED:
+        console.print(f"{op}: torch.compile is left out, it unrolls the loop over the steps and takes minutes", highlight=False)
     for note in dict.fromkeys(f"{row.op} {row.mode}: {row.note}" for row in rows if row.note):
         console.print(note, highlight=False, markup=False)
     for op, reason in failures.items():

@@ -12,7 +12,8 @@ from rich.table import Table
 from memkernels import bench
 from memkernels.testing.spec import specs
 
-PEERS = ("eager", "compile")
+TORCHS_OWN = ("torch", "sdpa")  # what torch itself has for the same job: nn.LSTM, scaled_dot_product_attention
+PEERS = ("eager", "compile", *TORCHS_OWN)
 
 
 def measure(console: Console, ops: Sequence[str] | None, **options: Any) -> tuple[list[bench.Row], dict[str, str]]:
@@ -41,13 +42,14 @@ def measure(console: Console, ops: Sequence[str] | None, **options: Any) -> tupl
 def speed_table(rows: Sequence[bench.Row]) -> Table:
     """One line an op, size and mode: our time, the peers' times, and how many times faster we are."""
     table = Table(title=f"Median milliseconds, float32, {torch.get_num_threads()} threads (times faster than the peer)")
-    for head in ("op", "size", "mode", "backend", "fused", "eager", "torch.compile", "of floor"):
+    for head in ("op", "size", "mode", "backend", "fused", "eager", "torch.compile", "torch's own", "of floor"):
         table.add_column(head, justify="left" if head in ("op", "size", "mode", "backend") else "right")
     for case in dict.fromkeys((row.op, row.size, row.mode) for row in rows):
         mine = {row.peer: row for row in rows if (row.op, row.size, row.mode) == case}
         first = next(iter(mine.values()))
         floor = "-" if first.floor is None else f"{first.floor:.0%}"
-        table.add_row(*case, first.backend, f"{first.ms:.3g}", *(_peer(mine.get(name)) for name in PEERS), floor)
+        own = next((mine[name] for name in TORCHS_OWN if name in mine), None)
+        table.add_row(*case, first.backend, f"{first.ms:.3g}", *map(_peer, (mine.get("eager"), mine.get("compile"), own)), floor)
     return table
 
 
