@@ -144,10 +144,18 @@ void forward(const TensorView& output, const TensorView& h_n, const TensorView& 
   pybind11::gil_scoped_release nogil;
   if (B == 0 || f.H == 0) return;
   Scratch scratch;
-  const int64_t steps = std::clamp<int64_t>(format.chunk_rows / B, 1, std::max<int64_t>(T, 1));
+  // The input part of z for a chunk should stay in the L2 cache; no result depends on where chunks end.
+  constexpr int64_t kProjectedBytes = 1 << 20;
+  const int64_t rows = std::clamp<int64_t>(kProjectedBytes / (4 * f.H * format.sum_bytes), 64, 512);
+  const int64_t steps = std::clamp<int64_t>(rows / B, 1, std::max<int64_t>(T, 1));
   plan_forward(f, format, steps, scratch);
   team(ranks_for(B, f.H, f.panels * tiles_of(B, format.row_tile)),
        [&](int rank, int size, Barrier& barrier) { run_forward(f, kernels, dtype, steps, rank, size, barrier); });
+}
+
+// Of a rank: the rows of two operands, then a packed panel of one.
+int64_t operand_bytes(const LstmBackward& f, const LstmFormat& format) {
+  return f.chunk * (2 * int64_t(sizeof(void*)) + 2 * format.lanes * format.pack_bytes);
 }
 
 void plan_backward(LstmBackward& f, const LstmFormat& format, int dtype, int64_t steps, int ranks, Scratch& scratch, char*& operand) {
@@ -167,7 +175,7 @@ void plan_backward(LstmBackward& f, const LstmFormat& format, int dtype, int64_t
   if (!is_sum && f.sum_ih) f.sum_ih = scratch.take<char>(gates * f.I * format.sum_bytes);
   if (!is_sum && f.sum_hh) f.sum_hh = scratch.take<char>(gates * f.H * format.sum_bytes);
   f.sum_bias = scratch.take<char>(gates * format.sum_bytes);
-  operand = scratch.take<char>(ranks * f.chunk * panel * format.pack_bytes);
+  operand = scratch.take<char>(ranks * operand_bytes(f, format));
 }
 
 // The products over a whole chunk, whose dz is complete.
@@ -207,7 +215,7 @@ void run_backward(const LstmBackward& f, const LstmKernels& kernels, int dtype, 
       barrier.wait();
       kernels.state_backward[dtype](f, chunk.begin + at, step, units);
     }
-    run_products(f, kernels, dtype, chunk, dz, operand + rank * f.chunk * panel * format.pack_bytes, rank, size, barrier);
+    run_products(f, kernels, dtype, chunk, dz, operand + rank * operand_bytes(f, format), rank, size, barrier);
   }
   barrier.wait();
   kernels.finish_backward[dtype](f, share(B, rank, size), share(4 * f.H, rank, size));

@@ -15,7 +15,7 @@ namespace mk::cpu {
 struct LstmFormat {
   int64_t lanes, pack_bytes, sum_bytes;
   int64_t k_multiple;            // packed operands are zero-filled to a multiple of this along the summed dimension
-  int64_t chunk_rows;            // rows (t, b) of a chunk, about
+  int64_t chunk_rows;            // rows (t, b) of a backward chunk, about
   int64_t row_tile, tile;        // rows of a unit at most: forward, backward
   int64_t gate_tile;             // rows of W of a weight gradient unit at most
   int64_t row_multiple;          // rows that an operand must have in memory: operand tiles are loaded whole

@@ -6,6 +6,7 @@
 // Precision: float32 sums, activations and carries; h and dz are rounded to bfloat16 before they are multiplied.
 #include "cpu/amx/vec.h"
 
+#include "cpu/avx512/transpose.h"
 #include "cpu/generic/lstm.inl.h"
 
 namespace mk::cpu::MK_LEVEL {
@@ -20,13 +21,15 @@ MK_INLINE int64_t depth_of(int64_t k) { return (k + kDepth - 1) / kDepth; }
 // One panel of 16 units of a gate matrix: [k block][gate][pair of k][unit][2].
 void pack_gate_tiles(const B16* weight, int64_t stride, int64_t hidden, int64_t first, int64_t count, B16* out) {
   const int64_t units = smaller(kBlock, hidden - first);
-  for (int64_t block = 0; block < depth_of(count); block++)
-    for (int64_t gate = 0; gate < 4; gate++, out += kTile)
-      for (int64_t l = 0; l < kBlock; l++) {
-        const B16* from = weight + (gate * hidden + first + l) * stride + block * kDepth;
-        const int64_t left = l < units ? smaller(kDepth, count - block * kDepth) : 0;
-        for (int64_t k = 0; k < kDepth; k++) out[(k / 2 * kBlock + l) * 2 + k % 2] = k < left ? from[k] : B16{0};
-      }
+  for (int64_t k = 0; k < count; k += kDepth)
+    for (int64_t gate = 0; gate < 4; gate++, out += kTile) {
+      const B16* from = weight + (gate * hidden + first) * stride + k;
+      const __mmask32 mask = _bzhi_u32(~0u, unsigned(smaller(kDepth, count - k)));
+      __m512i words[16];
+      for (int64_t l = 0; l < kBlock; l++) words[l] = l < units ? _mm512_maskz_loadu_epi16(mask, from + l * stride) : _mm512_setzero_si512();
+      transpose_words(words);
+      for (int64_t l = 0; l < kBlock; l++) _mm512_storeu_si512(out + l * kDepth, words[l]);
+    }
 }
 
 // Two rows of right operand, 16 columns: the pairs of a tile row.
@@ -222,28 +225,6 @@ void state_backward_tiles(const LstmBackward& f, int64_t t, const void* dz, Span
   }
 }
 
-// 16 x 16 words, transposed.
-MK_INLINE void transpose_words(__m512i (&r)[16]) {
-  __m512i s[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) s[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]), s[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    r[4 * i] = _mm512_unpacklo_epi64(s[4 * i], s[4 * i + 2]), r[4 * i + 1] = _mm512_unpackhi_epi64(s[4 * i], s[4 * i + 2]);
-    r[4 * i + 2] = _mm512_unpacklo_epi64(s[4 * i + 1], s[4 * i + 3]), r[4 * i + 3] = _mm512_unpackhi_epi64(s[4 * i + 1], s[4 * i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    s[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88), s[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-    s[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88), s[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    r[i] = _mm512_shuffle_i32x4(s[i], s[8 + i], 0x88), r[8 + i] = _mm512_shuffle_i32x4(s[i], s[8 + i], 0xdd);
-    r[4 + i] = _mm512_shuffle_i32x4(s[4 + i], s[12 + i], 0x88), r[12 + i] = _mm512_shuffle_i32x4(s[4 + i], s[12 + i], 0xdd);
-  }
-}
-
 // dz of a chunk as left tiles of dz^T: [block of 16 gates][block of 32 rows][gate][row].
 void transpose_tiles(const LstmBackward& f, const void* dz, int64_t rows, Span columns) {
   const int64_t depth = depth_of(rows);
@@ -291,19 +272,24 @@ void weight_backward_tiles(const LstmBackward& f, Span steps, const void*, void*
   const int64_t tiles = tiles_of(4 * f.H, kRows), input_panels = f.sum_ih ? tiles_of(f.I, 32) : 0;
   const int64_t count = (steps.end - steps.begin) * f.rows.B, depth = depth_of(count);
   const bool fresh = f.first_chunk(steps);
+  const B16 **input = static_cast<const B16**>(scratch), **state = input + f.chunk;
+  B16* panel = reinterpret_cast<B16*>(state + f.chunk);
+  if (units.begin < units.end) operand_rows<B16>(f, steps, input, state);
   int64_t packed = -1;
   for (int64_t u = units.begin; u < units.end; u++) {
     const bool hidden = u / tiles >= input_panels;
     const int64_t first = (u / tiles - (hidden ? input_panels : 0)) * 32, width = hidden ? f.H : f.I;
-    if (packed != u / tiles)
-      pack_column_tiles([&](int64_t row) { return operand_row<B16>(f, steps, row, hidden); }, count, first, width, static_cast<B16*>(scratch));
+    if (packed != u / tiles) {
+      const B16* const* rows = hidden ? state : input;
+      pack_column_tiles([&](int64_t row) { return rows[row]; }, count, first, width, panel);
+    }
     packed = u / tiles;
     const Span rows = rows_of(4 * f.H, u % tiles);
     float* total = element<float>(hidden ? f.sum_hh : f.sum_ih, rows.begin * width + first);
     const bool whole = rows.end - rows.begin == kRows && first + 32 <= width;
     // Whole blocks add to the sums in the tile registers.
     square_product(depth, element<B16>(f.transposed, rows.begin / kBlock * depth * kTile), kDepth, kTile,
-                   rows.end - rows.begin > kBlock ? depth * kTile : 0, static_cast<B16*>(scratch), 2 * kTile,
+                   rows.end - rows.begin > kBlock ? depth * kTile : 0, panel, 2 * kTile,
                    whole && !fresh ? total : nullptr, width, whole ? total : product, whole ? width : 32);
     if (whole) continue;
     for (int64_t n = 0; n < rows.end - rows.begin; n++)

@@ -27,6 +27,8 @@ void gemm_tile(int64_t count, const A* a, int64_t lda, const A* b, const A* init
       for (int n = 0; n < N; n++) sum[m][n] = V::zero();
     const int64_t left = count - begin < kSumBlock ? count - begin : kSumBlock;
     for (int64_t k = 0; k < left; k++) {
+      // Each k reads another page of a: no hardware prefetcher follows.
+      if (kColumns) __builtin_prefetch(row[0] + 16 * lda), __builtin_prefetch(row[0] + 16 * lda + M - 1);
       V w[N];
 #pragma GCC unroll 4
       for (int n = 0; n < N; n++) w[n] = V::load(b + n * V::kLanes);

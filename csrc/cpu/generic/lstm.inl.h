@@ -3,12 +3,32 @@
 // A rank owns (panel, row tile) units: the register tile holds i, f, g, o of its units, so a cell is finished where its sums are.
 // Bytes: weights are read from cache each step, the input once a chunk; outputs are written once.
 // Precision: products and sums in A, activations in A, c carried in A, h exchanged in P.
+#if defined(__AVX512F__)
+#include "cpu/avx512/transpose.h"
+#endif
 #include "cpu/generic/gemm_tile.inl.h"
 #include "cpu/generic/lstm_backward.inl.h"
 #include "cpu/generic/lstm_cell.inl.h"
 
 namespace mk::cpu::MK_LEVEL {
 namespace {
+
+// The block [16 units][count] of one gate by transposition in registers, where the level can; false: not done.
+template <class T>
+MK_INLINE bool pack_gate_blocks(const T*, int64_t, int64_t, int64_t, acc_t<T>*) { return false; }
+#if defined(__AVX512F__)
+MK_INLINE bool pack_gate_blocks(const float* from, int64_t stride, int64_t units, int64_t count, float* out) {
+  for (int64_t k = 0; k < count; k += 16) {
+    const int64_t left = smaller(16, count - k);
+    __m512i words[16];
+    for (int64_t l = 0; l < 16; l++)
+      words[l] = l < units ? _mm512_castps_si512(Vec<float>::load(from + l * stride + k, left).v) : _mm512_setzero_si512();
+    transpose_words(words);
+    for (int64_t j = 0; j < left; j++) _mm512_storeu_si512(out + (k + j) * 64, words[j]);
+  }
+  return true;
+}
+#endif
 
 // One panel of a weight matrix: out[k][gate][lane] = weight[gate * H + first + lane][k], zero for units past H.
 template <class T>
@@ -17,6 +37,7 @@ void pack_gates(const T* weight, int64_t stride, int64_t hidden, int64_t first, 
   for (int64_t gate = 0; gate < 4; gate++) {
     const int64_t units = smaller(kLanes, hidden - first);
     const T* from = weight + (gate * hidden + first) * stride;
+    if (pack_gate_blocks(from, stride, units, count, out + gate * kLanes)) continue;
     for (int64_t k = 0; k < count; k++) {
       acc_t<T>* to = out + (k * 4 + gate) * kLanes;
       for (int64_t l = 0; l < units; l++) to[l] = acc_t<T>(to_float(from[l * stride + k]));

@@ -128,32 +128,34 @@ void bias_backward(const LstmBackward& f, Span steps, const void* dz, Span colum
   sum_columns<T>(f, steps, static_cast<const acc_t<T>*>(dz), columns);
 }
 
-// Right operand of a weight gradient in row `row` of the chunk: x, or the hidden state that enters the step; null: zero.
+// Right operands of the weight gradients, row by row of the chunk: x, or the hidden state that enters the step; null: zero.
 template <class T>
-MK_INLINE const T* operand_row(const LstmBackward& f, Span steps, int64_t row, bool hidden) {
+void operand_rows(const LstmBackward& f, Span steps, const T** input, const T** hidden) {
   const LstmRows& rows = f.rows;
-  const int64_t t = steps.begin + row / rows.B, b = row % rows.B;
-  // Past the end of a row dz is zero, and what x holds there must not matter.
-  if (!rows.active(t, b)) return nullptr;
-  if (!hidden) return element<T>(f.input, t * f.input_t + b * f.input_b);
-  if (rows.resets(t, b)) return nullptr;
-  return t == rows.first(b) ? element<T>(f.h0, b * f.h0_b) : element<T>(f.output, (rows.previous(t) * rows.B + b) * f.H);
+  for (int64_t t = steps.begin; t < steps.end; t++)
+    for (int64_t b = 0; b < rows.B; b++, input++, hidden++) {
+      // Past the end of a row dz is zero, and what x holds there must not matter.
+      const bool active = rows.active(t, b), started = active && !rows.resets(t, b);
+      *input = active ? element<T>(f.input, t * f.input_t + b * f.input_b) : nullptr;
+      *hidden = !started                ? nullptr
+                : t == rows.first(b) ? element<T>(f.h0, b * f.h0_b)
+                                     : element<T>(f.output, (rows.previous(t) * rows.B + b) * f.H);
+    }
 }
 
 template <class T>
-void pack_operand(const LstmBackward& f, Span steps, bool hidden, int64_t first, int64_t width, acc_t<T>* out) {
+void pack_operand(const T* const* rows, int64_t count, int64_t first, int64_t width, acc_t<T>* out) {
   using V = Vec<acc_t<T>>;
-  const int64_t count = (steps.end - steps.begin) * f.rows.B;
-  for (int64_t row = 0; row < count; row++) {
-    const T* from = operand_row<T>(f, steps, row, hidden);
-    for (int64_t l = 0; l < 2; l++, out += V::kLanes) {
-      const int64_t j = first + l * V::kLanes, left = from ? (width - j < 0 ? 0 : smaller(width - j, V::kLanes)) : 0;
-      (left ? V::load(from + j, left) : V::zero()).store(out);
-    }
+  const int64_t second = smaller(first + V::kLanes, width), left = smaller(width - first, V::kLanes);
+  const int64_t more = smaller(width - second, V::kLanes);
+  for (int64_t row = 0; row < count; row++, out += 2 * V::kLanes) {
+    const T* from = rows[row];
+    (from ? V::load(from + first, left) : V::zero()).store(out);
+    (from ? V::load(from + second, more) : V::zero()).store(out + V::kLanes);
   }
 }
 
-// Units: panels of weight_ih, then of weight_hh, each with the row tiles of dW. `scratch`: one packed panel of this rank.
+// Units: panels of weight_ih, then of weight_hh, each with the row tiles of dW. `scratch` of this rank: rows of operands, then a packed panel.
 template <class T>
 void weight_backward(const LstmBackward& f, Span steps, const void* dz, void* scratch, Span units) {
   using A = acc_t<T>;
@@ -163,14 +165,17 @@ void weight_backward(const LstmBackward& f, Span steps, const void* dz, void* sc
   const int64_t tiles = tiles_of(4 * f.H, tile_rows(2)), input_panels = f.sum_ih ? tiles_of(f.I, kPanel) : 0;
   const int64_t count = (steps.end - steps.begin) * f.rows.B;
   const bool fresh = f.first_chunk(steps);
+  const T **input = static_cast<const T**>(scratch), **state = input + f.chunk;
+  A* panel = reinterpret_cast<A*>(state + f.chunk);
+  if (units.begin < units.end) operand_rows<T>(f, steps, input, state);
   int64_t packed = -1;
   for (int64_t u = units.begin; u < units.end; u++) {
     const bool hidden = u / tiles >= input_panels;
     const int64_t first = (u / tiles - (hidden ? input_panels : 0)) * kPanel, width = hidden ? f.H : f.I;
-    if (packed != u / tiles) pack_operand<T>(f, steps, hidden, first, width, static_cast<A*>(scratch));
+    if (packed != u / tiles) pack_operand<T>(hidden ? state : input, count, first, width, panel);
     packed = u / tiles;
     const Span rows = tile_of(4 * f.H, tiles, u % tiles);
-    gemm_tile_for<A, 2, true>(rows.end - rows.begin)(count, element<A>(dz, rows.begin), f.ld_gates, static_cast<A*>(scratch), nullptr, 0,
+    gemm_tile_for<A, 2, true>(rows.end - rows.begin)(count, element<A>(dz, rows.begin), f.ld_gates, panel, nullptr, 0,
                                                      product, kPanel);
     for (int64_t n = rows.begin; n < rows.end; n++) {
       A* total = element<A>(hidden ? f.sum_hh : f.sum_ih, n * width + first);
