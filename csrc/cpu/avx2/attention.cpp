@@ -1,3 +1,3 @@
-#include "cpu/avx2/vec.h"
+#include "cpu/avx2/attention_transpose.h"
 
 #include "cpu/generic/attention.inl.h"

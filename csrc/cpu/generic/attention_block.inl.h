@@ -139,14 +139,41 @@ bool pack_rows(const T* in, int64_t stride, int64_t rows, int64_t columns, A* ou
   return any(broken);
 }
 
+#if !MK_HAVE_TRANSPOSE
+template <class V, int N>
+MK_INLINE void transpose(V (&r)[N]) {
+  typename V::T cells[N][N];
+  for (int i = 0; i < N; i++) r[i].store(cells[i]);
+  for (int i = 0; i < N; i++)
+    for (int j = 0; j < i; j++) {
+      const typename V::T kept = cells[i][j];
+      cells[i][j] = cells[j][i], cells[j][i] = kept;
+    }
+  for (int i = 0; i < N; i++) r[i] = V::load(cells[i]);
+}
+#endif
+
 // Panels [columns of the block][its rows]: the transposed block, as many vectors as hold its rows.
 template <class A, class T>
 void pack_transposed(const T* in, int64_t stride, int64_t rows, int64_t columns, A* out) {
+  using V = Vec<A>;
+  constexpr int kSize = V::kLanes;
   for (int64_t row = 0; row < rows; row += kTile<A>) {
-    const int64_t count = smaller(kTile<A>, rows - row), width = padded<A>(count);
-    for (int64_t j = 0; j < width; j++)
-      for (int64_t column = 0; column < columns; column++)
-        out[column * width + j] = j < count ? to_float(in[(row + j) * stride + column]) : A(0);
+    const int64_t width = padded<A>(smaller(kTile<A>, rows - row));
+    for (int64_t j = 0; j < width; j += kSize)
+      for (int64_t column = 0; column < columns; column += kSize) {
+        const int64_t count = smaller(kSize, rows - row - j), across = smaller(kSize, columns - column);
+        V block[kSize];
+        const T* from = in + (row + j) * stride + column;
+        if (count == kSize && across == kSize) {
+#pragma GCC unroll 16
+          for (int i = 0; i < kSize; i++) block[i] = V::load(from + i * stride);
+        } else {
+          for (int i = 0; i < kSize; i++) block[i] = i < count ? V::load(from + i * stride, across) : V::zero();
+        }
+        transpose(block);
+        for (int i = 0; i < across; i++) block[i].store(out + (column + i) * width + j);
+      }
     out += columns * width;
   }
 }

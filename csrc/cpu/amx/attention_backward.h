@@ -1,0 +1,248 @@
+// Attention backward of bfloat16 on AMX tiles. Scores are computed transposed, [keys][queries]: then weights and ds are operands of
+// dvalue += p^T dout and dkey += ds^T query as they are, and of dquery^T += key^T ds^T after an interleaving of pairs of rows.
+// Queries and upstream gradients are packed once a part (O(Q) scratch), keys once a block; sums are float32, p and ds bfloat16.
+#pragma once
+#include "cpu/amx/attention_forward.h"
+
+namespace mk::cpu::MK_LEVEL {
+namespace {
+
+constexpr int64_t kHalfQueries = 128;
+
+struct HalfBackward {
+  // query_across, dout_across: operand B of the scores; query_down, dout_down: operand B of dkey and dvalue, [head][queries / 2][width][2].
+  uint16_t *query_across, *dout_across, *query_down, *dout_down, *key, *value, *key_columns, *weights, *gradients, *pairs;
+  float *base, *delta, *dquery, *dkey, *dvalue, *scores, *products;
+  int64_t width, value_width, queries, used;
+
+  // Queries lie in blocks of kHalfQueries, each a panel of its own.
+  HalfBackward(const AttentionArgs& a, void* memory)
+      : width(padded32(a.width)), value_width(padded32(a.value_width)),
+        queries((a.queries + kHalfQueries - 1) / kHalfQueries * kHalfQueries) {
+    Carver carver(memory);
+    const int64_t rows = queries * (a.key_heads ? a.heads / a.key_heads : 1);
+    query_across = carver.take<uint16_t>(rows * width);
+    dout_across = carver.take<uint16_t>(rows * value_width);
+    query_down = carver.take<uint16_t>(rows * width);
+    dout_down = carver.take<uint16_t>(rows * value_width);
+    base = carver.take<float>(rows);
+    delta = carver.take<float>(rows);
+    dquery = carver.take<float>(rows * width);
+    key = carver.take<uint16_t>(kBackwardKeys * width);
+    value = carver.take<uint16_t>(kBackwardKeys * value_width);
+    key_columns = carver.take<uint16_t>(kBackwardKeys * width);
+    dkey = carver.take<float>(kBackwardKeys * width);
+    dvalue = carver.take<float>(kBackwardKeys * value_width);
+    weights = carver.take<uint16_t>(kBackwardKeys * kHalfQueries);
+    gradients = carver.take<uint16_t>(kBackwardKeys * kHalfQueries);
+    pairs = carver.take<uint16_t>(kBackwardKeys * kHalfQueries);
+    scores = carver.take<float>(32 * 32);
+    products = carver.take<float>(32 * 32);
+    used = carver.used();
+  }
+};
+
+// What the tiles do not cover: a mask, dropout, few keys, and windows of one key, where differences of equal numbers must be exactly 0.
+MK_INLINE bool tiles_cover(const AttentionArgs& a) {
+  const bool one_key = a.left >= 0 && a.right >= 0 && a.left + a.right < 1;
+  return !a.mask && !a.seed && a.dout.data && a.keys > kBackwardKeys && a.queries > 4 && a.scale > 0 && !one_key;
+}
+
+// Row sums of dout . value weights, in float32, for a query whose keys are few: the rounded `out` would not do.
+float exact_delta(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, Range seen) {
+  const int64_t shared = h / (a.heads / a.key_heads);
+  const bfloat16 *q = rows_of<bfloat16>(a.query, b, h, query), *d = rows_of<bfloat16>(a.dout, b, h, query);
+  const auto dot = [](const bfloat16* x, const bfloat16* y, int64_t n) {
+    Vec<float> sum = Vec<float>::zero();
+    for_each_vec<Vec<float>>(n, [&](int64_t j, auto part) { sum = fma(load<Vec<float>>(x + j, part), load<Vec<float>>(y + j, part), sum); });
+    return reduce_add(sum);
+  };
+  const float lse = *(static_cast<const float*>(a.lse.data) + b * a.lse.b + h * a.lse.h + query * a.lse.row);
+  float total = 0, sum = 0;
+  for (int64_t k = seen.first; k < seen.last; k++) {
+    const float score = dot(q, rows_of<bfloat16>(a.key, b, shared, k), a.width) * float(a.scale) - lse;
+    const float weight = _mm512_cvtss_f32(exp(Vec<float>::set1(score)).v);
+    total += weight, sum += weight * dot(d, rows_of<bfloat16>(a.value, b, shared, k), a.value_width);
+  }
+  return total > 0 ? sum / total : 0;
+}
+
+void half_prepare(const AttentionArgs& a, int64_t begin, int64_t end) {
+  prepare<float, bfloat16>(a, begin, end);
+  if (!tiles_cover(a)) return;
+  for (int64_t row = begin; row < end; row++) {
+    const int64_t query = row % a.queries, h = row / a.queries % a.heads, b = row / a.queries / a.heads;
+    const Range seen = seen_by(a, query);
+    if (in_one_block(seen)) static_cast<float*>(a.rows_delta)[row] += exact_delta(a, b, h, query, seen);
+  }
+}
+
+MK_INLINE void pack_queries(const AttentionArgs& a, const AttentionPart& part, const HalfBackward& w, int64_t h, int64_t slot) {
+  for (int64_t at = part.begin; at < part.end; at += kHalfQueries) {
+    const int64_t rows = smaller(kHalfQueries, part.end - at), to = slot * w.queries + at - part.begin;
+    const bfloat16 *query = rows_of<bfloat16>(a.query, part.b, h, at), *dout = rows_of<bfloat16>(a.dout, part.b, h, at);
+    pack_pairs_across(query, a.query.row, rows, a.width, w.query_across + to * w.width, kHalfQueries);
+    pack_pairs_across(dout, a.dout.row, rows, a.value_width, w.dout_across + to * w.value_width, kHalfQueries);
+    pack_pairs_down(query, a.query.row, rows, a.width, w.query_down + to * w.width, kHalfQueries);
+    pack_pairs_down(dout, a.dout.row, rows, a.value_width, w.dout_down + to * w.value_width, kHalfQueries);
+    const int64_t from = row_index(a, part.b, h, at);
+    for (int64_t i = 0; i < kHalfQueries; i++) {
+      w.base[to + i] = i < rows ? static_cast<const float*>(a.rows_base)[from + i] : kInfinity<float>;
+      w.delta[to + i] = i < rows ? static_cast<const float*>(a.rows_delta)[from + i] : 0;
+    }
+    for (int64_t i = 0; i < kHalfQueries * w.width; i++) w.dquery[to * w.width + i] = 0;
+  }
+}
+
+// Which of 16 queries from `query` see a key: queries [first, last).
+MK_INLINE __mmask16 sees(int64_t first, int64_t last, int64_t query) {
+  const auto below = [&](int64_t end) { return _bzhi_u32(0xffff, unsigned(smaller(larger(end - query, 0), 16))); };
+  return __mmask16(below(last) & ~below(first));
+}
+
+// Weights and ds of 32 keys and 32 queries from w.scores and w.products, written as the three operands; `edge`: not all see all.
+template <bool edge>
+MK_INLINE void half_gradients(const AttentionArgs& a, const HalfBackward& w, int64_t key, int64_t keys, int64_t first, int64_t query,
+                              int64_t column, int64_t slot) {
+  const __m512 factor = _mm512_set1_ps(float(a.scale) * kUnit<float>);
+  const __m512 base[2] = {_mm512_loadu_ps(w.base + slot + column), _mm512_loadu_ps(w.base + slot + column + 16)};
+  const __m512 delta[2] = {_mm512_loadu_ps(w.delta + slot + column), _mm512_loadu_ps(w.delta + slot + column + 16)};
+  const __m512i order = interleave_order();
+  for (int64_t row = 0; row < 32; row += 2) {
+    __m512 p[2][2], g[2][2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+      int64_t from = 0, to = 0;
+      if (edge) {  // key sees queries from .. to: the inverse of seen_by
+        const int64_t at = first + key + row + i - a.shift;
+        from = a.right < 0 ? 0 : at - a.right, to = a.left < 0 ? a.queries : at + a.left + 1;
+        if (key + row + i >= keys) to = from;
+      }
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; j++) {
+        const float *s = w.scores + (row + i) * 32 + 16 * j, *d = w.products + (row + i) * 32 + 16 * j;
+        __m512 weight = fast_power(_mm512_fmsub_ps(_mm512_loadu_ps(s), factor, base[j]));
+        if (edge) weight = _mm512_maskz_mov_ps(sees(from, to, query + column + 16 * j), weight);
+        const __mmask16 some = _mm512_cmp_ps_mask(weight, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+        p[i][j] = weight;
+        g[i][j] = _mm512_maskz_mul_ps(some, weight, _mm512_sub_ps(_mm512_loadu_ps(d), delta[j]));
+      }
+      const int64_t at = (key + row + i) * kHalfQueries + column;
+      _mm512_storeu_si512(w.weights + at, two_bfloat16(p[i][0], p[i][1]));
+      _mm512_storeu_si512(w.gradients + at, two_bfloat16(g[i][0], g[i][1]));
+    }
+    uint16_t* pairs = w.pairs + ((key + row) / 2 * kHalfQueries + column) * 2;
+    _mm512_storeu_si512(pairs, _mm512_permutexvar_epi16(order, two_bfloat16(g[0][0], g[1][0])));
+    _mm512_storeu_si512(pairs + 32, _mm512_permutexvar_epi16(order, two_bfloat16(g[0][1], g[1][1])));
+  }
+}
+
+MK_INLINE void clear_gradients(const HalfBackward& w, int64_t key, int64_t column) {
+  for (int64_t row = 0; row < 32; row++) {
+    _mm512_storeu_si512(w.weights + (key + row) * kHalfQueries + column, _mm512_setzero_si512());
+    _mm512_storeu_si512(w.gradients + (key + row) * kHalfQueries + column, _mm512_setzero_si512());
+    _mm512_storeu_si512(w.pairs + ((key + row) / 2 * kHalfQueries + column) * 2 + row % 2 * 32, _mm512_setzero_si512());
+  }
+}
+
+// The operands of one block of keys against kHalfQueries queries from `query`, packed at row `slot`.
+MK_INLINE void half_operands(const AttentionArgs& a, const HalfBackward& w, int64_t query, int64_t end, int64_t slot, int64_t first,
+                             int64_t keys) {
+  for (int64_t column = 0; column < kHalfQueries; column += 32) {
+    const int64_t from = smaller(query + column, end - 1), to = smaller(query + column + 32, end);
+    const Range top = seen_by(a, from), bottom = seen_by(a, to - 1);
+    const bool absent = query + column >= end;
+    for (int64_t key = 0; key < padded32(keys); key += 32) {
+      const int64_t low = first + key, high = smaller(low + 32, first + keys);
+      if (absent || top.first >= high || bottom.last <= low) {
+        clear_gradients(w, key, column);
+        continue;
+      }
+      tile_gemm_32x32(w.key + key * w.width, w.width, w.query_across + slot * w.width + column * 2, kHalfQueries, w.width, w.scores, 32, false);
+      tile_gemm_32x32(w.value + key * w.value_width, w.value_width, w.dout_across + slot * w.value_width + column * 2, kHalfQueries,
+                      w.value_width, w.products, 32, false);
+      const bool inside = bottom.first <= low && top.last >= low + 32 && key + 32 <= keys;
+      if (inside)
+        half_gradients<false>(a, w, key, keys, first, query, column, slot);
+      else
+        half_gradients<true>(a, w, key, keys, first, query, column, slot);
+    }
+  }
+}
+
+// C[rows][columns] += A[rows][depth] B, all whole 32-blocks.
+MK_INLINE void add_tiles(const uint16_t* a, int64_t a_row, const uint16_t* b, int64_t b_columns, int64_t rows, int64_t columns, int64_t depth,
+                         float* c, int64_t c_row) {
+  for (int64_t j = 0; j < columns; j += 32)
+    for (int64_t i = 0; i < rows; i += 32) tile_gemm_32x32(a + i * a_row, a_row, b + j * 2, b_columns, depth, c + i * c_row + j, c_row, true);
+}
+
+// dquery^T [width][kHalfQueries] of each block of queries to rows of dquery_sums.
+MK_INLINE void store_dquery(const AttentionArgs& a, const AttentionPart& part, const HalfBackward& w, int64_t h, int64_t slot) {
+  const int64_t row = padded<float>(a.width);
+  for (int64_t at = part.begin; at < part.end; at += kHalfQueries) {
+    const float* from = w.dquery + (slot * w.queries + at - part.begin) * w.width;
+    float* to = static_cast<float*>(a.dquery_sums) + (part.run * a.batch * a.heads * a.queries + row_index(a, part.b, h, at)) * row;
+    const int64_t rows = smaller(kHalfQueries, part.end - at);
+    for (int64_t i = 0; i < rows; i += 16)
+      for (int64_t j = 0; j < row; j += 16) {
+        Vec<float> block[16];
+#pragma GCC unroll 16
+        for (int k = 0; k < 16; k++) block[k] = Vec<float>::load(from + (j + k) * kHalfQueries + i);
+        transpose(block);
+        for (int k = 0; k < smaller(16, rows - i); k++) block[k].store(to + (i + k) * row + j);
+      }
+  }
+}
+
+// key^T [width][kBackwardKeys], operand A of dquery^T; false where a key is not finite.
+MK_INLINE bool pack_keys(const AttentionArgs& a, const AttentionPart& part, const HalfBackward& w, int64_t first, int64_t keys) {
+  const int64_t keys32 = padded32(keys);
+  const bfloat16* key = rows_of<bfloat16>(a.key, part.b, part.h, first);
+  pack_plain_halves(rows_of<bfloat16>(a.value, part.b, part.h, first), a.value.row, keys, a.value_width, w.value, keys32);
+  const bool broken = pack_plain_halves(key, a.key.row, keys, a.width, w.key, keys32);
+  if (part.dquery)
+    for (int64_t i = 0; i < keys32; i++)
+      for (int64_t j = 0; j < w.width; j++) w.key_columns[j * kBackwardKeys + i] = w.key[i * w.width + j];
+  return !broken;
+}
+
+bool half_parts(const AttentionArgs& a, const AttentionPart& part, const HalfBackward& w) {
+  const int64_t group = a.heads / a.key_heads;
+  const Tiles tiles;
+  for (int64_t g = 0; g < group; g++) pack_queries(a, part, w, part.h * group + g, g);
+  for (int64_t first = part.first; first < part.last; first += kBackwardKeys) {
+    const int64_t keys = smaller(kBackwardKeys, part.last - first), keys32 = padded32(keys);
+    if (!pack_keys(a, part, w, first, keys)) return false;
+    for (int64_t i = 0; i < kBackwardKeys * w.width; i++) w.dkey[i] = 0;
+    for (int64_t i = 0; i < kBackwardKeys * w.value_width; i++) w.dvalue[i] = 0;
+    for (int64_t g = 0; g < group; g++)
+      for (int64_t at = part.begin; at < part.end; at += kHalfQueries) {
+        const int64_t slot = g * w.queries + at - part.begin, end = smaller(at + kHalfQueries, part.end);
+        const Range block = seen_by_block(a, at, end, first, first + keys);
+        if (block.first == block.last) continue;
+        half_operands(a, w, at, end, slot, first, keys);
+        if (part.dkv && a.dvalue)
+          add_tiles(w.weights, kHalfQueries, w.dout_down + slot * w.value_width, w.value_width, keys32, w.value_width, kHalfQueries, w.dvalue,
+                    w.value_width);
+        if (part.dkv && a.dkey)
+          add_tiles(w.gradients, kHalfQueries, w.query_down + slot * w.width, w.width, keys32, w.width, kHalfQueries, w.dkey, w.width);
+        if (part.dquery)
+          add_tiles(w.key_columns, kBackwardKeys, w.pairs, kHalfQueries, w.width, kHalfQueries, keys32, w.dquery + slot * w.width,
+                    kHalfQueries);
+      }
+    const int64_t row = (part.b * a.key_heads + part.h) * a.keys + first;
+    if (part.dkv && a.dkey) write_keys(w.dkey, w.width, keys, a.width, float(a.scale), static_cast<bfloat16*>(a.dkey) + row * a.width);
+    if (part.dkv && a.dvalue)
+      write_keys(w.dvalue, w.value_width, keys, a.value_width, 1.0f, static_cast<bfloat16*>(a.dvalue) + row * a.value_width);
+  }
+  for (int64_t g = 0; g < group && part.dquery; g++) store_dquery(a, part, w, part.h * group + g, g);
+  return true;
+}
+
+void half_backward(const AttentionArgs& a, const AttentionPart& part, void* memory) {
+  if (!tiles_cover(a) || !half_parts(a, part, HalfBackward(a, memory))) backward<float, bfloat16>(a, part, memory);
+}
+
+}  // namespace
+}  // namespace mk::cpu::MK_LEVEL
