@@ -1,6 +1,7 @@
 """The command `memkernels`, run what a user sees of it: exit code, output, files."""
 
 import dataclasses
+import io
 import json
 import signal
 import subprocess
@@ -9,8 +10,11 @@ import time
 
 import pytest
 import torch
+from rich.console import Console
 
+from memkernels import bench
 from memkernels.cli.app import app
+from memkernels.cli.speed import speed_table
 from memkernels.cli.trainer import Limit, Settings, Trainer
 from memkernels.models import MemoryLM
 from memkernels.testing import compare
@@ -72,6 +76,36 @@ def test_verify_fails_when_an_op_is_wrong(run, monkeypatch):
     monkeypatch.setattr(compare, "verify", lambda *args: iter([good, bad]))
     shown, _ = run("verify", code=1)
     assert "FAIL 1" in shown and "FAIL memory_read on reference in float32, odd forward: output 0" in shown
+
+
+def test_bench_goes_on_after_an_op_that_is_wrong(run, tmp_path, monkeypatch):
+    known = dict(
+        size="S",
+        dtype="float32",
+        mode="forward",
+        threads=1,
+        device="cpu",
+        backend="cpp",
+        level="avx2",
+        gb_s=1.0,
+        floor=0.5,
+        checked="float64",
+    )
+
+    def fake(ops, **options):
+        if ops == ["lstm"]:
+            raise AssertionError("lstm S float32 on cpp: output 0: error 1")
+        peers = (("eager", 4.0, ""), ("compile", None, "compile failed: no C++ compiler"))
+        return [bench.Row(op=ops[0], peer=peer, ms=2.0, peer_ms=ms, ratio=ms and ms / 2, note=note, **known) for peer, ms, note in peers]
+
+    monkeypatch.setattr(bench, "run", fake)
+    monkeypatch.setattr(bench, "write_json", lambda path, rows: path.write_text(str(len(rows))))
+    shown, error = run("bench", "memory_read", "lstm", "memory_write", "--json", tmp_path / "b.json", code=1)
+    assert "memory_read" in shown and "memory_write" in shown and (tmp_path / "b.json").read_text() == "4"
+    assert error == "memkernels: lstm is not measured, its result is wrong: lstm S float32 on cpp: output 0: error 1\n"
+    printed = io.StringIO()
+    Console(file=printed, width=140).print(speed_table(fake(["memory_read"])))
+    assert "4 (2.0x)" in printed.getvalue() and "failed, see below" in printed.getvalue()
 
 
 @pytest.mark.parametrize("model", ["memory", "attention"])

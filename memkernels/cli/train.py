@@ -88,6 +88,8 @@ def train(console: Console, trainer: Trainer, limit: Limit, out: Path | None, sa
             if now - evaluated >= evaluate_every:
                 points.append(Point(trainer.step, trainer.seconds, sum(recent) / len(recent), trainer.evaluate(QUICK_EVALUATION)))
                 evaluated = time.monotonic()
+                if not console.is_terminal:  # there a progress bar shows it
+                    console.print(_describe(points[-1]), highlight=False)
             if out is not None and now - saved >= save_every:
                 trainer.save(out)
                 saved = time.monotonic()
