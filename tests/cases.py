@@ -58,11 +58,20 @@ class Case:
             return compare.evaluate(self.spec, given, self.options, upstream)
 
     def with_dims(self, **sizes: int) -> Case:
-        return replace(self, sample=replace(self.sample, name="_".join([self.sample.name, *(f"{k}{v}" for k, v in sizes.items())]), dims={**self.sample.dims, **sizes}))
+        return replace(
+            self,
+            sample=replace(
+                self.sample, name="_".join([self.sample.name, *(f"{k}{v}" for k, v in sizes.items())]), dims={**self.sample.dims, **sizes}
+            ),
+        )
 
     def reason(self) -> str | None:
         """Why the backend cannot run it, or None."""
-        return _reasons(self.spec.name, self.sample.name, self.dtype, self.device)[self.backend.partition(":")[0]] if self._known else self._ask()
+        return (
+            _reasons(self.spec.name, self.sample.name, self.dtype, self.device)[self.backend.partition(":")[0]]
+            if self._known
+            else self._ask()
+        )
 
     @property
     def _known(self) -> bool:

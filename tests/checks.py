@@ -120,7 +120,10 @@ def row_letter(case: Case) -> str:
 def row_axes(case: Case) -> dict[str, int]:
     """The axis of the rows in every input, output and gradient that has one."""
     letter = row_letter(case)
-    shapes = [{**_input_shapes(c), **{n: t.shape for n, t in c.evaluate(c.inputs()).items()}} for c in (case.with_dims(**{letter: n}) for n in (11, 13))]
+    shapes = [
+        {**_input_shapes(c), **{n: t.shape for n, t in c.evaluate(c.inputs()).items()}}
+        for c in (case.with_dims(**{letter: n}) for n in (11, 13))
+    ]
     return {
         name: next(i for i, (a, b) in enumerate(zip(shape, shapes[1][name])) if (a, b) == (11, 13))
         for name, shape in shapes[0].items()
@@ -152,7 +155,9 @@ def check_batch_invariant(case: Case, sizes: tuple[int, ...] = (1, 2, 3, 8, 33))
             part = run(begin, n)
             for name in outputs:
                 wanted = whole[name].narrow(axes[name], begin, n)
-                assert same_bits(part[name], wanted.contiguous()), f"{name}: rows {begin}..{begin + n} differ alone from within {max(sizes)} rows"
+                assert same_bits(part[name], wanted.contiguous()), (
+                    f"{name}: rows {begin}..{begin + n} differ alone from within {max(sizes)} rows"
+                )
 
 
 def _row_gradients(case: Case, given: Tensors) -> list[torch.Tensor | None]:

@@ -13,6 +13,7 @@ def pytest_configure(config):
 def pytest_report_header(config):
     import cases
     import test_fuzz
+
     from memkernels.testing import compare
 
     lines = cases.not_run()

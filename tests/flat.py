@@ -29,7 +29,9 @@ def floats(op: _registry.RoutedOp, args: tuple[Any, ...]) -> list[bool]:
 def backward_arguments(op: _registry.RoutedOp, args: tuple[Any, ...], outputs: Any, seed: int = 0) -> list[Any]:
     """Arguments of the backward op: random upstream gradients, inputs, saved outputs, options, every gradient asked for."""
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    values = [torch.randn(t.shape, dtype=torch.float64, generator=inputs.generator("flat", seed, i)).to(t.dtype) for i, t in enumerate(outputs)]
+    values = [
+        torch.randn(t.shape, dtype=torch.float64, generator=inputs.generator("flat", seed, i)).to(t.dtype) for i, t in enumerate(outputs)
+    ]
     douts = [g for g, o in zip(values, op.outputs) if o.differentiable]
     saved = [t.detach() for t, o in zip(outputs, op.outputs) if o.save]
     tensors, options = args[: len(op.inputs)], args[len(op.inputs) :]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import checks
+import hypothesis
 import torch
 from cases import DTYPES, Case, places
 from hypothesis import strategies as st
@@ -53,7 +54,7 @@ def families(spec: OpSpec, dims: dict[str, int]) -> list[list[str]]:
 
 
 @st.composite
-def calls(draw: Any, spec: OpSpec, levels: str = "all") -> Call:
+def calls(draw: Any, spec: OpSpec, backends: tuple[tuple[str, str], ...] = ()) -> Call:
     sample = draw(st.sampled_from([s for s in spec.samples if not s.hard]))
     dims = dict(sample.dims)
     for family in families(spec, dims):
@@ -62,7 +63,7 @@ def calls(draw: Any, spec: OpSpec, levels: str = "all") -> Call:
         elif len(family) > 1 and draw(st.booleans()):
             factor = draw(st.integers(0, 3))
             dims.update({letter: factor * dims[letter] for letter in family})
-    backend, device = draw(st.sampled_from(places(levels)))
+    backend, device = draw(st.sampled_from(backends or places("all")))
     case = Case(spec, backend, draw(st.sampled_from(DTYPES)), replace(sample, dims=dims), device)
     layouts = tuple(draw(st.sampled_from(sorted(LAYOUTS))) for _ in spec.inputs)
     special = draw(st.none() | st.tuples(st.integers(0, len(spec.inputs) - 1), st.sampled_from(SPECIAL)))
@@ -87,3 +88,24 @@ def check_call(call: Call) -> bool:
     bad = [row for row in rows if not (row.ratio <= WIDER * row.limit or row.error <= ABSOLUTE[case.dtype] * largest)]
     assert not bad, f"{call}\n{compare.report(bad)}"
     return True
+
+
+def run(spec: OpSpec, examples: int, seed: int, backends: tuple[tuple[str, str], ...] = ()) -> None:
+    """So many drawn calls; hypothesis shrinks the first that fails and prints it."""
+    counts = {True: 0, False: 0}
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        print_blob=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        derandomize=False,
+    )
+    @hypothesis.given(calls(spec, backends))
+    def fuzzed(call: Call) -> None:
+        counts[check_call(call)] += 1
+
+    fuzzed()
+    assert counts[True] > examples // 10, f"only {counts[True]} of {sum(counts.values())} drawn calls could run"

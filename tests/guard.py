@@ -51,7 +51,12 @@ def check_guarded(case: Case, side: str, layout: str = "contiguous", module=None
             assert checks.same_bits(a, b), f"output {i} differs next to a page border"
         *flat, needs = backward_arguments(op, args, plain)
         upstream = [guarded(g, side) for g in flat[: op.end_douts]]
-        gradients = [[torch.empty_like(args[i], memory_format=torch.contiguous_format) if need else None for i, need in zip(op.differentiable, needs)]]
+        gradients = [
+            [
+                torch.empty_like(args[i], memory_format=torch.contiguous_format) if need else None
+                for i, need in zip(op.differentiable, needs)
+            ]
+        ]
         gradients.append([None if g is None else guarded(inputs.garbage(g, g.shape), side) for g in gradients[0]])
         module.backward(*gradients[0], *flat)
         module.backward(*gradients[1], *upstream, *near[: len(op.inputs)], *(outputs[i] for i in op.saved_outputs), *args[len(op.inputs) :])

@@ -39,7 +39,9 @@ def placements(t: torch.Tensor) -> Iterator[tuple[int, str]]:
 
 def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], what: str) -> None:
     for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5, equal_nan=True, msg=lambda text: f"{what}: {name}: {text}")  # noqa: B023
+        torch.testing.assert_close(
+            found[name], wanted[name], rtol=1e-4, atol=1e-5, equal_nan=True, msg=lambda text: f"{what}: {name}: {text}"
+        )
 
 
 def check_far_apart(case: Case) -> None:

@@ -110,5 +110,3 @@ def check_memory(cases: list[Case], calls: int, allowed: int) -> None:
 
 def typical_cases() -> list[Case]:
     return [p.values[0] for p in select(dtypes=(torch.float32,), first=1) if p.values[0].device == "cpu"]
-
-

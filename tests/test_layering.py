@@ -85,7 +85,11 @@ def test_layer_imports(layer):
 def test_reference_imports_torch_only():
     for path in FILES:
         if relative(path).startswith("memkernels/backends/reference/"):
-            bad = sorted(n for n in imports(path) if not below(n, ("torch", "math", "typing", "functools", "__future__", "memkernels.backends.reference")))
+            bad = sorted(
+                n
+                for n in imports(path)
+                if not below(n, ("torch", "math", "typing", "functools", "__future__", "memkernels.backends.reference"))
+            )
             assert not bad, f"{relative(path)} imports {', '.join(bad)}"
 
 

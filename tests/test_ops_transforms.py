@@ -82,7 +82,9 @@ def test_vmap_of_one_input(case):
         against_plain(case, lambda f, t: vmap(f, in_dims=dims)(*(torch.stack([x, 2 * x]) if d == 0 else x for x, d in zip(t, dims))))
         against_plain(
             case,
-            lambda f, t: vmap(grad(loss_of(f), everything(t)), in_dims=dims)(*(torch.stack([x, 2 * x]) if d == 0 else x for x, d in zip(t, dims))),
+            lambda f, t: vmap(grad(loss_of(f), everything(t)), in_dims=dims)(
+                *(torch.stack([x, 2 * x]) if d == 0 else x for x, d in zip(t, dims))
+            ),
         )
 
 
@@ -141,7 +143,9 @@ def test_compile_dynamic(case):
         return graph.forward
 
     with compare.using(case.backend):
-        fast = torch.compile(lambda given: case.spec.call(case.spec.function, given, case.options), fullgraph=True, dynamic=True, backend=counting)
+        fast = torch.compile(
+            lambda given: case.spec.call(case.spec.function, given, case.options), fullgraph=True, dynamic=True, backend=counting
+        )
         for extra in (0, 1, 2, 5):
             bigger = case.with_dims(**{letter: case.sample.dims[letter] + extra for letter in letters})
             given = {n: t for n, t in bigger.inputs().items() if t is not None}
@@ -221,4 +225,6 @@ def test_every_spec_is_an_op_and_every_op_has_a_spec():
     assert set(specs()) == set(_registry.OPS)
     for name, spec in specs().items():
         assert spec.name == name and spec.samples and spec.bench and "eager" in spec.peers
-        assert len({s.name for s in (*spec.samples, *spec.bench)}) == len(spec.samples) + len(spec.bench), f"{name}: two samples of one name"
+        assert len({s.name for s in (*spec.samples, *spec.bench)}) == len(spec.samples) + len(spec.bench), (
+            f"{name}: two samples of one name"
+        )

@@ -65,13 +65,15 @@ def why_not(spec: OpSpec, inputs: Tensors, options: dict[str, Any], backend: str
     return reasons[name] if name in reasons else f"no backend {name}"
 
 
-def evaluate(spec: OpSpec, inputs: Tensors, options: dict[str, Any], gradients: Callable[..., Any] | None = None) -> dict[str, torch.Tensor]:
+def evaluate(
+    spec: OpSpec, inputs: Tensors, options: dict[str, Any], gradients: Callable[..., Any] | None = None
+) -> dict[str, torch.Tensor]:
     """Outputs and gradients of one call by name ("output 0", "d memory").
 
     `gradients(outputs)` gives the upstream gradients; None: forward only. An input that no output depends on has no entry.
     """
     names = make.differentiable(spec, inputs) if gradients is not None else []
-    leaves = {n: t.detach().requires_grad_(n in names) if t is not None and t.is_floating_point() else t for n, t in inputs.items()}
+    leaves: dict[str, Any] = {n: t.detach().requires_grad_(n in names) if t is not None and t.is_floating_point() else t for n, t in inputs.items()}
     outputs = make.tensors_of(spec.call(spec.function, dict(leaves), dict(options)))
     result = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
     if gradients is None:
@@ -136,7 +138,7 @@ def measure(
     """Outputs and gradients of a backend, each against float64 and the same-dtype reference.
 
     Args:
-        spec, sample, dtype, seed, device: what is drawn, unless `inputs` are given.
+        spec, sample, dtype, seed, device: what is drawn, unless `inputs` are given, which keep their strides.
         backend: see `using`.
         layout: a name in `LAYOUTS` for the inputs.
         gradient: a name in `GRADIENT_LAYOUTS` for the upstream gradients; None: forward only.
@@ -146,7 +148,7 @@ def measure(
         One row per tensor. The bar is spec.tol times the reference's error, at least 2 ulp of the largest value.
     """
     drawn = make.draw(spec, sample, dtype, seed, device) if inputs is None else inputs
-    given = make.laid_out(drawn, layout)
+    given = drawn if layout == "contiguous" else make.laid_out(drawn, layout)
     upstream = None if gradient is None else lambda outputs: make.upstream(outputs, dtype, gradient, seed)
     with using(backend):
         actual = evaluate(spec, given, dict(sample.options), upstream)
@@ -158,7 +160,7 @@ def measure(
     for name in truth:
         direction = DIRECTIONS[name.startswith("d ")]
         limit = spec.tol[name.startswith("d ")]
-        common = dict(op=spec.name, backend=backend, dtype=str(dtype).removeprefix("torch."), sample=sample.name, direction=direction)
+        common: dict[str, Any] = dict(op=spec.name, backend=backend, dtype=str(dtype).removeprefix("torch."), sample=sample.name, direction=direction)
         rows.append(Row(**common, **judge(name, actual[name], truth[name], own[name], limit)))
     return rows
 
@@ -242,8 +244,8 @@ def labels() -> list[str]:
 
 
 def _verify_one(spec: OpSpec, sample: Sample, dtype: torch.dtype, backend: str, device: str) -> Iterator[Row]:
-    empty = dict(op=spec.name, backend=backend, dtype=str(dtype).removeprefix("torch."), sample=sample.name, tensor="")
-    numbers = dict(error=math.nan, reference_error=math.nan, ratio=math.nan, limit=math.nan)
+    empty: dict[str, Any] = dict(op=spec.name, backend=backend, dtype=str(dtype).removeprefix("torch."), sample=sample.name, tensor="")
+    numbers: dict[str, Any] = dict(error=math.nan, reference_error=math.nan, ratio=math.nan, limit=math.nan)
     try:
         reason = why_not(spec, make.draw(spec, sample, dtype, device=device), dict(sample.options), backend)
         rows = measure(spec, sample, dtype, backend, device=device) if reason is None else []
@@ -261,7 +263,10 @@ def _verify_one(spec: OpSpec, sample: Sample, dtype: torch.dtype, backend: str, 
 
 
 def verify(
-    ops: Sequence[str] | None = None, backends: Sequence[str] | None = None, dtypes: Sequence[torch.dtype] | None = None, device: str = "cpu"
+    ops: Sequence[str] | None = None,
+    backends: Sequence[str] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    device: str = "cpu",
 ) -> Iterator[Row]:
     """Every op x backend x dtype x sample against float64 on this machine.
 

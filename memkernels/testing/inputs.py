@@ -132,8 +132,7 @@ def permuted(t: torch.Tensor) -> torch.Tensor:
 
 
 LAYOUTS: dict[str, Layout] = {
-    f.__name__: f
-    for f in (contiguous, transposed, inner_stride, outer_slice, expanded, expanded_inner, misaligned, odd_strides, permuted)
+    f.__name__: f for f in (contiguous, transposed, inner_stride, outer_slice, expanded, expanded_inner, misaligned, odd_strides, permuted)
 }
 
 
