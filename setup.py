@@ -1,7 +1,8 @@
 """Builds memkernels._C (and memkernels._C_cuda when nvcc is found) with ninja; neither links or includes torch.
 
 A missing or failing compiler leaves a pure Python package; memkernels/_build_info.json records what was built and why the rest was not.
-Environment: MEMKERNELS_BUILD=require|none, MEMKERNELS_CUDA=0, MEMKERNELS_CUDA_ARCHS="80;90a;100", MEMKERNELS_SANITIZE=address,undefined, CXX, MAX_JOBS.
+Environment: MEMKERNELS_BUILD=require|none, MEMKERNELS_CUDA=0, MEMKERNELS_CUDA_ARCHS="80;90a;100", MEMKERNELS_SANITIZE=address,undefined,
+CXX, MAX_JOBS.
 """
 
 import fcntl
@@ -201,7 +202,8 @@ def build_cuda(target, verbose):
     compiler, (nvcc, home) = find_compiler(), find_cuda()
     codes, archs = gencode(nvcc)
     ninja = NinjaFile(build_folder("cuda"))
-    include = " ".join(f"-isystem {shlex.quote(path)}" for path in [*includes()[1:], str(home / "include")]) + f" -I{shlex.quote(str(CSRC))}"
+    system = " ".join(f"-isystem {shlex.quote(path)}" for path in [*includes()[1:], str(home / "include")])
+    include = f"{system} -I{shlex.quote(str(CSRC))}"
     cxx = f"{compiler} -MMD -MF $out.d -O2 {COMMON_FLAGS} {include} $flags -c $in -o $out"
     ninja.rule("cxx", cxx, deps="gcc", depfile="$out.d", description="CXX $out")
     host = "-fPIC,-fvisibility=hidden"
@@ -221,7 +223,7 @@ def build_cuda(target, verbose):
 class NinjaBuild(build_ext):
     """build_ext whose two extensions are each built by one ninja run, or skipped with a recorded reason."""
 
-    builders = {"_C": build_cpu, "_C_cuda": build_cuda}
+    builders = {"_C": build_cpu, "_C_cuda": build_cuda}  # noqa: RUF012
 
     def package_dir(self):
         return ROOT / "memkernels" if self.inplace or self.editable_mode else Path(self.build_lib).resolve() / "memkernels"

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from memkernels import bench
+from memkernels import bench, cpu_level
 from memkernels.bench.environment import ceilings, cpu_model
 from memkernels.bench.runner import Case
 from memkernels.testing.spec import Sample, mostly, specs
@@ -147,7 +147,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def results_file() -> Path:
-    model = re.sub(r"[^A-Za-z0-9]+", "-", cpu_model().split("(")[0] + bench.environment()["cpu_level"] or "").strip("-").lower()
+    model = re.sub(r"[^A-Za-z0-9]+", "-", f"{cpu_model().rsplit(' (', 1)[0]} {cpu_level() or ''}").strip("-").lower()
     return RESULTS / f"{datetime.date.today().isoformat()}-{model}.json"
 
 

@@ -33,6 +33,7 @@ EXTRAS = {
     "bench": ("bench", "triton"),
 }
 EXTRAS["test-all"] = EXTRAS["test"]
+SHORT = "test_triton or accuracy or gradient_layouts"  # of what runs in Triton's interpreter
 BUILD_VARIABLES = ("MEMKERNELS_BUILD", "MEMKERNELS_CUDA", "MEMKERNELS_CUDA_ARCHS", "MEMKERNELS_SANITIZE", "CXX", "CXXFLAGS")
 
 
@@ -183,7 +184,11 @@ def test(python: str, environment: dict[str, str], arguments: list[str], everyth
     code = 0
     if not arguments:
         say("Triton kernels in the interpreter")
-        chosen = ["tests/test_ops.py", "tests/test_fuzz.py"] if everything else ["tests/test_ops.py", "-k", "accuracy or gradient_layouts"]
+        chosen = (
+            ["tests/test_ops.py", "tests/test_fuzz.py"]
+            if everything
+            else ["tests/test_ops.py", "tests/test_triton.py", "-k", "accuracy or gradient_layouts or test_triton"]
+        )
         code = subprocess.run([*pytest, *chosen], cwd=ROOT, env={**environment, "TRITON_INTERPRET": "1"}).returncode
         say(f"Triton kernels in the interpreter: exit code {code}; the suite:")
     return subprocess.run([*pytest, *arguments], cwd=ROOT, env=environment).returncode or code

@@ -35,9 +35,11 @@ void set_mask(AttentionArgs& a, const TensorView& mask, DType dtype) {
   check_inner(kOp, "attn_mask", mask);
   a.mask_batch = mask.size(0), a.mask_heads = mask.size(1), a.mask_queries = mask.size(2), a.mask_keys = mask.size(3);
   const auto fits = [](int64_t size, int64_t full) { return size == 1 || size == full; };
-  if ((mask.dtype() != dtype && mask.dtype() != DType::boolean) || !fits(a.mask_heads, a.heads) || !fits(a.mask_queries, a.queries) ||
-      !fits(a.mask_keys, a.keys) || (a.mask_batch ? a.batch % a.mask_batch : a.batch) != 0)
-    fail(kOp, "attn_mask", std::string("bool or ") + dtype_name(dtype) + " that broadcasts to the scores", describe(mask));
+  if ((mask.dtype() != dtype && mask.dtype() != DType::boolean) || !fits(a.mask_heads, a.heads) ||
+      !fits(a.mask_queries, a.queries) || !fits(a.mask_keys, a.keys) ||
+      (a.mask_batch ? a.batch % a.mask_batch : a.batch) != 0)
+    fail(kOp, "attn_mask", std::string("bool or ") + dtype_name(dtype) + " that broadcasts to the scores",
+         describe(mask));
   a.mask = mask.data(), a.mask_boolean = mask.dtype() == DType::boolean;
   a.mask_b = mask.stride(0), a.mask_h = mask.stride(1), a.mask_q = mask.stride(2), a.mask_k = a.mask_keys == 1 ? 0 : 1;
   a.mask_group = a.mask_batch ? std::max<int64_t>(1, a.batch / a.mask_batch) : 1;
@@ -54,7 +56,8 @@ AttentionArgs arguments(const TensorView& query, const TensorView& key, const Te
   a.query = checked("query", query, {a.batch, a.heads, a.queries, a.width}, dtype);
   a.key = checked("key", key, {a.batch, a.key_heads, a.keys, a.width}, dtype);
   a.value = checked("value", value, {a.batch, a.key_heads, a.keys, a.value_width}, dtype);
-  if (a.key_heads ? a.heads % a.key_heads : a.heads) fail(kOp, "key", "a head count that divides the query's", describe(key));
+  if (a.key_heads ? a.heads % a.key_heads : a.heads)
+    fail(kOp, "key", "a head count that divides the query's", describe(key));
   set_mask(a, mask, dtype);
   if (seed.defined() && options.dropout > 0) {
     check_tensor(kOp, "seed", seed, {a.batch}, DType::int64);
@@ -95,8 +98,9 @@ double work(const AttentionArgs& a) {
   return 2.0 * double(a.batch * a.heads) * double(a.queries * a.keys) * double(a.width + a.value_width + 16);
 }
 
-void forward(const TensorView& out, const TensorView& lse, const TensorView& query, const TensorView& key, const TensorView& value,
-             const TensorView& mask, const TensorView& seed, double scale, double dropout, int64_t left, int64_t right, int64_t shift) {
+void forward(const TensorView& out, const TensorView& lse, const TensorView& query, const TensorView& key,
+             const TensorView& value, const TensorView& mask, const TensorView& seed, double scale, double dropout,
+             int64_t left, int64_t right, int64_t shift) {
   AttentionArgs a = arguments(query, key, value, mask, seed, {scale, dropout, left, right, shift});
   const DType dtype = query.dtype();
   check_output(kOp, "out", out, {a.batch, a.heads, a.queries, a.value_width}, dtype);
@@ -134,17 +138,20 @@ void keys_and_queries(AttentionArgs& a, const AttentionKernels& kernels, int typ
     run_tasks(rows * a.splits, flops, bytes, [&](int64_t task, void* scratch) {
       const int64_t row = task / a.splits, run = task % a.splits, first = run * a.split_keys;
       const int64_t last = std::min(first + a.split_keys, a.keys);
-      kernels.backward[type](a, {row / a.key_heads, row % a.key_heads, first, last, 0, a.queries, run, true, dkv, full}, scratch);
+      kernels.backward[type](a, {row / a.key_heads, row % a.key_heads, first, last, 0, a.queries, run, true, dkv, full},
+                             scratch);
     });
     return;
   }
-  // Too few heads for the threads: keys and queries are owned by different tasks, which add up in the same order as above.
+  // Too few heads for the threads: keys and queries are owned by different tasks, which add up in the same order as
+  // above.
   const auto chunk = [&](int64_t n, int64_t block) {
     const int64_t wanted = blocks_of(4 * num_threads(), std::max<int64_t>(rows, 1));
     return std::max<int64_t>(1, blocks_of(blocks_of(n, block), wanted)) * block;
   };
   const int64_t key_step = chunk(a.keys, kernels.key_block), query_step = chunk(a.queries, kernels.query_block);
-  const int64_t key_tasks = dkv || full ? blocks_of(a.keys, key_step) : 0, query_tasks = dquery ? blocks_of(a.queries, query_step) : 0;
+  const int64_t key_tasks = dkv || full ? blocks_of(a.keys, key_step) : 0,
+                query_tasks = dquery ? blocks_of(a.queries, query_step) : 0;
   run_tasks(rows * (key_tasks + query_tasks), flops, bytes, [&](int64_t task, void* scratch) {
     const int64_t row = task % rows, part = task / rows, b = row / a.key_heads, h = row % a.key_heads;
     if (part < key_tasks) {
@@ -159,7 +166,9 @@ void keys_and_queries(AttentionArgs& a, const AttentionKernels& kernels, int typ
 
 void shared_mask(const AttentionArgs& a, const AttentionKernels& kernels, int type) {
   const bool by_key = a.mask_queries == 1 && a.mask_keys != 1, whole = a.mask_queries == 1 && a.mask_keys == 1;
-  const int64_t n = by_key ? a.keys : a.queries, step = whole ? std::max<int64_t>(n, 1) : by_key ? kernels.key_block : kernels.query_block;
+  const int64_t n = by_key ? a.keys : a.queries, step = whole    ? std::max<int64_t>(n, 1)
+                                                        : by_key ? kernels.key_block
+                                                                 : kernels.query_block;
   const int64_t steps = whole ? 1 : blocks_of(n, step), rows = a.mask_batch * a.mask_heads;
   run_tasks(rows * steps, work(a), kernels.backward_scratch[type](a), [&](int64_t task, void* scratch) {
     const int64_t row = task / steps, first = task % steps * step;
@@ -173,10 +182,10 @@ void* written(const char* name, const TensorView& t, std::initializer_list<int64
   return t.data();
 }
 
-void backward(const TensorView& dquery, const TensorView& dkey, const TensorView& dvalue, const TensorView& dmask, const TensorView& dout,
-              const TensorView& dlse, const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& mask,
-              const TensorView& seed, const TensorView& out, const TensorView& lse, double scale, double dropout, int64_t left,
-              int64_t right, int64_t shift) {
+void backward(const TensorView& dquery, const TensorView& dkey, const TensorView& dvalue, const TensorView& dmask,
+              const TensorView& dout, const TensorView& dlse, const TensorView& query, const TensorView& key,
+              const TensorView& value, const TensorView& mask, const TensorView& seed, const TensorView& out,
+              const TensorView& lse, double scale, double dropout, int64_t left, int64_t right, int64_t shift) {
   AttentionArgs a = arguments(query, key, value, mask, seed, {scale, dropout, left, right, shift});
   const DType dtype = query.dtype();
   a.dout = checked("dout", dout, {a.batch, a.heads, a.queries, a.value_width}, dtype);
@@ -194,23 +203,28 @@ void backward(const TensorView& dquery, const TensorView& dkey, const TensorView
   Scratch scratch;
   a.rows_base = scratch.take<char>(rows * size), a.rows_delta = scratch.take<char>(rows * size);
   if (a.dquery) a.dquery_sums = scratch.take<char>(a.splits * rows * padded16(a.width) * size);
-  parallel_for(rows, grain_for(2 * a.value_width * size), [&](int64_t begin, int64_t end) { kernels.prepare[type](a, begin, end); });
-  if (a.dmask && (!mask_is_full(a) || a.left >= 0 || a.right >= 0)) std::memset(a.dmask, 0, size_t(dmask.numel() * item_size(dtype)));
+  parallel_for(rows, grain_for(2 * a.value_width * size),
+               [&](int64_t begin, int64_t end) { kernels.prepare[type](a, begin, end); });
+  if (a.dmask && (!mask_is_full(a) || a.left >= 0 || a.right >= 0))
+    std::memset(a.dmask, 0, size_t(dmask.numel() * item_size(dtype)));
   keys_and_queries(a, kernels, type);
   if (a.dmask && !mask_is_full(a)) shared_mask(a, kernels, type);
   if (a.dquery)
-    parallel_for(rows, grain_for(2 * a.width * size), [&](int64_t begin, int64_t end) { kernels.finish[type](a, begin, end, a.splits); });
+    parallel_for(rows, grain_for(2 * a.width * size),
+                 [&](int64_t begin, int64_t end) { kernels.finish[type](a, begin, end, a.splits); });
 }
 
 }  // namespace
 
 void bind_attention(pybind11::module_& m) {
   namespace py = pybind11;
-  m.def("attention", &forward, py::arg("out"), py::arg("lse"), py::arg("query"), py::arg("key"), py::arg("value"), py::arg("attn_mask"),
-        py::arg("seed"), py::arg("scale"), py::arg("dropout_p"), py::arg("left"), py::arg("right"), py::arg("shift"));
-  m.def("attention_backward", &backward, py::arg("dquery"), py::arg("dkey"), py::arg("dvalue"), py::arg("dattn_mask"), py::arg("dout"),
-        py::arg("dlse"), py::arg("query"), py::arg("key"), py::arg("value"), py::arg("attn_mask"), py::arg("seed"), py::arg("out"),
-        py::arg("lse"), py::arg("scale"), py::arg("dropout_p"), py::arg("left"), py::arg("right"), py::arg("shift"));
+  m.def("attention", &forward, py::arg("out"), py::arg("lse"), py::arg("query"), py::arg("key"), py::arg("value"),
+        py::arg("attn_mask"), py::arg("seed"), py::arg("scale"), py::arg("dropout_p"), py::arg("left"),
+        py::arg("right"), py::arg("shift"));
+  m.def("attention_backward", &backward, py::arg("dquery"), py::arg("dkey"), py::arg("dvalue"), py::arg("dattn_mask"),
+        py::arg("dout"), py::arg("dlse"), py::arg("query"), py::arg("key"), py::arg("value"), py::arg("attn_mask"),
+        py::arg("seed"), py::arg("out"), py::arg("lse"), py::arg("scale"), py::arg("dropout_p"), py::arg("left"),
+        py::arg("right"), py::arg("shift"));
 }
 
 }  // namespace mk::cpu

@@ -29,19 +29,21 @@ struct AttentionArgs {
   bool drop_all;
   double keep_scale;
 
-  // Forward of few queries: the keys are split into `splits` runs of split_keys; partial holds [task][accumulators, base, sum].
+  // Forward of few queries: the keys are split into `splits` runs of split_keys; partial holds [task][accumulators,
+  // base, sum].
   int64_t splits, split_keys;
   void* partial;
-  // Backward, of the accumulation type: what prepare() writes, [B][NH][Q] each, and sums of dquery [run][B][NH][Q][width].
+  // Backward, of the accumulation type: what prepare() writes, [B][NH][Q] each, and sums of dquery
+  // [run][B][NH][Q][width].
   void *rows_base, *rows_delta, *dquery_sums;
 };
 
 // Keys [first, last) against queries [begin, end) of batch entry b and key head h.
 struct AttentionPart {
   int64_t b, h, first, last, begin, end;
-  int64_t run;          // which dquery_sums it adds to
-  bool dquery, dkv;     // what is wanted
-  bool dmask;           // dmask has a place for every score and is written as well
+  int64_t run;       // which dquery_sums it adds to
+  bool dquery, dkv;  // what is wanted
+  bool dmask;        // dmask has a place for every score and is written as well
 };
 
 constexpr int64_t kQueryGroup = 240;  // queries of one forward task: the packed keys are used this often
@@ -51,7 +53,8 @@ struct AttentionKernels {
   int64_t (*forward_scratch[kFloatTypes])(const AttentionArgs&);
   int64_t (*backward_scratch[kFloatTypes])(const AttentionArgs&);
   // Queries [begin, end) of entry b, head h over the keys of one split.
-  void (*forward[kFloatTypes])(const AttentionArgs&, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t split, void* scratch);
+  void (*forward[kFloatTypes])(const AttentionArgs&, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t split,
+                               void* scratch);
   // Joins the splits of rows [begin, end) of entry b, head h, in order.
   void (*merge[kFloatTypes])(const AttentionArgs&, int64_t b, int64_t h);
   // Rows [begin, end) of [B][NH][Q]: rows_base and rows_delta.
@@ -60,7 +63,8 @@ struct AttentionKernels {
   // Rows [begin, end) of [B][NH][Q]: dquery from its sums over the runs, in order.
   void (*finish[kFloatTypes])(const AttentionArgs&, int64_t begin, int64_t end, int64_t runs);
   // Queries [begin, end) of row (b, h) of a mask that broadcasts: its gradient summed over all that share it.
-  void (*mask_backward[kFloatTypes])(const AttentionArgs&, int64_t b, int64_t h, int64_t first, int64_t last, void* scratch);
+  void (*mask_backward[kFloatTypes])(const AttentionArgs&, int64_t b, int64_t h, int64_t first, int64_t last,
+                                     void* scratch);
   int64_t key_block, query_block;  // backward works on whole blocks from key 0 and query 0
 };
 

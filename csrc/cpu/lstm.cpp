@@ -36,7 +36,8 @@ LstmRows rows_of(const Inputs& in, int64_t T, int64_t B, bool reverse) {
   check_tensor(kOp, "lengths", in.lengths, {B}, DType::int64);
   rows.lengths = in.lengths.data<int64_t>(), rows.lengths_b = in.lengths.stride(0);
   for (int64_t b = 0; b < B; b++)
-    MK_CHECK(rows.length(b) >= 0 && rows.length(b) <= T, kOp, "lengths", "values in 0..T=" + std::to_string(T), rows.length(b));
+    MK_CHECK(rows.length(b) >= 0 && rows.length(b) <= T, kOp, "lengths", "values in 0..T=" + std::to_string(T),
+             rows.length(b));
   return rows;
 }
 
@@ -101,7 +102,8 @@ void plan_forward(LstmForward& f, const LstmFormat& format, int64_t steps, Scrat
   f.carry = scratch.take<char>(f.rows.B * f.ld_hidden * format.sum_bytes);
 }
 
-void run_forward(const LstmForward& f, const LstmKernels& kernels, int dtype, int64_t steps, int rank, int size, Barrier& barrier) {
+void run_forward(const LstmForward& f, const LstmKernels& kernels, int dtype, int64_t steps, int rank, int size,
+                 Barrier& barrier) {
   const LstmFormat& format = kernels.format[dtype];
   const int64_t B = f.rows.B;
   const Span step_units = share(f.panels * tiles_of(B, format.row_tile), rank, size);
@@ -123,10 +125,10 @@ void run_forward(const LstmForward& f, const LstmKernels& kernels, int dtype, in
   }
 }
 
-void forward(const TensorView& output, const TensorView& h_n, const TensorView& c_n, const TensorView& cells, const TensorView& gates,
-             const TensorView& input, const TensorView& h0, const TensorView& c0, const TensorView& weight_ih,
-             const TensorView& weight_hh, const TensorView& bias_ih, const TensorView& bias_hh, const TensorView& reset,
-             const TensorView& lengths, bool reverse) {
+void forward(const TensorView& output, const TensorView& h_n, const TensorView& c_n, const TensorView& cells,
+             const TensorView& gates, const TensorView& input, const TensorView& h0, const TensorView& c0,
+             const TensorView& weight_ih, const TensorView& weight_hh, const TensorView& bias_ih,
+             const TensorView& bias_hh, const TensorView& reset, const TensorView& lengths, bool reverse) {
   auto f = arguments<LstmForward>({input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, reset, lengths}, reverse);
   const DType type = input.dtype();
   const int64_t T = f.rows.T, B = f.rows.B;
@@ -158,7 +160,8 @@ int64_t operand_bytes(const LstmBackward& f, const LstmFormat& format) {
   return f.chunk * (2 * int64_t(sizeof(void*)) + 2 * format.lanes * format.pack_bytes);
 }
 
-void plan_backward(LstmBackward& f, const LstmFormat& format, int dtype, int64_t steps, int ranks, Scratch& scratch, char*& operand) {
+void plan_backward(LstmBackward& f, const LstmFormat& format, int dtype, int64_t steps, int ranks, Scratch& scratch,
+                   char*& operand) {
   const int64_t panel = 2 * format.lanes, gates = 4 * f.H;
   const bool is_sum = dtype <= int(DType::float32);  // the element type is the type of sums
   f.k_gates = round_up(gates, format.k_multiple);
@@ -179,8 +182,8 @@ void plan_backward(LstmBackward& f, const LstmFormat& format, int dtype, int64_t
 }
 
 // The products over a whole chunk, whose dz is complete.
-void run_products(const LstmBackward& f, const LstmKernels& kernels, int dtype, Span chunk, const void* dz, void* operand, int rank,
-                  int size, Barrier& barrier) {
+void run_products(const LstmBackward& f, const LstmKernels& kernels, int dtype, Span chunk, const void* dz,
+                  void* operand, int rank, int size, Barrier& barrier) {
   const LstmFormat& format = kernels.format[dtype];
   const int64_t count = (chunk.end - chunk.begin) * f.rows.B, panel = 2 * format.lanes, gates = 4 * f.H;
   if (kernels.transpose[dtype]) {
@@ -188,7 +191,8 @@ void run_products(const LstmBackward& f, const LstmKernels& kernels, int dtype, 
     kernels.transpose[dtype](f, dz, count, {blocks.begin * 32, std::min(blocks.end * 32, gates)});
     barrier.wait();
   }
-  if (f.dinput) kernels.input_backward[dtype](f, chunk, dz, share(tiles_of(f.I, panel) * tiles_of(count, format.tile), rank, size));
+  if (f.dinput)
+    kernels.input_backward[dtype](f, chunk, dz, share(tiles_of(f.I, panel) * tiles_of(count, format.tile), rank, size));
   if (f.dbias_ih || f.dbias_hh) {
     const Span blocks = share(tiles_of(gates, 64), rank, size);
     kernels.bias_backward[dtype](f, chunk, dz, {blocks.begin * 64, std::min(blocks.end * 64, gates)});
@@ -197,8 +201,8 @@ void run_products(const LstmBackward& f, const LstmKernels& kernels, int dtype, 
   kernels.weight_backward[dtype](f, chunk, dz, operand, share(panels * tiles_of(gates, format.gate_tile), rank, size));
 }
 
-void run_backward(const LstmBackward& f, const LstmKernels& kernels, int dtype, int64_t steps, char* operand, int rank, int size,
-                  Barrier& barrier) {
+void run_backward(const LstmBackward& f, const LstmKernels& kernels, int dtype, int64_t steps, char* operand, int rank,
+                  int size, Barrier& barrier) {
   const LstmFormat& format = kernels.format[dtype];
   const int64_t B = f.rows.B, panel = 2 * format.lanes;
   const Span units = share(tiles_of(f.H, panel) * tiles_of(B, format.tile), rank, size);
@@ -230,10 +234,13 @@ struct Gradients {
 
 void take_upstream(LstmBackward& f, const Upstream& from, DType type) {
   const int64_t T = f.rows.T, B = f.rows.B;
-  auto take = [&](const char* name, const TensorView& t, bool steps, const void*& data, int64_t* stride_t, int64_t& stride_b) {
+  auto take = [&](const char* name, const TensorView& t, bool steps, const void*& data, int64_t* stride_t,
+                  int64_t& stride_b) {
     if (!t.defined()) return;
-    if (steps) check_matrix(name, t, {T, B, f.H}, type), *stride_t = t.stride(0);
-    else check_matrix(name, t, {B, f.H}, type);
+    if (steps)
+      check_matrix(name, t, {T, B, f.H}, type), *stride_t = t.stride(0);
+    else
+      check_matrix(name, t, {B, f.H}, type);
     data = t.data(), stride_b = t.stride(steps ? 1 : 0);
   };
   take("doutput", from.doutput, true, f.doutput, &f.doutput_t, f.doutput_b);
@@ -266,8 +273,8 @@ void zero_sums(const LstmBackward& f, int64_t item) {
     if (data) std::memset(data, 0, count * item);
 }
 
-void backward(const Gradients& to, const Upstream& from, const Inputs& in, const TensorView& output, const TensorView& cells,
-              const TensorView& gates, bool reverse) {
+void backward(const Gradients& to, const Upstream& from, const Inputs& in, const TensorView& output,
+              const TensorView& cells, const TensorView& gates, bool reverse) {
   auto f = arguments<LstmBackward>(in, reverse);
   const DType type = in.input.dtype();
   const int64_t T = f.rows.T, B = f.rows.B;
@@ -292,7 +299,9 @@ void backward(const Gradients& to, const Upstream& from, const Inputs& in, const
   char* operand = nullptr;
   plan_backward(f, format, dtype, steps, ranks, scratch, operand);
   if (kernels.transpose[dtype]) f.transposed = scratch.take<char>(round_up(4 * f.H, 32) * f.chunk * format.pack_bytes);
-  team(ranks, [&](int rank, int size, Barrier& barrier) { run_backward(f, kernels, dtype, steps, operand, rank, size, barrier); });
+  team(ranks, [&](int rank, int size, Barrier& barrier) {
+    run_backward(f, kernels, dtype, steps, operand, rank, size, barrier);
+  });
 }
 
 }  // namespace
@@ -300,13 +309,14 @@ void backward(const Gradients& to, const Upstream& from, const Inputs& in, const
 void bind_lstm(pybind11::module_& m) {
   namespace py = pybind11;
   using View = const TensorView&;
-  m.def("lstm", &forward, py::arg("output"), py::arg("h_n"), py::arg("c_n"), py::arg("cells"), py::arg("gates"), py::arg("input"),
-        py::arg("h0"), py::arg("c0"), py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih"), py::arg("bias_hh"),
-        py::arg("reset"), py::arg("lengths"), py::arg("reverse"));
+  m.def("lstm", &forward, py::arg("output"), py::arg("h_n"), py::arg("c_n"), py::arg("cells"), py::arg("gates"),
+        py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih"),
+        py::arg("bias_hh"), py::arg("reset"), py::arg("lengths"), py::arg("reverse"));
   // d<inputs>, d<outputs>, inputs, saved outputs: the order of a backend's backward.
-  m.def("lstm_backward", [](View dinput, View dh0, View dc0, View dweight_ih, View dweight_hh, View dbias_ih, View dbias_hh, View doutput,
-                            View dh_n, View dc_n, View dcells, View input, View h0, View c0, View weight_ih, View weight_hh, View bias_ih,
-                            View bias_hh, View reset, View lengths, View output, View cells, View gates, bool reverse) {
+  m.def("lstm_backward", [](View dinput, View dh0, View dc0, View dweight_ih, View dweight_hh, View dbias_ih,
+                            View dbias_hh, View doutput, View dh_n, View dc_n, View dcells, View input, View h0,
+                            View c0, View weight_ih, View weight_hh, View bias_ih, View bias_hh, View reset,
+                            View lengths, View output, View cells, View gates, bool reverse) {
     backward({dinput, dh0, dc0, dweight_ih, dweight_hh, dbias_ih, dbias_hh}, {doutput, dh_n, dc_n, dcells},
              {input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, reset, lengths}, output, cells, gates, reverse);
   });

@@ -14,12 +14,12 @@ namespace mk::cpu {
 
 struct LstmFormat {
   int64_t lanes, pack_bytes, sum_bytes;
-  int64_t k_multiple;            // packed operands are zero-filled to a multiple of this along the summed dimension
-  int64_t chunk_rows;            // rows (t, b) of a backward chunk, about
-  int64_t row_tile, tile;        // rows of a unit at most: forward, backward
-  int64_t gate_tile;             // rows of W of a weight gradient unit at most
-  int64_t row_multiple;          // rows that an operand must have in memory: operand tiles are loaded whole
-  bool gather;                   // the input is always copied into operand form
+  int64_t k_multiple;      // packed operands are zero-filled to a multiple of this along the summed dimension
+  int64_t chunk_rows;      // rows (t, b) of a backward chunk, about
+  int64_t row_tile, tile;  // rows of a unit at most: forward, backward
+  int64_t gate_tile;       // rows of W of a weight gradient unit at most
+  int64_t row_multiple;    // rows that an operand must have in memory: operand tiles are loaded whole
+  bool gather;             // the input is always copied into operand form
 };
 
 struct Span {
@@ -72,8 +72,8 @@ struct LstmBackward {
   void *packed_ih, *packed_hh;                  // P [panels][k_gates][2 lanes]
   void* dz[2];                                  // P [chunk][ld_gates], even and odd chunks
   void *dh, *dc;                                // A [B][ld_hidden]: gradients that flow to the step before
-  void *sum_ih, *sum_hh, *sum_bias;             // A [4H][I], [4H][H], [4H]: of the chunks so far; the outputs themselves if T is A
-  void* transposed;                             // P: dz of a chunk as left operand of the weight gradients (AMX)
+  void *sum_ih, *sum_hh, *sum_bias;  // A [4H][I], [4H][H], [4H]: of the chunks so far; the outputs themselves if T is A
+  void* transposed;                  // P: dz of a chunk as left operand of the weight gradients (AMX)
   MK_INLINE bool first_chunk(Span steps) const { return rows.reverse ? steps.begin == 0 : steps.end == rows.T; }
 };
 

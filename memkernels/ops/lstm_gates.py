@@ -47,7 +47,8 @@ def lstm_gates(gates: torch.Tensor, cell: torch.Tensor, *, peephole: torch.Tenso
     """
     check_dims("lstm_gates", gates=(gates, "B 4H"), cell=(cell, "B H"), peephole=(peephole, "3 H"))
     check_floating("lstm_gates", gates=gates, cell=cell, peephole=peephole)
-    return OP(gates, cell, peephole)
+    h, c = OP(gates, cell, peephole)
+    return h, c
 
 
 def _allocate(gates, cell, peephole):

@@ -1,11 +1,16 @@
-// Attention of bfloat16 with AMX tiles; the other dtypes, and what the tiles do not cover, run the generic code at this level.
+// Attention of bfloat16 with AMX tiles; the other dtypes, and what the tiles do not cover, run the generic code at this
+// level.
 #include "cpu/amx/attention_backward.h"
 
 namespace mk::cpu::MK_LEVEL {
 namespace {
 
-int64_t half_forward_scratch(const AttentionArgs& a) { return larger(HalfForward(a, nullptr).used, forward_scratch<float>(a)); }
-int64_t half_backward_scratch(const AttentionArgs& a) { return larger(HalfBackward(a, nullptr).used, backward_scratch<float>(a)); }
+int64_t half_forward_scratch(const AttentionArgs& a) {
+  return larger(HalfForward(a, nullptr).used, forward_scratch<float>(a));
+}
+int64_t half_backward_scratch(const AttentionArgs& a) {
+  return larger(HalfBackward(a, nullptr).used, backward_scratch<float>(a));
+}
 
 }  // namespace
 

@@ -1,6 +1,7 @@
-// Attention backward of bfloat16 on AMX tiles. Scores are computed transposed, [keys][queries]: then weights and ds are operands of
-// dvalue += p^T dout and dkey += ds^T query as they are, and of dquery^T += key^T ds^T after an interleaving of pairs of rows.
-// Queries and upstream gradients are packed once a part (O(Q) scratch), keys once a block; sums are float32, p and ds bfloat16.
+// Attention backward of bfloat16 on AMX tiles. Scores are computed transposed, [keys][queries]: then weights and ds are
+// operands of dvalue += p^T dout and dkey += ds^T query as they are, and of dquery^T += key^T ds^T after an
+// interleaving of pairs of rows. Queries and upstream gradients are packed once a part (O(Q) scratch), keys once a
+// block; sums are float32, p and ds bfloat16.
 #pragma once
 #include "cpu/amx/attention_forward.h"
 
@@ -10,14 +11,17 @@ namespace {
 constexpr int64_t kHalfQueries = 128;
 
 struct HalfBackward {
-  // query_across, dout_across: operand B of the scores; query_down, dout_down: operand B of dkey and dvalue, [head][queries / 2][width][2].
-  uint16_t *query_across, *dout_across, *query_down, *dout_down, *key, *value, *key_columns, *weights, *gradients, *pairs;
+  // query_across, dout_across: operand B of the scores; query_down, dout_down: operand B of dkey and dvalue,
+  // [head][queries / 2][width][2].
+  uint16_t *query_across, *dout_across, *query_down, *dout_down, *key, *value, *key_columns, *weights, *gradients,
+      *pairs;
   float *base, *delta, *dquery, *dkey, *dvalue, *scores, *products;
   int64_t width, value_width, queries, used;
 
   // Queries lie in blocks of kHalfQueries, each a panel of its own.
   HalfBackward(const AttentionArgs& a, void* memory)
-      : width(padded32(a.width)), value_width(padded32(a.value_width)),
+      : width(padded32(a.width)),
+        value_width(padded32(a.value_width)),
         queries((a.queries + kHalfQueries - 1) / kHalfQueries * kHalfQueries) {
     Carver carver(memory);
     const int64_t rows = queries * (a.key_heads ? a.heads / a.key_heads : 1);
@@ -42,7 +46,8 @@ struct HalfBackward {
   }
 };
 
-// What the tiles do not cover: a mask, dropout, few keys, and windows of one key, where differences of equal numbers must be exactly 0.
+// What the tiles do not cover: a mask, dropout, few keys, and windows of one key, where differences of equal numbers
+// must be exactly 0.
 MK_INLINE bool tiles_cover(const AttentionArgs& a) {
   const bool one_key = a.left >= 0 && a.right >= 0 && a.left + a.right < 1;
   return !a.mask && !a.seed && a.dout.data && a.keys > kBackwardKeys && a.queries > 4 && a.scale > 0 && !one_key;
@@ -54,7 +59,8 @@ float exact_delta(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, R
   const bfloat16 *q = rows_of<bfloat16>(a.query, b, h, query), *d = rows_of<bfloat16>(a.dout, b, h, query);
   const auto dot = [](const bfloat16* x, const bfloat16* y, int64_t n) {
     Vec<float> sum = Vec<float>::zero();
-    for_each_vec<Vec<float>>(n, [&](int64_t j, auto part) { sum = fma(load<Vec<float>>(x + j, part), load<Vec<float>>(y + j, part), sum); });
+    for_each_vec<Vec<float>>(
+        n, [&](int64_t j, auto part) { sum = fma(load<Vec<float>>(x + j, part), load<Vec<float>>(y + j, part), sum); });
     return reduce_add(sum);
   };
   const float lse = *(static_cast<const float*>(a.lse.data) + b * a.lse.b + h * a.lse.h + query * a.lse.row);
@@ -77,7 +83,8 @@ void half_prepare(const AttentionArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-MK_INLINE void pack_queries(const AttentionArgs& a, const AttentionPart& part, const HalfBackward& w, int64_t h, int64_t slot) {
+MK_INLINE void pack_queries(const AttentionArgs& a, const AttentionPart& part, const HalfBackward& w, int64_t h,
+                            int64_t slot) {
   for (int64_t at = part.begin; at < part.end; at += kHalfQueries) {
     const int64_t rows = smaller(kHalfQueries, part.end - at), to = slot * w.queries + at - part.begin;
     const bfloat16 *query = rows_of<bfloat16>(a.query, part.b, h, at), *dout = rows_of<bfloat16>(a.dout, part.b, h, at);
@@ -100,10 +107,11 @@ MK_INLINE __mmask16 sees(int64_t first, int64_t last, int64_t query) {
   return __mmask16(below(last) & ~below(first));
 }
 
-// Weights and ds of 32 keys and 32 queries from w.scores and w.products, written as the three operands; `edge`: not all see all.
+// Weights and ds of 32 keys and 32 queries from w.scores and w.products, written as the three operands; `edge`: not all
+// see all.
 template <bool edge>
-MK_INLINE void half_gradients(const AttentionArgs& a, const HalfBackward& w, int64_t key, int64_t keys, int64_t first, int64_t query,
-                              int64_t column, int64_t slot) {
+MK_INLINE void half_gradients(const AttentionArgs& a, const HalfBackward& w, int64_t key, int64_t keys, int64_t first,
+                              int64_t query, int64_t column, int64_t slot) {
   const __m512 factor = _mm512_set1_ps(float(a.scale) * kUnit<float>);
   const __m512 base[2] = {_mm512_loadu_ps(w.base + slot + column), _mm512_loadu_ps(w.base + slot + column + 16)};
   const __m512 delta[2] = {_mm512_loadu_ps(w.delta + slot + column), _mm512_loadu_ps(w.delta + slot + column + 16)};
@@ -146,8 +154,8 @@ MK_INLINE void clear_gradients(const HalfBackward& w, int64_t key, int64_t colum
 }
 
 // The operands of one block of keys against kHalfQueries queries from `query`, packed at row `slot`.
-MK_INLINE void half_operands(const AttentionArgs& a, const HalfBackward& w, int64_t query, int64_t end, int64_t slot, int64_t first,
-                             int64_t keys) {
+MK_INLINE void half_operands(const AttentionArgs& a, const HalfBackward& w, int64_t query, int64_t end, int64_t slot,
+                             int64_t first, int64_t keys) {
   for (int64_t column = 0; column < kHalfQueries; column += 32) {
     const int64_t from = smaller(query + column, end - 1), to = smaller(query + column + 32, end);
     const Range top = seen_by(a, from), bottom = seen_by(a, to - 1);
@@ -158,9 +166,10 @@ MK_INLINE void half_operands(const AttentionArgs& a, const HalfBackward& w, int6
         clear_gradients(w, key, column);
         continue;
       }
-      tile_gemm_32x32(w.key + key * w.width, w.width, w.query_across + slot * w.width + column * 2, kHalfQueries, w.width, w.scores, 32, false);
-      tile_gemm_32x32(w.value + key * w.value_width, w.value_width, w.dout_across + slot * w.value_width + column * 2, kHalfQueries,
-                      w.value_width, w.products, 32, false);
+      tile_gemm_32x32(w.key + key * w.width, w.width, w.query_across + slot * w.width + column * 2, kHalfQueries,
+                      w.width, w.scores, 32, false);
+      tile_gemm_32x32(w.value + key * w.value_width, w.value_width, w.dout_across + slot * w.value_width + column * 2,
+                      kHalfQueries, w.value_width, w.products, 32, false);
       const bool inside = bottom.first <= low && top.last >= low + 32 && key + 32 <= keys;
       if (inside)
         half_gradients<false>(a, w, key, keys, first, query, column, slot);
@@ -171,18 +180,21 @@ MK_INLINE void half_operands(const AttentionArgs& a, const HalfBackward& w, int6
 }
 
 // C[rows][columns] += A[rows][depth] B, all whole 32-blocks.
-MK_INLINE void add_tiles(const uint16_t* a, int64_t a_row, const uint16_t* b, int64_t b_columns, int64_t rows, int64_t columns, int64_t depth,
-                         float* c, int64_t c_row) {
+MK_INLINE void add_tiles(const uint16_t* a, int64_t a_row, const uint16_t* b, int64_t b_columns, int64_t rows,
+                         int64_t columns, int64_t depth, float* c, int64_t c_row) {
   for (int64_t j = 0; j < columns; j += 32)
-    for (int64_t i = 0; i < rows; i += 32) tile_gemm_32x32(a + i * a_row, a_row, b + j * 2, b_columns, depth, c + i * c_row + j, c_row, true);
+    for (int64_t i = 0; i < rows; i += 32)
+      tile_gemm_32x32(a + i * a_row, a_row, b + j * 2, b_columns, depth, c + i * c_row + j, c_row, true);
 }
 
 // dquery^T [width][kHalfQueries] of each block of queries to rows of dquery_sums.
-MK_INLINE void store_dquery(const AttentionArgs& a, const AttentionPart& part, const HalfBackward& w, int64_t h, int64_t slot) {
+MK_INLINE void store_dquery(const AttentionArgs& a, const AttentionPart& part, const HalfBackward& w, int64_t h,
+                            int64_t slot) {
   const int64_t row = padded<float>(a.width);
   for (int64_t at = part.begin; at < part.end; at += kHalfQueries) {
     const float* from = w.dquery + (slot * w.queries + at - part.begin) * w.width;
-    float* to = static_cast<float*>(a.dquery_sums) + (part.run * a.batch * a.heads * a.queries + row_index(a, part.b, h, at)) * row;
+    float* to = static_cast<float*>(a.dquery_sums) +
+                (part.run * a.batch * a.heads * a.queries + row_index(a, part.b, h, at)) * row;
     const int64_t rows = smaller(kHalfQueries, part.end - at);
     for (int64_t i = 0; i < rows; i += 16)
       for (int64_t j = 0; j < row; j += 16) {
@@ -196,10 +208,12 @@ MK_INLINE void store_dquery(const AttentionArgs& a, const AttentionPart& part, c
 }
 
 // key^T [width][kBackwardKeys], operand A of dquery^T; false where a key is not finite.
-MK_INLINE bool pack_keys(const AttentionArgs& a, const AttentionPart& part, const HalfBackward& w, int64_t first, int64_t keys) {
+MK_INLINE bool pack_keys(const AttentionArgs& a, const AttentionPart& part, const HalfBackward& w, int64_t first,
+                         int64_t keys) {
   const int64_t keys32 = padded32(keys);
   const bfloat16* key = rows_of<bfloat16>(a.key, part.b, part.h, first);
-  pack_plain_halves(rows_of<bfloat16>(a.value, part.b, part.h, first), a.value.row, keys, a.value_width, w.value, keys32);
+  pack_plain_halves(rows_of<bfloat16>(a.value, part.b, part.h, first), a.value.row, keys, a.value_width, w.value,
+                    keys32);
   const bool broken = pack_plain_halves(key, a.key.row, keys, a.width, w.key, keys32);
   if (part.dquery)
     for (int64_t i = 0; i < keys32; i++)
@@ -223,18 +237,21 @@ bool half_parts(const AttentionArgs& a, const AttentionPart& part, const HalfBac
         if (block.first == block.last) continue;
         half_operands(a, w, at, end, slot, first, keys);
         if (part.dkv && a.dvalue)
-          add_tiles(w.weights, kHalfQueries, w.dout_down + slot * w.value_width, w.value_width, keys32, w.value_width, kHalfQueries, w.dvalue,
-                    w.value_width);
+          add_tiles(w.weights, kHalfQueries, w.dout_down + slot * w.value_width, w.value_width, keys32, w.value_width,
+                    kHalfQueries, w.dvalue, w.value_width);
         if (part.dkv && a.dkey)
-          add_tiles(w.gradients, kHalfQueries, w.query_down + slot * w.width, w.width, keys32, w.width, kHalfQueries, w.dkey, w.width);
+          add_tiles(w.gradients, kHalfQueries, w.query_down + slot * w.width, w.width, keys32, w.width, kHalfQueries,
+                    w.dkey, w.width);
         if (part.dquery)
-          add_tiles(w.key_columns, kBackwardKeys, w.pairs, kHalfQueries, w.width, kHalfQueries, keys32, w.dquery + slot * w.width,
-                    kHalfQueries);
+          add_tiles(w.key_columns, kBackwardKeys, w.pairs, kHalfQueries, w.width, kHalfQueries, keys32,
+                    w.dquery + slot * w.width, kHalfQueries);
       }
     const int64_t row = (part.b * a.key_heads + part.h) * a.keys + first;
-    if (part.dkv && a.dkey) write_keys(w.dkey, w.width, keys, a.width, float(a.scale), static_cast<bfloat16*>(a.dkey) + row * a.width);
+    if (part.dkv && a.dkey)
+      write_keys(w.dkey, w.width, keys, a.width, float(a.scale), static_cast<bfloat16*>(a.dkey) + row * a.width);
     if (part.dkv && a.dvalue)
-      write_keys(w.dvalue, w.value_width, keys, a.value_width, 1.0f, static_cast<bfloat16*>(a.dvalue) + row * a.value_width);
+      write_keys(w.dvalue, w.value_width, keys, a.value_width, 1.0f,
+                 static_cast<bfloat16*>(a.dvalue) + row * a.value_width);
   }
   for (int64_t g = 0; g < group && part.dquery; g++) store_dquery(a, part, w, part.h * group + g, g);
   return true;

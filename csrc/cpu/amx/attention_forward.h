@@ -1,4 +1,5 @@
-// Attention forward of bfloat16 on AMX tiles: scores and sums are float32, weights are rounded to bfloat16 before they meet the values.
+// Attention forward of bfloat16 on AMX tiles: scores and sums are float32, weights are rounded to bfloat16 before they
+// meet the values.
 #pragma once
 #include "cpu/amx/vec.h"
 #include "cpu/avx512/attention_transpose.h"
@@ -10,7 +11,8 @@ namespace {
 
 MK_INLINE int64_t padded32(int64_t n) { return (n + 31) / 32 * 32; }
 
-// 2^x for x <= 0, relative error 1e-7: reduce leaves the fraction above floor(x), scalef multiplies by 2^floor(x); -inf gives 0.
+// 2^x for x <= 0, relative error 1e-7: reduce leaves the fraction above floor(x), scalef multiplies by 2^floor(x); -inf
+// gives 0.
 MK_INLINE __m512 fast_power(__m512 x) {
   const __m512 r = _mm512_reduce_ps(x, 0x01);
   __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(1.87757677e-3f), r, _mm512_set1_ps(8.98933988e-3f));
@@ -31,7 +33,8 @@ MK_INLINE bool not_finite(__m512i halves) {
 }
 
 // Operand A: rows of columns32, zero padded. Returns whether something was not finite.
-MK_INLINE bool pack_plain_halves(const bfloat16* in, int64_t stride, int64_t rows, int64_t columns, uint16_t* out, int64_t rows32) {
+MK_INLINE bool pack_plain_halves(const bfloat16* in, int64_t stride, int64_t rows, int64_t columns, uint16_t* out,
+                                 int64_t rows32) {
   const int64_t columns32 = padded32(columns);
   bool broken = false;
   for (int64_t row = 0; row < rows32; row++)
@@ -44,13 +47,15 @@ MK_INLINE bool pack_plain_halves(const bfloat16* in, int64_t stride, int64_t row
 }
 
 // Operand B whose columns are the rows of `in`: [columns32 / 2][rows32][2], a transposition of 32-bit pairs.
-MK_INLINE void pack_pairs_across(const bfloat16* in, int64_t stride, int64_t rows, int64_t columns, uint16_t* out, int64_t rows32) {
+MK_INLINE void pack_pairs_across(const bfloat16* in, int64_t stride, int64_t rows, int64_t columns, uint16_t* out,
+                                 int64_t rows32) {
   for (int64_t j = 0; j < padded32(columns); j += 32)
     for (int64_t row = 0; row < rows32; row += 16) {
       Vec<float> block[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; i++)
-        block[i].v = _mm512_castsi512_ps(row + i < rows ? load_halves(in + (row + i) * stride + j, columns - j) : _mm512_setzero_si512());
+        block[i].v = _mm512_castsi512_ps(row + i < rows ? load_halves(in + (row + i) * stride + j, columns - j)
+                                                        : _mm512_setzero_si512());
       transpose(block);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; i++) _mm512_storeu_ps(out + ((j / 2 + i) * rows32 + row) * 2, block[i].v);
@@ -64,16 +69,19 @@ MK_INLINE __m512i interleave_order() {
 }
 
 // Operand B whose rows are those of `in`: [rows32 / 2][columns32][2]. Returns whether something was not finite.
-MK_INLINE bool pack_pairs_down(const bfloat16* in, int64_t stride, int64_t rows, int64_t columns, uint16_t* out, int64_t rows32) {
+MK_INLINE bool pack_pairs_down(const bfloat16* in, int64_t stride, int64_t rows, int64_t columns, uint16_t* out,
+                               int64_t rows32) {
   const int64_t columns32 = padded32(columns);
   const __m512i order = interleave_order();
   bool broken = false;
   for (int64_t row = 0; row < rows32; row += 2)
     for (int64_t j = 0; j < columns32; j += 32) {
       const __m512i even = row < rows ? load_halves(in + row * stride + j, columns - j) : _mm512_setzero_si512();
-      const __m512i odd = row + 1 < rows ? load_halves(in + (row + 1) * stride + j, columns - j) : _mm512_setzero_si512();
+      const __m512i odd =
+          row + 1 < rows ? load_halves(in + (row + 1) * stride + j, columns - j) : _mm512_setzero_si512();
       broken |= not_finite(even) || not_finite(odd);
-      const __m512i low = _mm512_inserti64x4(even, _mm512_castsi512_si256(odd), 1), high = _mm512_shuffle_i64x2(even, odd, 0xee);
+      const __m512i low = _mm512_inserti64x4(even, _mm512_castsi512_si256(odd), 1),
+                    high = _mm512_shuffle_i64x2(even, odd, 0xee);
       uint16_t* to = out + (row / 2 * columns32 + j) * 2;
       _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, low));
       _mm512_storeu_si512(to + 32, _mm512_permutexvar_epi16(order, high));
@@ -108,7 +116,8 @@ struct HalfForward {
 };
 
 // softmax_row with the weights rounded to bfloat16; `block` is a whole number of 32 keys.
-MK_INLINE float half_softmax_row(const float* s, uint16_t* weights, Range block, float factor, float& base, float& total, const float* kept) {
+MK_INLINE float half_softmax_row(const float* s, uint16_t* weights, Range block, float factor, float& base,
+                                 float& total, const float* kept) {
   __m512 most = _mm512_set1_ps(-kInfinity<float>), other = most;
   for (int64_t k = block.first; k < block.last; k += 32) {
     most = _mm512_max_ps(most, _mm512_loadu_ps(s + k));
@@ -131,8 +140,8 @@ MK_INLINE float half_softmax_row(const float* s, uint16_t* weights, Range block,
   return shrink;
 }
 
-MK_INLINE void half_softmax(const AttentionArgs& a, const HalfForward& w, int64_t b, int64_t h, int64_t query, int64_t rows, int64_t first,
-                            Range block, float* base, float* total) {
+MK_INLINE void half_softmax(const AttentionArgs& a, const HalfForward& w, int64_t b, int64_t h, int64_t query,
+                            int64_t rows, int64_t first, Range block, float* base, float* total) {
   const bool biased = needs_bias(a);
   const float scale = float(a.scale) * kUnit<float>;
   const Range whole = {block.first / 32 * 32, padded32(block.last)};
@@ -146,12 +155,13 @@ MK_INLINE void half_softmax(const AttentionArgs& a, const HalfForward& w, int64_
     if (a.mask) load_mask<float, bfloat16>(a, b, h, query + i, first, block.first, block.last, w.bias);
     mask_scores(s, whole, seen, biased ? w.bias : nullptr, scale);
     if (a.seed) load_kept<float>(a, b, h, query + i, first, whole.first, whole.last, w.kept);
-    w.shrink[i] = half_softmax_row(s, w.weights + i * w.kWeightRow, whole, biased ? 1 : scale, base[i], total[i], a.seed ? w.kept : nullptr);
+    w.shrink[i] = half_softmax_row(s, w.weights + i * w.kWeightRow, whole, biased ? 1 : scale, base[i], total[i],
+                                   a.seed ? w.kept : nullptr);
   }
 }
 
-MK_INLINE void half_rows(const AttentionArgs& a, const HalfForward& w, int64_t b, int64_t h, int64_t query, int64_t row, int64_t rows,
-                         int64_t first, int64_t keys, Range block) {
+MK_INLINE void half_rows(const AttentionArgs& a, const HalfForward& w, int64_t b, int64_t h, int64_t query, int64_t row,
+                         int64_t rows, int64_t first, int64_t keys, Range block) {
   const Range whole = {block.first / 32 * 32, padded32(block.last)};
   const int64_t keys32 = padded32(keys);
   for (int64_t k = whole.first; k < whole.last; k += 32)
@@ -162,15 +172,17 @@ MK_INLINE void half_rows(const AttentionArgs& a, const HalfForward& w, int64_t b
     if (w.shrink[i] == 1) continue;
     const __m512 shrink = _mm512_set1_ps(w.shrink[i]);
     for (int64_t j = 0; j < w.value_width; j += 16)
-      _mm512_storeu_ps(sums + i * w.value_width + j, _mm512_mul_ps(shrink, _mm512_loadu_ps(sums + i * w.value_width + j)));
+      _mm512_storeu_ps(sums + i * w.value_width + j,
+                       _mm512_mul_ps(shrink, _mm512_loadu_ps(sums + i * w.value_width + j)));
   }
   for (int64_t j = 0; j < w.value_width; j += 32)
-    tile_gemm_32x32(w.weights + whole.first, w.kWeightRow, w.value + (whole.first / 2 * w.value_width + j) * 2, w.value_width,
-                    whole.last - whole.first, sums + j, w.value_width, true);
+    tile_gemm_32x32(w.weights + whole.first, w.kWeightRow, w.value + (whole.first / 2 * w.value_width + j) * 2,
+                    w.value_width, whole.last - whole.first, sums + j, w.value_width, true);
 }
 
 // False where a value is not finite: the tiles cannot leave it out for the queries that do not see it.
-bool half_blocks(const AttentionArgs& a, const HalfForward& w, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t start, int64_t stop) {
+bool half_blocks(const AttentionArgs& a, const HalfForward& w, int64_t b, int64_t h, int64_t begin, int64_t end,
+                 int64_t start, int64_t stop) {
   const int64_t shared = h / (a.heads / a.key_heads), rows = end - begin;
   const Tiles tiles;
   pack_plain_halves(rows_of<bfloat16>(a.query, b, h, begin), a.query.row, rows, a.width, w.query, padded32(rows));
@@ -178,10 +190,13 @@ bool half_blocks(const AttentionArgs& a, const HalfForward& w, int64_t b, int64_
   for (int64_t i = 0; i < rows; i++) w.base[i] = -kInfinity<float>, w.total[i] = 0;
   for (int64_t i = 0; i < kHalfRows * w.kWeightRow; i++) w.weights[i] = 0;
   const Range seen = seen_by_block(a, begin, end, start, stop);
-  for (int64_t first = start + seen.first / kForwardKeys * kForwardKeys; first < start + seen.last; first += kForwardKeys) {
+  for (int64_t first = start + seen.first / kForwardKeys * kForwardKeys; first < start + seen.last;
+       first += kForwardKeys) {
     const int64_t keys = smaller(kForwardKeys, stop - first), keys32 = padded32(keys);
     pack_pairs_across(rows_of<bfloat16>(a.key, b, shared, first), a.key.row, keys, a.width, w.key, keys32);
-    if (pack_pairs_down(rows_of<bfloat16>(a.value, b, shared, first), a.value.row, keys, a.value_width, w.value, keys32)) return false;
+    if (pack_pairs_down(rows_of<bfloat16>(a.value, b, shared, first), a.value.row, keys, a.value_width, w.value,
+                        keys32))
+      return false;
     for (int64_t row = 0; row < rows; row += kHalfRows) {
       const int64_t count = smaller(kHalfRows, rows - row);
       const Range block = seen_by_block(a, begin + row, begin + row + count, first, first + keys);
@@ -191,10 +206,12 @@ bool half_blocks(const AttentionArgs& a, const HalfForward& w, int64_t b, int64_
   return true;
 }
 
-void half_forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t split, void* memory) {
+void half_forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t split,
+                  void* memory) {
   const HalfForward w(a, memory);
   const int64_t start = split * a.split_keys, stop = smaller(start + a.split_keys, a.keys), rows = end - begin;
-  if (!half_blocks(a, w, b, h, begin, end, start, stop)) return forward<float, bfloat16>(a, b, h, begin, end, split, memory);
+  if (!half_blocks(a, w, b, h, begin, end, start, stop))
+    return forward<float, bfloat16>(a, b, h, begin, end, split, memory);
   if (a.splits == 1) {
     for (int64_t i = 0; i < rows; i++)
       write_row<float, bfloat16>(a, row_index(a, b, h, begin + i), w.sums + i * w.value_width, w.base[i], w.total[i]);

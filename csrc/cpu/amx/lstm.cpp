@@ -1,9 +1,10 @@
 // lstm in bfloat16 on AMX tiles; the other types as at avx512.
 //
-// Operands are tiles of 16 rows x 32 k (left) and 16 pairs of k x 16 columns (right), 1 KB each, packed one after the other; sums are
-// float32 tiles. z of a panel (16 units, 4 gates) is 4 sum tiles a block of 16 rows: side by side for one block, in two passes of
-// 2 x 2 for two. A row of a product does not see the other rows of its tile, so results do not depend on B.
-// Precision: float32 sums, activations and carries; h and dz are rounded to bfloat16 before they are multiplied.
+// Operands are tiles of 16 rows x 32 k (left) and 16 pairs of k x 16 columns (right), 1 KB each, packed one after the
+// other; sums are float32 tiles. z of a panel (16 units, 4 gates) is 4 sum tiles a block of 16 rows: side by side for
+// one block, in two passes of 2 x 2 for two. A row of a product does not see the other rows of its tile, so results do
+// not depend on B. Precision: float32 sums, activations and carries; h and dz are rounded to bfloat16 before they are
+// multiplied.
 #include "cpu/amx/vec.h"
 
 #include "cpu/avx512/transpose.h"
@@ -26,7 +27,8 @@ void pack_gate_tiles(const B16* weight, int64_t stride, int64_t hidden, int64_t 
       const B16* from = weight + (gate * hidden + first) * stride + k;
       const __mmask32 mask = _bzhi_u32(~0u, unsigned(smaller(kDepth, count - k)));
       __m512i words[16];
-      for (int64_t l = 0; l < kBlock; l++) words[l] = l < units ? _mm512_maskz_loadu_epi16(mask, from + l * stride) : _mm512_setzero_si512();
+      for (int64_t l = 0; l < kBlock; l++)
+        words[l] = l < units ? _mm512_maskz_loadu_epi16(mask, from + l * stride) : _mm512_setzero_si512();
       transpose_words(words);
       for (int64_t l = 0; l < kBlock; l++) _mm512_storeu_si512(out + l * kDepth, words[l]);
     }
@@ -40,13 +42,16 @@ MK_INLINE __m512i pair_rows(const B16* even, const B16* odd, int64_t left) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
 }
 
-// A panel of 32 columns from rows of k: [k block][half][pair of k][column][2]; row(k) is a row's first element or null for zeros.
+// A panel of 32 columns from rows of k: [k block][half][pair of k][column][2]; row(k) is a row's first element or null
+// for zeros.
 template <class Row>
 MK_INLINE void pack_column_tiles(const Row& row, int64_t count, int64_t first, int64_t width, B16* out) {
   for (int64_t pair = 0; pair < depth_of(count) * kBlock; pair++) {
-    const B16 *even = 2 * pair < count ? row(2 * pair) : nullptr, *odd = 2 * pair + 1 < count ? row(2 * pair + 1) : nullptr;
+    const B16 *even = 2 * pair < count ? row(2 * pair) : nullptr,
+              *odd = 2 * pair + 1 < count ? row(2 * pair + 1) : nullptr;
     for (int64_t half = 0; half < 2; half++) {
-      const int64_t j = first + half * kBlock, left = width - j < 0 ? 0 : smaller(width - j, kBlock), at = smaller(j, width);
+      const int64_t j = first + half * kBlock, left = width - j < 0 ? 0 : smaller(width - j, kBlock),
+                    at = smaller(j, width);
       B16* to = out + (pair / kBlock * 2 + half) * kTile + pair % kBlock * kDepth;
       _mm512_storeu_si512(to, pair_rows(even ? even + at : nullptr, odd ? odd + at : nullptr, left));
     }
@@ -60,9 +65,10 @@ MK_INLINE void zero_sums() {
   _tile_zero(3);
 }
 
-// Sums of 16 rows x 4 tiles over `depth` blocks; the right tiles of a block are b, b + kTile and the same two `pair` elements on.
-MK_INLINE void row_product(int64_t depth, const B16* a, int64_t lda, const B16* b, int64_t block, int64_t pair, const float* init,
-                           int64_t ldi, float* c, int64_t ldc) {
+// Sums of 16 rows x 4 tiles over `depth` blocks; the right tiles of a block are b, b + kTile and the same two `pair`
+// elements on.
+MK_INLINE void row_product(int64_t depth, const B16* a, int64_t lda, const B16* b, int64_t block, int64_t pair,
+                           const float* init, int64_t ldi, float* c, int64_t ldc) {
   if (init) {
     _tile_loadd(0, init, ldi * 4);
     _tile_loadd(1, init + 16, ldi * 4);
@@ -88,9 +94,10 @@ MK_INLINE void row_product(int64_t depth, const B16* a, int64_t lda, const B16* 
   _tile_stored(3, c + 48, ldc * 4);
 }
 
-// Sums of 32 rows x 2 tiles. The left operand is either rows (`lda`) or, with lda = kDepth, packed tiles; `below`: to rows 16..31.
-MK_INLINE void square_product(int64_t depth, const B16* a, int64_t lda, int64_t a_step, int64_t below, const B16* b, int64_t block,
-                              const float* init, int64_t ldi, float* c, int64_t ldc) {
+// Sums of 32 rows x 2 tiles. The left operand is either rows (`lda`) or, with lda = kDepth, packed tiles; `below`: to
+// rows 16..31.
+MK_INLINE void square_product(int64_t depth, const B16* a, int64_t lda, int64_t a_step, int64_t below, const B16* b,
+                              int64_t block, const float* init, int64_t ldi, float* c, int64_t ldc) {
   if (init) {
     _tile_loadd(0, init, ldi * 4);
     _tile_loadd(1, init + 16, ldi * 4);
@@ -116,18 +123,21 @@ MK_INLINE void square_product(int64_t depth, const B16* a, int64_t lda, int64_t 
 }
 
 // z of up to 32 rows of a panel: [row][gate][unit] float.
-MK_INLINE void gate_product(int64_t rows, int64_t depth, const B16* a, int64_t lda, const B16* panel, const float* init, int64_t ldi,
-                            float* c) {
+MK_INLINE void gate_product(int64_t rows, int64_t depth, const B16* a, int64_t lda, const B16* panel, const float* init,
+                            int64_t ldi, float* c) {
   constexpr int64_t kPanel = 4 * kBlock;
   if (rows <= kBlock) return row_product(depth, a, lda, panel, 4 * kTile, 2 * kTile, init, ldi, c, kPanel);
   for (int64_t half = 0; half < 2; half++)
-    square_product(depth, a, lda, kDepth, kBlock * lda, panel + half * 2 * kTile, 4 * kTile, init + half * 32, ldi, c + half * 32, kPanel);
+    square_product(depth, a, lda, kDepth, kBlock * lda, panel + half * 2 * kTile, 4 * kTile, init + half * 32, ldi,
+                   c + half * 32, kPanel);
 }
 
 void pack_tiles(const LstmForward& f, Span panels) {
   for (int64_t p = panels.begin; p < panels.end; p++) {
-    pack_gate_tiles(element<B16>(f.weight_ih, 0), f.weight_ih_n, f.H, p * kBlock, f.I, element<B16>(f.packed_ih, p * f.k_input * 64));
-    pack_gate_tiles(element<B16>(f.weight_hh, 0), f.weight_hh_n, f.H, p * kBlock, f.H, element<B16>(f.packed_hh, p * f.k_hidden * 64));
+    pack_gate_tiles(element<B16>(f.weight_ih, 0), f.weight_ih_n, f.H, p * kBlock, f.I,
+                    element<B16>(f.packed_ih, p * f.k_input * 64));
+    pack_gate_tiles(element<B16>(f.weight_hh, 0), f.weight_hh_n, f.H, p * kBlock, f.H,
+                    element<B16>(f.packed_hh, p * f.k_hidden * 64));
     pack_bias<B16>(f, p);
   }
 }
@@ -157,9 +167,11 @@ void project_tiles(const LstmForward& f, Span steps, Span units) {
     const int64_t p = u / tiles;
     const Span r = rows_of(rows, u % tiles);
     for (int64_t i = 0; i < kRows && filled != p; i++)
-      for (int64_t j = 0; j < 64; j += 16) Vec<float>::load(element<float>(f.bias, p * 64 + j)).store(bias + i * 64 + j);
+      for (int64_t j = 0; j < 64; j += 16)
+        Vec<float>::load(element<float>(f.bias, p * 64 + j)).store(bias + i * 64 + j);
     filled = p;
-    gate_product(r.end - r.begin, depth_of(f.I), x + r.begin * f.ld_x, f.ld_x, element<B16>(f.packed_ih, p * f.k_input * 64), bias, 64,
+    gate_product(r.end - r.begin, depth_of(f.I), x + r.begin * f.ld_x, f.ld_x,
+                 element<B16>(f.packed_ih, p * f.k_input * 64), bias, 64,
                  element<float>(f.projected, (p * f.chunk + r.begin) * 64));
   }
 }
@@ -172,7 +184,8 @@ void step_tiles(const LstmForward& f, int64_t t, int64_t row, int64_t parity, Sp
     const int64_t p = u / tiles;
     const Span b = rows_of(f.rows.B, u % tiles);
     gate_product(b.end - b.begin, depth_of(f.H), element<B16>(f.hidden[parity], b.begin * f.ld_hidden), f.ld_hidden,
-                 element<B16>(f.packed_hh, p * f.k_hidden * 64), element<float>(f.projected, (p * f.chunk + row + b.begin) * 64), 64, z);
+                 element<B16>(f.packed_hh, p * f.k_hidden * 64),
+                 element<float>(f.projected, (p * f.chunk + row + b.begin) * 64), 64, z);
     cell_rows<B16, B16>(f, z, t, b, p, parity);
   }
 }
@@ -193,7 +206,8 @@ void start_backward_tiles(const LstmBackward& f, Span rows) {
   if (rows.begin > 0) return;
   // The products run over whole blocks of k: what pads dz meets zero weights and must be finite.
   for (void* dz : f.dz)
-    for (int64_t r = 0; r < f.chunk; r++) std::memset(element<B16>(dz, r * f.ld_gates + 4 * f.H), 0, size_t(f.ld_gates - 4 * f.H) * 2);
+    for (int64_t r = 0; r < f.chunk; r++)
+      std::memset(element<B16>(dz, r * f.ld_gates + 4 * f.H), 0, size_t(f.ld_gates - 4 * f.H) * 2);
 }
 
 void gates_backward_tiles(const LstmBackward& f, int64_t t, void* dz, Span units) {
@@ -210,7 +224,8 @@ void state_backward_tiles(const LstmBackward& f, int64_t t, const void* dz, Span
     const int64_t p = u / tiles;
     const Span b = rows_of(f.rows.B, u % tiles);
     const B16 *a = element<B16>(dz, b.begin * f.ld_gates), *weight = element<B16>(f.packed_hh, p * panel);
-    // One block of rows takes two panels at once, for four independent chains of sums; the next panel may be another rank's.
+    // One block of rows takes two panels at once, for four independent chains of sums; the next panel may be another
+    // rank's.
     const int64_t width = b.end - b.begin <= kBlock && tiles == 1 && u + 1 < units.end ? 64 : 32;
     if (width == 64) {
       row_product(depth, a, f.ld_gates, weight, 2 * kTile, panel, nullptr, 0, product, 64);
@@ -220,7 +235,8 @@ void state_backward_tiles(const LstmBackward& f, int64_t t, const void* dz, Span
     }
     for (int64_t r = b.begin; r < b.end; r++)
       for (int64_t j = 0; j < width; j += kBlock)
-        pass_back(f, t, r, Vec<float>::load(product + (r - b.begin) * 64 + j), element<float>(f.dh, r * f.ld_hidden + p * 32 + j));
+        pass_back(f, t, r, Vec<float>::load(product + (r - b.begin) * 64 + j),
+                  element<float>(f.dh, r * f.ld_hidden + p * 32 + j));
     u += width / 32;
   }
 }
@@ -234,7 +250,8 @@ void transpose_tiles(const LstmBackward& f, const void* dz, int64_t rows, Span c
       for (int64_t pair = 0; pair < 16; pair++) {
         const int64_t row = block * kDepth + 2 * pair;
         const B16* from = element<B16>(dz, row * f.ld_gates + n);
-        words[pair] = pair_rows(row < rows ? from : nullptr, row + 1 < rows ? from + f.ld_gates : nullptr, smaller(kBlock, 4 * f.H - n));
+        words[pair] = pair_rows(row < rows ? from : nullptr, row + 1 < rows ? from + f.ld_gates : nullptr,
+                                smaller(kBlock, 4 * f.H - n));
       }
       transpose_words(words);
       B16* to = element<B16>(f.transposed, (n / kBlock * depth + block) * kTile);
@@ -251,12 +268,13 @@ void input_backward_tiles(const LstmBackward& f, Span steps, const void* dz, Spa
     const int64_t p = u / tiles;
     const Span rows = rows_of(count, u % tiles);
     square_product(depth_of(4 * f.H), element<B16>(dz, rows.begin * f.ld_gates), f.ld_gates, kDepth,
-                   rows.end - rows.begin > kBlock ? kBlock * f.ld_gates : 0, element<B16>(f.packed_ih, p * f.k_gates * 32), 2 * kTile,
-                   nullptr, 0, product, 32);
+                   rows.end - rows.begin > kBlock ? kBlock * f.ld_gates : 0,
+                   element<B16>(f.packed_ih, p * f.k_gates * 32), 2 * kTile, nullptr, 0, product, 32);
     for (int64_t r = rows.begin; r < rows.end; r++) {
       B16* out = element<B16>(f.dinput, (steps.begin * f.rows.B + r) * f.I + p * 32);
-      for_each_vec<V>(smaller(32, f.I - p * 32),
-                      [&](int64_t j, auto part) { store(V::load(product + (r - rows.begin) * 32 + j), out + j, part); });
+      for_each_vec<V>(smaller(32, f.I - p * 32), [&](int64_t j, auto part) {
+        store(V::load(product + (r - rows.begin) * 32 + j), out + j, part);
+      });
     }
   }
 }
@@ -304,7 +322,8 @@ constexpr LstmFormat kFormat = {kBlock, 2, 4, kDepth, 512, kRows, kRows, kRows, 
 
 }  // namespace
 
-#define MK_WITH_TILES(function, tiles) {function<double>, function<float>, tiles, function<float16>}
+#define MK_WITH_TILES(function, tiles) \
+  { function<double>, function<float>, tiles, function<float16> }
 const LstmKernels lstm = {
     {format_of<double>(128, false), format_of<float>(256, false), kFormat, format_of<float16>(256, true)},
     MK_WITH_TILES(lstm_pack, pack_tiles),

@@ -5,8 +5,9 @@
 namespace mk::cpu::MK_LEVEL {
 
 #define MK_ATTENTION_TYPES(function) \
-  {function<double, double>, function<float, float>, function<float, bfloat16>, function<float, float16>}
-#define MK_ATTENTION_SUMS(function) {function<double>, function<float>, function<float>, function<float>}
+  { function<double, double>, function<float, float>, function<float, bfloat16>, function<float, float16> }
+#define MK_ATTENTION_SUMS(function) \
+  { function<double>, function<float>, function<float>, function<float> }
 #ifndef MK_ATTENTION_OVERRIDDEN
 const AttentionKernels attention = {MK_ATTENTION_SUMS(forward_scratch),
                                     MK_ATTENTION_SUMS(backward_scratch),

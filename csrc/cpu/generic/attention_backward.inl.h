@@ -3,8 +3,9 @@
 //   p = exp(score - lse), ds = p (dout . value - delta), delta = dout . out - dlse
 //   dvalue += p^T dout, dkey += scale ds^T query, dquery += scale ds key, dmask = ds
 //
-// A part owns a run of keys: it packs a block once, keeps its dkey and dvalue in scratch while all queries pass, and adds to dquery in
-// the order of the blocks. Where several parts share a query each has its own dquery sums, joined in order by finish().
+// A part owns a run of keys: it packs a block once, keeps its dkey and dvalue in scratch while all queries pass, and
+// adds to dquery in the order of the blocks. Where several parts share a query each has its own dquery sums, joined in
+// order by finish().
 #pragma once
 #include "cpu/generic/attention_forward.inl.h"
 
@@ -16,10 +17,12 @@ constexpr int64_t kBackwardKeys = 128, kBackwardQueries = 64;
 template <class A>
 struct BackwardScratch {
   static constexpr int64_t kScoreRow = kBackwardKeys + kLanes<A>;
-  A *key_columns, *value_columns, *key, *dkey, *dvalue, *query, *query_panels, *dout, *dout_panels, *scores, *gradients, *bias, *kept, *mask;
+  A *key_columns, *value_columns, *key, *dkey, *dvalue, *query, *query_panels, *dout, *dout_panels, *scores, *gradients,
+      *bias, *kept, *mask;
   int64_t query_row, value_row, used;
 
-  BackwardScratch(const AttentionArgs& a, void* memory) : query_row(padded<A>(a.width)), value_row(padded<A>(a.value_width)) {
+  BackwardScratch(const AttentionArgs& a, void* memory)
+      : query_row(padded<A>(a.width)), value_row(padded<A>(a.value_width)) {
     Carver carver(memory);
     key_columns = carver.take<A>(kBackwardKeys * a.width);
     value_columns = carver.take<A>(kBackwardKeys * a.value_width);
@@ -43,7 +46,9 @@ template <class T>
 MK_INLINE const T* rows_of(const AttentionTensor& t, int64_t b, int64_t h, int64_t row) {
   return static_cast<const T*>(t.data) + b * t.b + h * t.h + row * t.row;
 }
-MK_INLINE int64_t row_index(const AttentionArgs& a, int64_t b, int64_t h, int64_t query) { return (b * a.heads + h) * a.queries + query; }
+MK_INLINE int64_t row_index(const AttentionArgs& a, int64_t b, int64_t h, int64_t query) {
+  return (b * a.heads + h) * a.queries + query;
+}
 
 // All keys of the query lie in one block: its delta is summed there, which is exact where a rounded `out` is not.
 MK_INLINE bool in_one_block(Range seen) { return (seen.first ^ (seen.last - 1)) < kBackwardKeys; }
@@ -57,9 +62,11 @@ void prepare(const AttentionArgs& a, int64_t begin, int64_t end) {
     V sum = V::zero();
     if (a.dout.data && !in_one_block(seen)) {
       const T *dout = rows_of<T>(a.dout, b, h, query), *out = rows_of<T>(a.out, b, h, query);
-      for_each_vec<V>(a.value_width, [&](int64_t j, auto part) { sum = fma(load<V>(dout + j, part), load<V>(out + j, part), sum); });
+      for_each_vec<V>(a.value_width,
+                      [&](int64_t j, auto part) { sum = fma(load<V>(dout + j, part), load<V>(out + j, part), sum); });
     }
-    const A dlse = a.dlse.data ? *(static_cast<const A*>(a.dlse.data) + b * a.dlse.b + h * a.dlse.h + query * a.dlse.row) : A(0);
+    const A dlse =
+        a.dlse.data ? *(static_cast<const A*>(a.dlse.data) + b * a.dlse.b + h * a.dlse.h + query * a.dlse.row) : A(0);
     const A lse = *(static_cast<const A*>(a.lse.data) + b * a.lse.b + h * a.lse.h + query * a.lse.row);
     static_cast<A*>(a.rows_delta)[row] = reduce_add(sum) - dlse;
     static_cast<A*>(a.rows_base)[row] = lse == -kInfinity<A> ? kInfinity<A> : lse * kUnit<A>;
@@ -87,7 +94,8 @@ MK_INLINE void whole_gradient_row(A* s, A* g, Range block, A factor, A base, A d
     gradient.store(g + k);
     weight.store(s + k);
   }
-  // A query that sees one key has weight 1 whatever the score: exactly no gradient, not the rounding error of a difference.
+  // A query that sees one key has weight 1 whatever the score: exactly no gradient, not the rounding error of a
+  // difference.
   const V less = V::set1(reduce_add(sum) + delta);
   for (int64_t k = begin; k < block.last; k += kLanes<A>) {
     const V weight = V::load(s + k), gradient = single ? V::set1(-delta) : V::load(g + k) - less;
@@ -97,7 +105,8 @@ MK_INLINE void whole_gradient_row(A* s, A* g, Range block, A factor, A base, A d
 }
 
 template <class A, class T>
-void load_keys(const AttentionArgs& a, const BackwardScratch<A>& w, int64_t b, int64_t shared, int64_t first, int64_t keys) {
+void load_keys(const AttentionArgs& a, const BackwardScratch<A>& w, int64_t b, int64_t shared, int64_t first,
+               int64_t keys) {
   pack_transposed(rows_of<T>(a.key, b, shared, first), a.key.row, keys, a.width, w.key_columns);
   pack_transposed(rows_of<T>(a.value, b, shared, first), a.value.row, keys, a.value_width, w.value_columns);
 }
@@ -117,15 +126,15 @@ MK_INLINE void gradient_row(A* s, A* g, Range block, A factor, A base, A delta, 
 
 // Weights and ds of queries [query, query + rows) against the loaded keys.
 template <class A, class T>
-void gradient_block(const AttentionArgs& a, const BackwardScratch<A>& w, int64_t b, int64_t h, int64_t query, int64_t rows, int64_t first,
-                    int64_t keys, Range block) {
+void gradient_block(const AttentionArgs& a, const BackwardScratch<A>& w, int64_t b, int64_t h, int64_t query,
+                    int64_t rows, int64_t first, int64_t keys, Range block) {
   pack_plain(rows_of<T>(a.query, b, h, query), a.query.row, rows, a.width, w.query);
-  product<A>({w.query, w.query_row, 1, w.key_columns, a.width, 0, w.scores, w.kScoreRow}, rows, keys, block.first, block.last, a.width,
-             nullptr, false);
+  product<A>({w.query, w.query_row, 1, w.key_columns, a.width, 0, w.scores, w.kScoreRow}, rows, keys, block.first,
+             block.last, a.width, nullptr, false);
   if (a.dout.data) {
     pack_plain(rows_of<T>(a.dout, b, h, query), a.dout.row, rows, a.value_width, w.dout);
-    product<A>({w.dout, w.value_row, 1, w.value_columns, a.value_width, 0, w.gradients, w.kScoreRow}, rows, keys, block.first, block.last,
-               a.value_width, nullptr, false);
+    product<A>({w.dout, w.value_row, 1, w.value_columns, a.value_width, 0, w.gradients, w.kScoreRow}, rows, keys,
+               block.first, block.last, a.value_width, nullptr, false);
   }
   const bool biased = needs_bias(a);
   const A scale = A(a.scale) * kUnit<A>;
@@ -152,38 +161,47 @@ void gradient_block(const AttentionArgs& a, const BackwardScratch<A>& w, int64_t
 }
 
 template <class A, class T>
-void write_mask_rows(const AttentionArgs& a, const A* from, int64_t from_row, int64_t rows, Range block, int64_t mask_row, int64_t first) {
+void write_mask_rows(const AttentionArgs& a, const A* from, int64_t from_row, int64_t rows, Range block,
+                     int64_t mask_row, int64_t first) {
   using V = Vec<A>;
   for (int64_t i = 0; i < rows; i++) {
     T* out = static_cast<T*>(a.dmask) + (mask_row + i) * a.keys + first + block.first;
-    for_each_vec<V>(block.last - block.first,
-                    [&](int64_t k, auto part) { store(load<V>(from + i * from_row + block.first + k, part), out + k, part); });
+    for_each_vec<V>(block.last - block.first, [&](int64_t k, auto part) {
+      store(load<V>(from + i * from_row + block.first + k, part), out + k, part);
+    });
   }
 }
 
 template <class A, class T>
-void backward_block(const AttentionArgs& a, const AttentionPart& part, const BackwardScratch<A>& w, int64_t h, int64_t query, int64_t rows,
-                    int64_t first, int64_t keys, Range block, bool broken) {
+void backward_block(const AttentionArgs& a, const AttentionPart& part, const BackwardScratch<A>& w, int64_t h,
+                    int64_t query, int64_t rows, int64_t first, int64_t keys, Range block, bool broken) {
   gradient_block<A, T>(a, w, part.b, h, query, rows, first, keys, block);
   const int64_t depth = block.last - block.first;
   if (part.dkv && a.dvalue && a.dout.data) {
-    if (w.dout_panels != w.dout) pack_rows(rows_of<T>(a.dout, part.b, h, query), a.dout.row, rows, a.value_width, w.dout_panels, false);
-    product<A>({w.scores + block.first, 1, w.kScoreRow, w.dout_panels, rows, 0, w.dvalue + block.first * w.value_row, w.value_row}, depth,
-               a.value_width, 0, a.value_width, rows, nullptr, true);
+    if (w.dout_panels != w.dout)
+      pack_rows(rows_of<T>(a.dout, part.b, h, query), a.dout.row, rows, a.value_width, w.dout_panels, false);
+    product<A>({w.scores + block.first, 1, w.kScoreRow, w.dout_panels, rows, 0, w.dvalue + block.first * w.value_row,
+                w.value_row},
+               depth, a.value_width, 0, a.value_width, rows, nullptr, true);
   }
   if (part.dkv && a.dkey) {
-    if (w.query_panels != w.query) pack_rows(rows_of<T>(a.query, part.b, h, query), a.query.row, rows, a.width, w.query_panels, false);
-    product<A>({w.gradients + block.first, 1, w.kScoreRow, w.query_panels, rows, 0, w.dkey + block.first * w.query_row, w.query_row}, depth,
-               a.width, 0, a.width, rows, nullptr, true);
+    if (w.query_panels != w.query)
+      pack_rows(rows_of<T>(a.query, part.b, h, query), a.query.row, rows, a.width, w.query_panels, false);
+    product<A>({w.gradients + block.first, 1, w.kScoreRow, w.query_panels, rows, 0, w.dkey + block.first * w.query_row,
+                w.query_row},
+               depth, a.width, 0, a.width, rows, nullptr, true);
   }
   if (part.dquery) {
     A* sums = static_cast<A*>(a.dquery_sums) +
               (part.run * a.batch * a.heads * a.queries + row_index(a, part.b, h, query)) * w.query_row;
-    product<A>({w.gradients + block.first, w.kScoreRow, 1, w.key, keys, block.first, sums, w.query_row}, rows, a.width, 0, a.width, depth,
-               nullptr, true);
-    if (broken) spill(w.gradients, w.kScoreRow, rows, block, rows_of<T>(a.key, part.b, part.h, first), a.key.row, a.width, sums, w.query_row);
+    product<A>({w.gradients + block.first, w.kScoreRow, 1, w.key, keys, block.first, sums, w.query_row}, rows, a.width,
+               0, a.width, depth, nullptr, true);
+    if (broken)
+      spill(w.gradients, w.kScoreRow, rows, block, rows_of<T>(a.key, part.b, part.h, first), a.key.row, a.width, sums,
+            w.query_row);
   }
-  if (part.dmask) write_mask_rows<A, T>(a, w.gradients, w.kScoreRow, rows, block, row_index(a, part.b, h, query), first);
+  if (part.dmask)
+    write_mask_rows<A, T>(a, w.gradients, w.kScoreRow, rows, block, row_index(a, part.b, h, query), first);
 }
 
 template <class A, class T>
@@ -208,7 +226,8 @@ void backward(const AttentionArgs& a, const AttentionPart& part, void* memory) {
   for (int64_t first = part.first; first < part.last; first += kBackwardKeys) {
     const int64_t keys = smaller(kBackwardKeys, part.last - first);
     load_keys<A, T>(a, w, part.b, part.h, first, keys);
-    const bool broken = part.dquery && pack_rows(rows_of<T>(a.key, part.b, part.h, first), a.key.row, keys, a.width, w.key, true);
+    const bool broken =
+        part.dquery && pack_rows(rows_of<T>(a.key, part.b, part.h, first), a.key.row, keys, a.width, w.key, true);
     if (part.dkv) {
       for (int64_t i = 0; i < keys * w.query_row; i++) w.dkey[i] = 0;
       for (int64_t i = 0; i < keys * w.value_row; i++) w.dvalue[i] = 0;
@@ -222,7 +241,8 @@ void backward(const AttentionArgs& a, const AttentionPart& part, void* memory) {
     if (!part.dkv) continue;
     const int64_t row = (part.b * a.key_heads + part.h) * a.keys + first;
     if (a.dkey) write_keys(w.dkey, w.query_row, keys, a.width, A(a.scale), static_cast<T*>(a.dkey) + row * a.width);
-    if (a.dvalue) write_keys(w.dvalue, w.value_row, keys, a.value_width, A(1), static_cast<T*>(a.dvalue) + row * a.value_width);
+    if (a.dvalue)
+      write_keys(w.dvalue, w.value_row, keys, a.value_width, A(1), static_cast<T*>(a.dvalue) + row * a.value_width);
   }
 }
 
@@ -241,7 +261,9 @@ void finish(const AttentionArgs& a, int64_t begin, int64_t end, int64_t runs) {
 }
 
 template <class A>
-int64_t backward_scratch(const AttentionArgs& a) { return BackwardScratch<A>(a, nullptr).used; }
+int64_t backward_scratch(const AttentionArgs& a) {
+  return BackwardScratch<A>(a, nullptr).used;
+}
 
 }  // namespace
 }  // namespace mk::cpu::MK_LEVEL

@@ -1,8 +1,8 @@
 // What forward and backward of attention share: packed panels, the register-tiled product, masks, dropout, powers.
 //
-// A panel of B[depth][columns] holds kTile columns (the last one: as many whole vectors as are left), zero padded, row after row.
-// The product keeps kRows x kTile sums in registers and reads A by two strides, so A may be a transposed block.
-// Everything is in the accumulation type A: float for float and the half types, double for double.
+// A panel of B[depth][columns] holds kTile columns (the last one: as many whole vectors as are left), zero padded, row
+// after row. The product keeps kRows x kTile sums in registers and reads A by two strides, so A may be a transposed
+// block. Everything is in the accumulation type A: float for float and the half types, double for double.
 #pragma once
 #include "cpu/attention.h"
 
@@ -18,7 +18,9 @@ template <class A>
 constexpr int64_t kTile = kTileVectors<A>* kLanes<A>;
 
 template <class A>
-MK_INLINE int64_t padded(int64_t n) { return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>; }
+MK_INLINE int64_t padded(int64_t n) {
+  return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
 MK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 MK_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -28,11 +30,17 @@ constexpr A kUnit = sizeof(A) == 4 ? A(1.4426950408889634074) : A(1);
 template <class A>
 constexpr A kInfinity = A(__builtin_inf());
 
-// 2^x for x <= 0, relative error 1e-8 before rounding: minimax polynomial of 2^r on [-1/2, 1/2], computed for this file.
+// 2^x for x <= 0, relative error 1e-8 before rounding: minimax polynomial of 2^r on [-1/2, 1/2], computed for this
+// file.
 MK_INLINE Vec<float> power(Vec<float> x) {
   using V = Vec<float>;
-  constexpr float c[7] = {0.000154697319775f, 0.00134100009661f, 0.00961803078251f, 0.055502973142f,
-                          0.240226510841f,    0.693147225395f,   1.0f};
+  constexpr float c[7] = {0.000154697319775f,
+                          0.00134100009661f,
+                          0.00961803078251f,
+                          0.055502973142f,
+                          0.240226510841f,
+                          0.693147225395f,
+                          1.0f};
   const V t = max(V::set1(-160.0f), x), n = round(t);  // max returns its second argument for NaN
   return scale(polynomial(t - n, c), n);
 }
@@ -40,8 +48,8 @@ MK_INLINE Vec<double> power(Vec<double> x) { return exp(x); }
 
 // C[M][N vectors] = row_scale C + A B, or + 0 where `add` is false.
 template <class A, int M, int N>
-__attribute__((noinline)) void tile_product(int64_t depth, const A* a, int64_t a_row, int64_t a_depth, const A* b, A* c, int64_t c_row,
-                                            const A* row_scale, bool add) {
+__attribute__((noinline)) void tile_product(int64_t depth, const A* a, int64_t a_row, int64_t a_depth, const A* b, A* c,
+                                            int64_t c_row, const A* row_scale, bool add) {
   using V = Vec<A>;
   V sum[M][N];
 #pragma GCC unroll 8
@@ -96,10 +104,11 @@ struct Product {
   int64_t c_row;
 };
 
-// Rows [0, rows) and column vectors of the panels that cover columns [first, last); `depth` terms a sum, long sums in pieces, which keeps
-// their rounding errors near those of a blocked matrix product.
+// Rows [0, rows) and column vectors of the panels that cover columns [first, last); `depth` terms a sum, long sums in
+// pieces, which keeps their rounding errors near those of a blocked matrix product.
 template <class A>
-void product(const Product<A>& p, int64_t rows, int64_t columns, int64_t first, int64_t last, int64_t depth, const A* row_scale, bool add) {
+void product(const Product<A>& p, int64_t rows, int64_t columns, int64_t first, int64_t last, int64_t depth,
+             const A* row_scale, bool add) {
   const int64_t vectors = padded<A>(columns) / kLanes<A>, piece = depth > 256 ? 128 : depth;
   for (int64_t panel = first / kTile<A>; panel * kTile<A> < last; panel++) {
     const int64_t width = smaller(kTileVectors<A>, vectors - panel * kTileVectors<A>);
@@ -109,15 +118,17 @@ void product(const Product<A>& p, int64_t rows, int64_t columns, int64_t first, 
       A* c = p.c + row * p.c_row + panel * kTile<A>;
       int64_t done = 0;
       do {
-        tile_of<A>(count, width)(smaller(piece, depth - done), p.a + row * p.a_row + done * p.a_depth, p.a_row, p.a_depth,
-                                 b + done * width * kLanes<A>, c, p.c_row, row_scale && !done ? row_scale + row : nullptr, add || done);
+        tile_of<A>(count, width)(smaller(piece, depth - done), p.a + row * p.a_row + done * p.a_depth, p.a_row,
+                                 p.a_depth, b + done * width * kLanes<A>, c, p.c_row,
+                                 row_scale && !done ? row_scale + row : nullptr, add || done);
         done += piece;
       } while (done < depth);
     }
   }
 }
 
-// Panels [rows][columns] of a block whose rows lie `stride` apart. Returns whether something was not finite; `clean` makes it 0.
+// Panels [rows][columns] of a block whose rows lie `stride` apart. Returns whether something was not finite; `clean`
+// makes it 0.
 template <class A, class T>
 bool pack_rows(const T* in, int64_t stride, int64_t rows, int64_t columns, A* out, bool clean) {
   using V = Vec<A>;
@@ -185,7 +196,8 @@ void pack_plain(const T* in, int64_t stride, int64_t rows, int64_t columns, A* o
   const int64_t row_size = padded<A>(columns);
   for (int64_t row = 0; row < rows; row++)
     for (int64_t j = 0; j < columns; j += V::kLanes)
-      (columns - j >= V::kLanes ? V::load(in + row * stride + j) : V::load(in + row * stride + j, columns - j)).store(out + row * row_size + j);
+      (columns - j >= V::kLanes ? V::load(in + row * stride + j) : V::load(in + row * stride + j, columns - j))
+          .store(out + row * row_size + j);
 }
 
 // The keys that a query may see by its position alone.
@@ -207,7 +219,8 @@ MK_INLINE Range seen_by_block(const AttentionArgs& a, int64_t begin, int64_t end
 
 // The mask of one query over keys first + [begin, end): bias[begin..end) in score units; 0 or -inf of a boolean one.
 template <class A, class T>
-void load_mask(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, int64_t first, int64_t begin, int64_t end, A* bias) {
+void load_mask(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, int64_t first, int64_t begin, int64_t end,
+               A* bias) {
   const int64_t offset = b / a.mask_group * a.mask_b + h * a.mask_h + query * a.mask_q + first * a.mask_k;
   if (a.mask_boolean) {
     const uint8_t* mask = static_cast<const uint8_t*>(a.mask) + offset;
@@ -221,7 +234,9 @@ void load_mask(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, int6
   const T* mask = static_cast<const T*>(a.mask) + offset;
   const V unit = V::set1(kUnit<A>);
   for (int64_t k = begin; k < end; k += V::kLanes) {
-    const V x = !a.mask_k ? V::set1(to_float(mask[0])) : end - k >= V::kLanes ? V::load(mask + k) : V::load(mask + k, end - k);
+    const V x = !a.mask_k              ? V::set1(to_float(mask[0]))
+                : end - k >= V::kLanes ? V::load(mask + k)
+                                       : V::load(mask + k, end - k);
     (x * unit).store(bias + k);
   }
 }
@@ -231,12 +246,15 @@ MK_INLINE uint32_t mix(uint32_t x) {
   x = (x ^ x >> 13) * 0xC2B2AE35u;
   return x ^ x >> 16;
 }
-// What the weights of one query over keys first + [begin, end) are multiplied by; the hash is specified in backends/reference/attention.py.
+// What the weights of one query over keys first + [begin, end) are multiplied by; the hash is specified in
+// backends/reference/attention.py.
 template <class A>
-void load_kept(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, int64_t first, int64_t begin, int64_t end, A* kept) {
+void load_kept(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, int64_t first, int64_t begin, int64_t end,
+               A* kept) {
   constexpr uint32_t kGolden = 0x9E3779B9u;
   const uint64_t seed = uint64_t(a.seed[b * a.seed_b]);
-  const uint32_t row = mix(mix(uint32_t(seed) + uint32_t(query) * kGolden) + uint32_t(h) * kGolden), second = mix(row ^ uint32_t(seed >> 32));
+  const uint32_t row = mix(mix(uint32_t(seed) + uint32_t(query) * kGolden) + uint32_t(h) * kGolden),
+                 second = mix(row ^ uint32_t(seed >> 32));
   const A scale = a.drop_all ? A(0) : A(a.keep_scale);
   const uint32_t threshold = a.threshold, start = row + uint32_t(first) * kGolden;
   for (int64_t k = begin; k < end; k++) {
@@ -247,10 +265,11 @@ void load_kept(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, int6
   }
 }
 
-// NaN in row i of `sums` where weight[i][k] is not 0 and element [k][j] of the block is not finite: the panels hold 0 there.
+// NaN in row i of `sums` where weight[i][k] is not 0 and element [k][j] of the block is not finite: the panels hold 0
+// there.
 template <class A, class T>
-void spill(const A* weights, int64_t weights_row, int64_t rows, Range keys, const T* block, int64_t stride, int64_t columns, A* sums,
-           int64_t sums_row) {
+void spill(const A* weights, int64_t weights_row, int64_t rows, Range keys, const T* block, int64_t stride,
+           int64_t columns, A* sums, int64_t sums_row) {
   for (int64_t k = keys.first; k < keys.last; k++)
     for (int64_t j = 0; j < columns; j++) {
       const A x = to_float(block[k * stride + j]);
@@ -267,7 +286,8 @@ class Carver {
   template <class A>
   A* take(int64_t count) {
     A* out = reinterpret_cast<A*>(at_);
-    at_ += (uintptr_t(count) * sizeof(A) + 64 + 63) / 64 * 64;  // one vector more: loads of whole vectors may pass the end
+    at_ +=
+        (uintptr_t(count) * sizeof(A) + 64 + 63) / 64 * 64;  // one vector more: loads of whole vectors may pass the end
     return out;
   }
   int64_t used() const { return int64_t(at_ - base_); }

@@ -1,9 +1,11 @@
-// Attention forward: for each block of keys, scores of a group of queries, a running softmax, and the weighted sum of the values.
+// Attention forward: for each block of keys, scores of a group of queries, a running softmax, and the weighted sum of
+// the values.
 //
-//   base = running maximum of the scores, sum = sum of power(score - base), sums = sum of power(score - base) value; out = sums / sum
+//   base = running maximum of the scores, sum = sum of power(score - base), sums = sum of power(score - base) value;
+//   out = sums / sum
 //
-// One task owns a group of queries and packs each key block once for all of them. Bytes moved an element of K or V: its size, once a
-// group; everything between is in cache. Blocks that no query of the group sees are skipped.
+// One task owns a group of queries and packs each key block once for all of them. Bytes moved an element of K or V: its
+// size, once a group; everything between is in cache. Blocks that no query of the group sees are skipped.
 #pragma once
 #include "cpu/generic/attention_block.inl.h"
 
@@ -35,7 +37,8 @@ struct ForwardScratch {
   }
 };
 
-// Scores outside [seen.first, seen.last) become -inf; the rest is scaled and biased where a mask or the sign of the scale asks for it.
+// Scores outside [seen.first, seen.last) become -inf; the rest is scaled and biased where a mask or the sign of the
+// scale asks for it.
 template <class A>
 MK_INLINE void mask_scores(A* s, Range block, Range seen, const A* bias, A factor) {
   using V = Vec<A>;
@@ -84,8 +87,8 @@ MK_INLINE A softmax_row(A* s, Range block, A factor, A& base, A& total, const A*
 MK_INLINE bool needs_bias(const AttentionArgs& a) { return a.mask || !(a.scale > 0); }
 
 template <class A, class T>
-void softmax_block(const AttentionArgs& a, const ForwardScratch<A>& w, int64_t b, int64_t h, int64_t query, int64_t rows, int64_t first,
-                   Range block, A* base, A* total) {
+void softmax_block(const AttentionArgs& a, const ForwardScratch<A>& w, int64_t b, int64_t h, int64_t query,
+                   int64_t rows, int64_t first, Range block, A* base, A* total) {
   using V = Vec<A>;
   const bool biased = needs_bias(a);
   const A scale = A(a.scale) * kUnit<A>;
@@ -98,15 +101,16 @@ void softmax_block(const AttentionArgs& a, const ForwardScratch<A>& w, int64_t b
     else if (biased)
       for (int64_t k = 0; k < kForwardKeys; k += kLanes<A>) V::zero().store(w.bias + k);
     // Vectors start before the block where it is not aligned: what the bias has there is overwritten by -inf.
-    mask_scores(s, block, seen.first < seen.last ? seen : Range{block.last, block.last}, biased ? w.bias : nullptr, scale);
+    mask_scores(s, block, seen.first < seen.last ? seen : Range{block.last, block.last}, biased ? w.bias : nullptr,
+                scale);
     if (a.seed) load_kept<A>(a, b, h, query + i, first, block.first, block.last, w.kept);
     w.shrink[i] = softmax_row(s, block, biased ? A(1) : scale, base[i], total[i], a.seed ? w.kept : nullptr);
   }
 }
 
 template <class A, class T>
-void forward_block(const AttentionArgs& a, const ForwardScratch<A>& w, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t first,
-                   int64_t keys) {
+void forward_block(const AttentionArgs& a, const ForwardScratch<A>& w, int64_t b, int64_t h, int64_t begin, int64_t end,
+                   int64_t first, int64_t keys) {
   const int64_t shared = h / (a.heads / a.key_heads), width = padded<A>(a.width);
   const T* key = static_cast<const T*>(a.key.data) + b * a.key.b + shared * a.key.h + first * a.key.row;
   const T* value = static_cast<const T*>(a.value.data) + b * a.value.b + shared * a.value.h + first * a.value.row;
@@ -116,12 +120,12 @@ void forward_block(const AttentionArgs& a, const ForwardScratch<A>& w, int64_t b
     const int64_t rows = smaller(kForwardQueries, end - at), row = at - begin;
     const Range block = seen_by_block(a, at, at + rows, first, first + keys);
     if (block.first == block.last) continue;
-    product<A>({w.query + row * width, width, 1, w.key, a.width, 0, w.scores, w.kScoreRow}, rows, keys, block.first, block.last, a.width,
-               nullptr, false);
+    product<A>({w.query + row * width, width, 1, w.key, a.width, 0, w.scores, w.kScoreRow}, rows, keys, block.first,
+               block.last, a.width, nullptr, false);
     softmax_block<A, T>(a, w, b, h, at, rows, first, block, w.base + row, w.total + row);
     A* sums = w.sums + row * w.value_row;
-    product<A>({w.scores + block.first, w.kScoreRow, 1, w.value, keys, block.first, sums, w.value_row}, rows, a.value_width, 0,
-               a.value_width, block.last - block.first, w.shrink, true);
+    product<A>({w.scores + block.first, w.kScoreRow, 1, w.value, keys, block.first, sums, w.value_row}, rows,
+               a.value_width, 0, a.value_width, block.last - block.first, w.shrink, true);
     if (broken) spill(w.scores, w.kScoreRow, rows, block, value, a.value.row, a.value_width, sums, w.value_row);
   }
 }
@@ -129,7 +133,8 @@ void forward_block(const AttentionArgs& a, const ForwardScratch<A>& w, int64_t b
 template <class A, class T>
 MK_INLINE void write_row(const AttentionArgs& a, int64_t row, const A* sums, A base, A total) {
   using V = Vec<A>;
-  static_cast<A*>(a.lse_data)[row] = total == A(0) ? -kInfinity<A> : A(double(base) / double(kUnit<A>) + __builtin_log(double(total)));
+  static_cast<A*>(a.lse_data)[row] =
+      total == A(0) ? -kInfinity<A> : A(double(base) / double(kUnit<A>) + __builtin_log(double(total)));
   const V factor = V::set1(total == A(0) ? A(0) : A(1) / total);
   T* out = static_cast<T*>(a.out_data) + row * a.value_width;
   for_each_vec<V>(a.value_width, [&](int64_t j, auto part) { store(V::load(sums + j) * factor, out + j, part); });
@@ -151,12 +156,14 @@ template <class A, class T>
 void forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t split, void* memory) {
   const ForwardScratch<A> w(a, memory);
   const int64_t rows = end - begin;
-  pack_plain(static_cast<const T*>(a.query.data) + b * a.query.b + h * a.query.h + begin * a.query.row, a.query.row, rows, a.width, w.query);
+  pack_plain(static_cast<const T*>(a.query.data) + b * a.query.b + h * a.query.h + begin * a.query.row, a.query.row,
+             rows, a.width, w.query);
   for (int64_t i = 0; i < rows * w.value_row; i++) w.sums[i] = 0;
   for (int64_t i = 0; i < rows; i++) w.base[i] = -kInfinity<A>, w.total[i] = 0;
   const int64_t start = split * a.split_keys, stop = smaller(start + a.split_keys, a.keys);
   const Range seen = seen_by_block(a, begin, end, start, stop);
-  for (int64_t first = start + seen.first / kForwardKeys * kForwardKeys; first < start + seen.last; first += kForwardKeys)
+  for (int64_t first = start + seen.first / kForwardKeys * kForwardKeys; first < start + seen.last;
+       first += kForwardKeys)
     forward_block<A, T>(a, w, b, h, begin, end, first, smaller(kForwardKeys, stop - first));
   if (a.splits == 1) {
     for (int64_t i = 0; i < rows; i++)
@@ -195,7 +202,9 @@ void merge(const AttentionArgs& a, int64_t b, int64_t h) {
 }
 
 template <class A>
-int64_t forward_scratch(const AttentionArgs& a) { return ForwardScratch<A>(a, nullptr).used; }
+int64_t forward_scratch(const AttentionArgs& a) {
+  return ForwardScratch<A>(a, nullptr).used;
+}
 
 }  // namespace
 }  // namespace mk::cpu::MK_LEVEL

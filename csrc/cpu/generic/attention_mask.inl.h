@@ -1,5 +1,6 @@
-// Gradient of an additive mask that broadcasts: ds summed over the batch rows, heads and queries that share an element, in their order,
-// each sum owned by one task. Scores and weights are computed once more; nothing of size B NH Q K exists.
+// Gradient of an additive mask that broadcasts: ds summed over the batch rows, heads and queries that share an element,
+// in their order, each sum owned by one task. Scores and weights are computed once more; nothing of size B NH Q K
+// exists.
 #pragma once
 #include "cpu/generic/attention_backward.inl.h"
 
@@ -14,7 +15,8 @@ MK_INLINE Sharers sharers(const AttentionArgs& a, int64_t b, int64_t h) {
   return {b * a.mask_group, (b + 1) * a.mask_group, a.mask_heads == 1 ? 0 : h, a.mask_heads == 1 ? a.heads : h + 1};
 }
 
-// A mask that has one value for all keys of a query shifts its scores together: all of its gradient comes through the log-sum-exp.
+// A mask that has one value for all keys of a query shifts its scores together: all of its gradient comes through the
+// log-sum-exp.
 template <class A, class T>
 void mask_of_rows(const AttentionArgs& a, int64_t b, int64_t h, int64_t first, int64_t last) {
   const Sharers all = sharers(a, b, h);
@@ -25,7 +27,8 @@ void mask_of_rows(const AttentionArgs& a, int64_t b, int64_t h, int64_t first, i
     for (int64_t i = all.b; i < all.b_end; i++)
       for (int64_t j = all.h; j < all.h_end; j++) {
         const bool blind = static_cast<const A*>(a.rows_base)[row_index(a, i, j, query)] == kInfinity<A>;
-        if (a.dlse.data && !blind) sum += *(static_cast<const A*>(a.dlse.data) + i * a.dlse.b + j * a.dlse.h + query * a.dlse.row);
+        if (a.dlse.data && !blind)
+          sum += *(static_cast<const A*>(a.dlse.data) + i * a.dlse.b + j * a.dlse.h + query * a.dlse.row);
       }
     total += sum;
     if (!one_row) static_cast<T*>(a.dmask)[(b * a.mask_heads + h) * a.queries + query] = convert<T>::from(sum);
@@ -35,8 +38,8 @@ void mask_of_rows(const AttentionArgs& a, int64_t b, int64_t h, int64_t first, i
 
 // Adds ds of one block of queries and keys, over all that share it, to w.mask; `one_row` adds the queries up too.
 template <class A, class T>
-void add_sharers(const AttentionArgs& a, const BackwardScratch<A>& w, Sharers all, int64_t query, int64_t end, int64_t first, int64_t keys,
-                 bool one_row) {
+void add_sharers(const AttentionArgs& a, const BackwardScratch<A>& w, Sharers all, int64_t query, int64_t end,
+                 int64_t first, int64_t keys, bool one_row) {
   using V = Vec<A>;
   const int64_t group = a.heads / a.key_heads;
   for (int64_t b = all.b; b < all.b_end; b++)
@@ -59,7 +62,8 @@ void add_sharers(const AttentionArgs& a, const BackwardScratch<A>& w, Sharers al
 // Row (b, h) of the mask. Tasks own queries [first, last) of it, or keys [first, last) where all queries share a row.
 template <class A, class T>
 void mask_backward(const AttentionArgs& a, int64_t b, int64_t h, int64_t first, int64_t last, void* memory) {
-  if (a.mask_keys == 1) return mask_of_rows<A, T>(a, b, h, a.mask_queries == 1 ? 0 : first, a.mask_queries == 1 ? a.queries : last);
+  if (a.mask_keys == 1)
+    return mask_of_rows<A, T>(a, b, h, a.mask_queries == 1 ? 0 : first, a.mask_queries == 1 ? a.queries : last);
   const BackwardScratch<A> w(a, memory);
   const bool one_row = a.mask_queries == 1;
   const int64_t query = one_row ? 0 : first, end = one_row ? a.queries : last;

@@ -1,8 +1,9 @@
-// Register tiles of matrix products: c[m][n] = sum_k a[m][k] b[k][n] + init[m][n], n a panel of N whole vectors, k in order.
+// Register tiles of matrix products: c[m][n] = sum_k a[m][k] b[k][n] + init[m][n], n a panel of N whole vectors, k in
+// order.
 //
-// Every element is summed by the same chains of fma over k, whatever the tile it lies in: results do not depend on how rows are dealt out.
-// b is packed: panel rows of N * lanes numbers, one after the other. a is read as it lies, by rows (a[m * lda + k]) or, for
-// products that sum over rows, by columns (a[k * lda + m]).
+// Every element is summed by the same chains of fma over k, whatever the tile it lies in: results do not depend on how
+// rows are dealt out. b is packed: panel rows of N * lanes numbers, one after the other. a is read as it lies, by rows
+// (a[m * lda + k]) or, for products that sum over rows, by columns (a[k * lda + m]).
 #pragma once
 
 namespace mk::cpu::MK_LEVEL {
@@ -16,7 +17,8 @@ constexpr int64_t kSumBlock = 256;  // longest chain of additions: blocks of k a
 template <class A, int M, int N, bool kColumns>
 void gemm_tile(int64_t count, const A* a, int64_t lda, const A* b, const A* init, int64_t ldi, A* c, int64_t ldc) {
   using V = Vec<A>;
-  // Three rows share a base pointer: base, base + lda and base + 2 lda are addressing modes, so 14 rows need 5 registers.
+  // Three rows share a base pointer: base, base + lda and base + 2 lda are addressing modes, so 14 rows need 5
+  // registers.
   const A* row[(M + 2) / 3];
   for (int i = 0; i < (M + 2) / 3; i++) row[i] = kColumns ? a : a + 3 * i * lda;
   for (int64_t begin = 0; begin == 0 || begin < count; begin += kSumBlock) {
@@ -61,11 +63,13 @@ template <class A, int N, bool kColumns>
 MK_INLINE GemmTile<A> gemm_tile_for(int64_t rows) {
   switch (rows) {
 #define MK_TILE(M) \
-  case M: return gemm_tile<A, (M <= tile_rows(N) ? M : 1), N, kColumns>;
-    MK_TILE(1) MK_TILE(2) MK_TILE(3) MK_TILE(4) MK_TILE(5) MK_TILE(6) MK_TILE(7)
-    MK_TILE(8) MK_TILE(9) MK_TILE(10) MK_TILE(11) MK_TILE(12) MK_TILE(13)
+  case M:          \
+    return gemm_tile<A, (M <= tile_rows(N) ? M : 1), N, kColumns>;
+    MK_TILE(1)
+    MK_TILE(2) MK_TILE(3) MK_TILE(4) MK_TILE(5) MK_TILE(6) MK_TILE(7) MK_TILE(8) MK_TILE(9) MK_TILE(10) MK_TILE(11)
+        MK_TILE(12) MK_TILE(13)
 #undef MK_TILE
-    default: return gemm_tile<A, tile_rows(N), N, kColumns>;
+            default : return gemm_tile<A, tile_rows(N), N, kColumns>;
   }
 }
 

@@ -1,8 +1,8 @@
 // lstm, forward and table, for levels without matrix units; csrc/cpu/lstm.h says how the work is cut.
 //
-// A rank owns (panel, row tile) units: the register tile holds i, f, g, o of its units, so a cell is finished where its sums are.
-// Bytes: weights are read from cache each step, the input once a chunk; outputs are written once.
-// Precision: products and sums in A, activations in A, c carried in A, h exchanged in P.
+// A rank owns (panel, row tile) units: the register tile holds i, f, g, o of its units, so a cell is finished where its
+// sums are. Bytes: weights are read from cache each step, the input once a chunk; outputs are written once. Precision:
+// products and sums in A, activations in A, c carried in A, h exchanged in P.
 #if defined(__AVX512F__)
 #include "cpu/avx512/transpose.h"
 #endif
@@ -15,14 +15,17 @@ namespace {
 
 // The block [16 units][count] of one gate by transposition in registers, where the level can; false: not done.
 template <class T>
-MK_INLINE bool pack_gate_blocks(const T*, int64_t, int64_t, int64_t, acc_t<T>*) { return false; }
+MK_INLINE bool pack_gate_blocks(const T*, int64_t, int64_t, int64_t, acc_t<T>*) {
+  return false;
+}
 #if defined(__AVX512F__)
 MK_INLINE bool pack_gate_blocks(const float* from, int64_t stride, int64_t units, int64_t count, float* out) {
   for (int64_t k = 0; k < count; k += 16) {
     const int64_t left = smaller(16, count - k);
     __m512i words[16];
     for (int64_t l = 0; l < 16; l++)
-      words[l] = l < units ? _mm512_castps_si512(Vec<float>::load(from + l * stride + k, left).v) : _mm512_setzero_si512();
+      words[l] =
+          l < units ? _mm512_castps_si512(Vec<float>::load(from + l * stride + k, left).v) : _mm512_setzero_si512();
     transpose_words(words);
     for (int64_t j = 0; j < left; j++) _mm512_storeu_si512(out + (k + j) * 64, words[j]);
   }
@@ -64,8 +67,10 @@ void lstm_pack(const LstmForward& f, Span panels) {
   using A = acc_t<T>;
   constexpr int64_t kLanes = Vec<A>::kLanes;
   for (int64_t p = panels.begin; p < panels.end; p++) {
-    pack_gates<T>(element<T>(f.weight_ih, 0), f.weight_ih_n, f.H, p * kLanes, f.I, element<A>(f.packed_ih, p * f.k_input * 4 * kLanes));
-    pack_gates<T>(element<T>(f.weight_hh, 0), f.weight_hh_n, f.H, p * kLanes, f.H, element<A>(f.packed_hh, p * f.k_hidden * 4 * kLanes));
+    pack_gates<T>(element<T>(f.weight_ih, 0), f.weight_ih_n, f.H, p * kLanes, f.I,
+                  element<A>(f.packed_ih, p * f.k_input * 4 * kLanes));
+    pack_gates<T>(element<T>(f.weight_hh, 0), f.weight_hh_n, f.H, p * kLanes, f.H,
+                  element<A>(f.packed_hh, p * f.k_hidden * 4 * kLanes));
     pack_bias<T>(f, p);
   }
 }
@@ -92,9 +97,9 @@ void lstm_project(const LstmForward& f, Span steps, Span units) {
   for (int64_t u = units.begin; u < units.end; u++) {
     const int64_t p = u / tiles;
     const Span r = tile_of(rows, tiles, u % tiles);
-    gemm_tile_for<A, 4, false>(r.end - r.begin)(f.I, x + r.begin * f.ld_x, f.ld_x, element<A>(f.packed_ih, p * f.k_input * kPanel),
-                                                element<A>(f.bias, p * kPanel), 0,
-                                                element<A>(f.projected, (p * f.chunk + r.begin) * kPanel), kPanel);
+    gemm_tile_for<A, 4, false>(r.end - r.begin)(
+        f.I, x + r.begin * f.ld_x, f.ld_x, element<A>(f.packed_ih, p * f.k_input * kPanel),
+        element<A>(f.bias, p * kPanel), 0, element<A>(f.projected, (p * f.chunk + r.begin) * kPanel), kPanel);
   }
 }
 
@@ -110,17 +115,21 @@ void lstm_step(const LstmForward& f, int64_t t, int64_t row, int64_t parity, Spa
     const Span b = tile_of(f.rows.B, tiles, u % tiles);
     gemm_tile_for<A, 4, false>(b.end - b.begin)(f.H, element<A>(f.hidden[parity], b.begin * f.ld_hidden), f.ld_hidden,
                                                 element<A>(f.packed_hh, p * f.k_hidden * kPanel),
-                                                element<A>(f.projected, (p * f.chunk + row + b.begin) * kPanel), kPanel, z, kPanel);
+                                                element<A>(f.projected, (p * f.chunk + row + b.begin) * kPanel), kPanel,
+                                                z, kPanel);
     cell_rows<T, A>(f, z, t, b, p, parity);
   }
 }
 
 template <class T>
-void start(const LstmForward& f, Span rows) { lstm_start<T, acc_t<T>>(f, rows); }
+void start(const LstmForward& f, Span rows) {
+  lstm_start<T, acc_t<T>>(f, rows);
+}
 
 template <class T>
 constexpr LstmFormat format_of(int64_t chunk_rows, bool gather) {
-  return {Vec<acc_t<T>>::kLanes, sizeof(acc_t<T>), sizeof(acc_t<T>), 1, chunk_rows, tile_rows(4), tile_rows(2), tile_rows(2), 1, gather};
+  return {Vec<acc_t<T>>::kLanes, sizeof(acc_t<T>), sizeof(acc_t<T>), 1, chunk_rows,
+          tile_rows(4),          tile_rows(2),     tile_rows(2),     1, gather};
 }
 
 }  // namespace

@@ -1,10 +1,11 @@
 // lstm, backward, for levels without matrix units.
 //
-//   dz = gradient of the pre-activations;  dh' = dz W_hh;  dx = dz W_ih;  dW_ih = sum dz x^T;  dW_hh = sum dz h'^T;  db = sum dz
+//   dz = gradient of the pre-activations;  dh' = dz W_hh;  dx = dz W_ih;  dW_ih = sum dz x^T;  dW_hh = sum dz h'^T;  db
+//   = sum dz
 //
-// Steps run backwards; a rank owns (panel of 2 vectors of units, row tile) for both halves of a step, so a step has one barrier,
-// between dz and dh'. After a chunk of steps the three large products read its dz from cache.
-// Precision: as forward. Sums over (t, b) are taken chunk by chunk, each from zero, so that no chain of additions is long.
+// Steps run backwards; a rank owns (panel of 2 vectors of units, row tile) for both halves of a step, so a step has one
+// barrier, between dz and dh'. After a chunk of steps the three large products read its dz from cache. Precision: as
+// forward. Sums over (t, b) are taken chunk by chunk, each from zero, so that no chain of additions is long.
 #pragma once
 #include "cpu/generic/gemm_tile.inl.h"
 #include "cpu/generic/lstm_cell.inl.h"
@@ -18,7 +19,8 @@ void pack_columns(const T* weight, int64_t stride, int64_t count, int64_t first,
   using V = Vec<acc_t<T>>;
   for (int64_t l = 0; l < 2; l++) {
     const int64_t j = first + l * V::kLanes, left = width - j < 0 ? 0 : smaller(width - j, V::kLanes);
-    for (int64_t k = 0; k < count; k++) V::load(weight + k * stride + smaller(j, width), left).store(out + (k * 2 + l) * V::kLanes);
+    for (int64_t k = 0; k < count; k++)
+      V::load(weight + k * stride + smaller(j, width), left).store(out + (k * 2 + l) * V::kLanes);
   }
 }
 
@@ -30,9 +32,11 @@ void pack_backward(const LstmBackward& f, Span panels) {
   for (int64_t p = panels.begin; p < panels.end; p++) {
     const int64_t q = p - hidden_panels;
     if (q < 0)
-      pack_columns<T>(element<T>(f.weight_hh, 0), f.weight_hh_n, 4 * f.H, p * kPanel, f.H, element<A>(f.packed_hh, p * f.k_gates * kPanel));
+      pack_columns<T>(element<T>(f.weight_hh, 0), f.weight_hh_n, 4 * f.H, p * kPanel, f.H,
+                      element<A>(f.packed_hh, p * f.k_gates * kPanel));
     else
-      pack_columns<T>(element<T>(f.weight_ih, 0), f.weight_ih_n, 4 * f.H, q * kPanel, f.I, element<A>(f.packed_ih, q * f.k_gates * kPanel));
+      pack_columns<T>(element<T>(f.weight_ih, 0), f.weight_ih_n, 4 * f.H, q * kPanel, f.I,
+                      element<A>(f.packed_ih, q * f.k_gates * kPanel));
   }
 }
 
@@ -43,8 +47,10 @@ void start_backward(const LstmBackward& f, Span span) {
   for (int64_t b = span.begin; b < span.end; b++)
     for (int64_t j = 0; j < f.ld_hidden; j += V::kLanes) {
       const int64_t left = f.H - j < 0 ? 0 : smaller(f.H - j, V::kLanes), at = smaller(j, f.H);
-      (f.dh_n ? V::load(element<T>(f.dh_n, b * f.dh_n_b + at), left) : V::zero()).store(element<A>(f.dh, b * f.ld_hidden + j));
-      (f.dc_n ? V::load(element<T>(f.dc_n, b * f.dc_n_b + at), left) : V::zero()).store(element<A>(f.dc, b * f.ld_hidden + j));
+      (f.dh_n ? V::load(element<T>(f.dh_n, b * f.dh_n_b + at), left) : V::zero())
+          .store(element<A>(f.dh, b * f.ld_hidden + j));
+      (f.dc_n ? V::load(element<T>(f.dc_n, b * f.dc_n_b + at), left) : V::zero())
+          .store(element<A>(f.dc, b * f.ld_hidden + j));
     }
 }
 
@@ -77,10 +83,12 @@ void state_backward(const LstmBackward& f, int64_t t, const void* dz, Span units
     const int64_t p = u / tiles;
     const Span rows = tile_of(f.rows.B, tiles, u % tiles);
     gemm_tile_for<A, 2, false>(rows.end - rows.begin)(4 * f.H, element<A>(dz, rows.begin * f.ld_gates), f.ld_gates,
-                                                      element<A>(f.packed_hh, p * f.k_gates * kPanel), nullptr, 0, product, kPanel);
+                                                      element<A>(f.packed_hh, p * f.k_gates * kPanel), nullptr, 0,
+                                                      product, kPanel);
     for (int64_t b = rows.begin; b < rows.end; b++)
       for (int64_t j = 0; j < kPanel; j += V::kLanes)
-        pass_back(f, t, b, V::load(product + (b - rows.begin) * kPanel + j), element<A>(f.dh, b * f.ld_hidden + p * kPanel + j));
+        pass_back(f, t, b, V::load(product + (b - rows.begin) * kPanel + j),
+                  element<A>(f.dh, b * f.ld_hidden + p * kPanel + j));
   }
 }
 
@@ -95,11 +103,13 @@ void input_backward(const LstmBackward& f, Span steps, const void* dz, Span unit
     const int64_t p = u / tiles;
     const Span rows = tile_of(count, tiles, u % tiles);
     gemm_tile_for<A, 2, false>(rows.end - rows.begin)(4 * f.H, element<A>(dz, rows.begin * f.ld_gates), f.ld_gates,
-                                                      element<A>(f.packed_ih, p * f.k_gates * kPanel), nullptr, 0, product, kPanel);
+                                                      element<A>(f.packed_ih, p * f.k_gates * kPanel), nullptr, 0,
+                                                      product, kPanel);
     for (int64_t r = rows.begin; r < rows.end; r++) {
       T* out = element<T>(f.dinput, (steps.begin * f.rows.B + r) * f.I + p * kPanel);
-      for_each_vec<V>(smaller(kPanel, f.I - p * kPanel),
-                      [&](int64_t j, auto part) { store(V::load(product + (r - rows.begin) * kPanel + j), out + j, part); });
+      for_each_vec<V>(smaller(kPanel, f.I - p * kPanel), [&](int64_t j, auto part) {
+        store(V::load(product + (r - rows.begin) * kPanel + j), out + j, part);
+      });
     }
   }
 }
@@ -116,7 +126,8 @@ void sum_columns(const LstmBackward& f, Span steps, const P* dz, Span columns) {
     V sum = V::zero();
     for (int64_t begin = 0; begin < rows; begin += kBlock) {
       V block = V::zero();
-      for (int64_t r = begin; r < smaller(begin + kBlock, rows); r++) block = block + load<V>(dz + r * f.ld_gates + j, part);
+      for (int64_t r = begin; r < smaller(begin + kBlock, rows); r++)
+        block = block + load<V>(dz + r * f.ld_gates + j, part);
       sum = sum + block;
     }
     store(first ? sum : load<V>(total, part) + sum, total, part);
@@ -128,7 +139,8 @@ void bias_backward(const LstmBackward& f, Span steps, const void* dz, Span colum
   sum_columns<T>(f, steps, static_cast<const acc_t<T>*>(dz), columns);
 }
 
-// Right operands of the weight gradients, row by row of the chunk: x, or the hidden state that enters the step; null: zero.
+// Right operands of the weight gradients, row by row of the chunk: x, or the hidden state that enters the step; null:
+// zero.
 template <class T>
 void operand_rows(const LstmBackward& f, Span steps, const T** input, const T** hidden) {
   const LstmRows& rows = f.rows;
@@ -137,7 +149,7 @@ void operand_rows(const LstmBackward& f, Span steps, const T** input, const T** 
       // Past the end of a row dz is zero, and what x holds there must not matter.
       const bool active = rows.active(t, b), started = active && !rows.resets(t, b);
       *input = active ? element<T>(f.input, t * f.input_t + b * f.input_b) : nullptr;
-      *hidden = !started                ? nullptr
+      *hidden = !started             ? nullptr
                 : t == rows.first(b) ? element<T>(f.h0, b * f.h0_b)
                                      : element<T>(f.output, (rows.previous(t) * rows.B + b) * f.H);
     }
@@ -155,7 +167,8 @@ void pack_operand(const T* const* rows, int64_t count, int64_t first, int64_t wi
   }
 }
 
-// Units: panels of weight_ih, then of weight_hh, each with the row tiles of dW. `scratch` of this rank: rows of operands, then a packed panel.
+// Units: panels of weight_ih, then of weight_hh, each with the row tiles of dW. `scratch` of this rank: rows of
+// operands, then a packed panel.
 template <class T>
 void weight_backward(const LstmBackward& f, Span steps, const void* dz, void* scratch, Span units) {
   using A = acc_t<T>;
@@ -191,7 +204,9 @@ template <class T>
 void round_to(const acc_t<T>* from, void* to, int64_t begin, int64_t end) {
   using V = Vec<acc_t<T>>;
   if (to && to != from)
-    for_each_vec<V>(end - begin, [&](int64_t j, auto part) { store(load<V>(from + begin + j, part), static_cast<T*>(to) + begin + j, part); });
+    for_each_vec<V>(end - begin, [&](int64_t j, auto part) {
+      store(load<V>(from + begin + j, part), static_cast<T*>(to) + begin + j, part);
+    });
 }
 
 // Rounds what was summed into the outputs: states of rows `span`, weights and biases of `gates`.

@@ -1,4 +1,5 @@
-// The pointwise half of lstm steps, one row of one panel at a time: z is [rows][4 lanes] in A, a state is what enters a step.
+// The pointwise half of lstm steps, one row of one panel at a time: z is [rows][4 lanes] in A, a state is what enters a
+// step.
 #pragma once
 #include "cpu/generic/gates.inl.h"
 #include "cpu/lstm.h"
@@ -13,9 +14,13 @@ MK_INLINE V entering(const LstmRows& rows, int64_t t, int64_t b, V state) {
 }
 
 template <class T>
-MK_INLINE T* element(void* base, int64_t offset) { return static_cast<T*>(base) + offset; }
+MK_INLINE T* element(void* base, int64_t offset) {
+  return static_cast<T*>(base) + offset;
+}
 template <class T>
-MK_INLINE const T* element(const void* base, int64_t offset) { return static_cast<const T*>(base) + offset; }
+MK_INLINE const T* element(const void* base, int64_t offset) {
+  return static_cast<const T*>(base) + offset;
+}
 
 // A row that is not alive at t: outputs are zero and the state stays as it is.
 template <class T, class P, class Part>
@@ -26,11 +31,13 @@ MK_INLINE void cell_skip(const LstmForward& f, int64_t row, int64_t b, int64_t j
   if (f.cells) store(V::zero(), element<T>(f.cells, at), part);
   if (f.gates)
     for (int g = 0; g < 4; g++) store(V::zero(), element<T>(f.gates, (row * 4 + g) * f.H + j), part);
-  V::load(element<P>(f.hidden[parity], b * f.ld_hidden + j)).store(element<P>(f.hidden[1 - parity], b * f.ld_hidden + j));
+  V::load(element<P>(f.hidden[parity], b * f.ld_hidden + j))
+      .store(element<P>(f.hidden[1 - parity], b * f.ld_hidden + j));
 }
 
 template <class T, class P, class Part>
-MK_INLINE void cell_row(const LstmForward& f, const acc_t<T>* z, int64_t t, int64_t b, int64_t j, int64_t parity, Part part) {
+MK_INLINE void cell_row(const LstmForward& f, const acc_t<T>* z, int64_t t, int64_t b, int64_t j, int64_t parity,
+                        Part part) {
   using A = acc_t<T>;
   using V = Vec<A>;
   const LstmRows& rows = f.rows;

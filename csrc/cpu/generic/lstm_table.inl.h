@@ -4,7 +4,8 @@
 namespace mk::cpu::MK_LEVEL {
 
 const LstmKernels lstm = {
-    {format_of<double>(128, false), format_of<float>(256, false), format_of<bfloat16>(256, true), format_of<float16>(256, true)},
+    {format_of<double>(128, false), format_of<float>(256, false), format_of<bfloat16>(256, true),
+     format_of<float16>(256, true)},
     MK_FLOAT_TYPES(lstm_pack),
     MK_FLOAT_TYPES(start),
     MK_FLOAT_TYPES(lstm_gather),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from memkernels.backends.reference._math import compute
@@ -29,7 +31,9 @@ def forward(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, reset, length
         projected = projected if bias is None else projected + compute(bias)
     h, c = compute(h0), compute(c0)
     empty = h.new_zeros(0)
-    output, cells, gates = [None] * count, [None] * count, [None] * count
+    output: list[Any] = [None] * count
+    cells: list[Any] = [None] * count
+    gates: list[Any] = [None] * count
     for t in _steps(count, reverse):
         active = None if lengths is None else t < lengths
         if reset is not None:
@@ -62,7 +66,8 @@ def backward(
     output, cells, gates = compute(output), compute(cells), compute(gates)
     dh = torch.zeros_like(h_start) if dh_n is None else compute(dh_n)
     dc = torch.zeros_like(c_start) if dc_n is None else compute(dc_n)
-    dz, entering = [None] * count, [None] * count
+    dz_steps: list[Any] = [None] * count
+    entering_steps: list[Any] = [None] * count
     for t in _steps(count, not reverse):
         h, c = (h_start, c_start) if t == first else (output[t + before], cells[t + before])
         active = None if lengths is None else t < lengths
@@ -72,7 +77,7 @@ def backward(
             h, c = torch.where(started, h, h_start), torch.where(started, c, c_start)
         if reset is not None:
             h, c = _keep(_kept(reset[t], active), h), _keep(_kept(reset[t], active), c)
-        entering[t] = h
+        entering_steps[t] = h
         i, f, g, o = gates[t].chunk(4, -1)
         tanh_c = torch.tanh(cells[t])
         dh_t = dh if doutput is None else dh + compute(doutput[t])
@@ -80,14 +85,14 @@ def backward(
         dc_t = dc_t + dh_t * o * (1 - tanh_c * tanh_c)
         do = dh_t * tanh_c * o * (1 - o)
         dz_t = torch.cat([dc_t * g * i * (1 - i), dc_t * c * f * (1 - f), dc_t * i * (1 - g * g), do], -1)
-        dz[t] = dz_t if active is None else _keep(active, dz_t)
-        dh_old, dc_old = dz[t] @ w_hh, dc_t * f
+        dz_steps[t] = dz_t if active is None else _keep(active, dz_t)
+        dh_old, dc_old = dz_steps[t] @ w_hh, dc_t * f
         if reset is not None:
             dh_old, dc_old = _keep(_kept(reset[t], active), dh_old), _keep(_kept(reset[t], active), dc_old)
         dh = dh_old if active is None else torch.where(active[:, None], dh_old, dh)
         dc = dc_old if active is None else torch.where(active[:, None], dc_old, dc)
-    dz = torch.stack(dz).flatten(0, 1) if count else h_start.new_zeros(0, w_hh.shape[0])
-    entering = torch.stack(entering).flatten(0, 1) if count else h_start.new_zeros(0, w_hh.shape[1])
+    dz = torch.stack(dz_steps).flatten(0, 1) if count else h_start.new_zeros(0, w_hh.shape[0])
+    entering = torch.stack(entering_steps).flatten(0, 1) if count else h_start.new_zeros(0, w_hh.shape[1])
     dbias = dz.sum(0).to(dtype)
     dinput = (dz @ w_ih).reshape(input.shape).to(dtype)
     seen = compute(input)

@@ -116,7 +116,7 @@ def device_of(device: torch.device) -> Device:
 @cache
 def _device_of(device: torch.device) -> Device:
     found = torch.cuda.get_device_properties(device)
-    return Device((found.major, found.minor), found.shared_memory_per_block_optin)
+    return Device((found.major, found.minor), found.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -119,7 +119,7 @@ def backward(dgates, dcell, dpeephole, dh, dc, gates, cell, peephole, c):
         _lstm_gates_bwd_kernel, grid, dgates, dcell, part, dh, dc, gates, cell, peephole, *cell.shape,
         *strides(dh, 2), *strides(dc, 2), *gates.stride(), *cell.stride(), *strides(peephole, 2), **blocks,
     )  # fmt: skip
-    if dpeephole is not None:
+    if part is not None:
         sum_splits(dpeephole, part)
 
 

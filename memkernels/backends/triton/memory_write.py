@@ -111,7 +111,7 @@ def backward(dmemory, dweights, derase, dadd, dwritten, memory, weights, erase, 
         BLOCK_N=rows.block_n, BLOCK_W=rows.block_w, num_warps=rows.num_warps,
     )  # fmt: skip
     for gradient, part in zip((derase, dadd), parts, strict=True):
-        if gradient is not None:
+        if gradient is not None and part is not None:
             sum_splits(gradient, part)
 
 

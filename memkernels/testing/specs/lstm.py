@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from memkernels.ops.lstm import lstm
@@ -38,7 +40,9 @@ def _saturate(tensors):
 
 
 def _eager(input, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, reset=None, lengths=None, reverse=False, return_cells=False):
-    h, c, out, cells = h0, c0, [None] * len(input), [None] * len(input)
+    h, c = h0, c0
+    out: list[Any] = [None] * len(input)
+    cells: list[Any] = [None] * len(input)
     for t in reversed(range(len(input))) if reverse else range(len(input)):
         if reset is not None:
             h, c = (torch.where(reset[t, :, None], torch.zeros_like(v), v) for v in (h, c))
