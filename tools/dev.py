@@ -184,11 +184,7 @@ def test(python: str, environment: dict[str, str], arguments: list[str], everyth
     code = 0
     if not arguments:
         say("Triton kernels in the interpreter")
-        chosen = (
-            ["tests/test_ops.py", "tests/test_fuzz.py"]
-            if everything
-            else ["tests/test_ops.py", "tests/test_triton.py", "-k", "accuracy or gradient_layouts or test_triton"]
-        )
+        chosen = ["tests/test_triton.py", "tests/test_ops.py", *(["tests/test_fuzz.py"] if everything else ["-k", SHORT])]
         code = subprocess.run([*pytest, *chosen], cwd=ROOT, env={**environment, "TRITON_INTERPRET": "1"}).returncode
         say(f"Triton kernels in the interpreter: exit code {code}; the suite:")
     return subprocess.run([*pytest, *arguments], cwd=ROOT, env=environment).returncode or code
