@@ -33,7 +33,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = Model(len(symbols))
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for step in range(61):
+    for step in range(41):
         starts = torch.randint(len(tokens) - window, (8, 1))
         batch = tokens[starts + torch.arange(window + 1)]
         loss = torch.nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
@@ -41,7 +41,7 @@ def main() -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 20 == 0:
+        if step % 10 == 0:
             print(f"step {step}: {loss.item() / torch.tensor(2.0).log().item():.2f} bits per character")
 
 

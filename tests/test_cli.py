@@ -117,6 +117,7 @@ def test_train_resume_generate(run, tmp_path, text, model):
     assert f"{model} model" in first and "held out" in first and "saved to" in first
     again, _ = run(*arguments, "--steps", 20)
     assert "resumed at step 12" in again and "step 20" in again
+    assert "step 20" in run(*arguments, "--minutes", 0)[0] and "step 20" in run(*arguments, "--steps", 0)[0]
     assert [p.name for p in out.parent.iterdir()] == [out.name]
     one, two = (run("generate", "--checkpoint", out, "--prompt", "狐 fox", "--length", 30, "--seed", 1)[0] for _ in range(2))
     assert one == two and one.startswith("狐 fox") and len(one.rstrip("\n")) >= 30

@@ -127,11 +127,10 @@ def test_location_address_keeps_its_mass():
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("rate", [0.01, 1.0])
-def test_trains_a_thousand_steps_without_nan(mode, rate):
+def test_trains_a_thousand_steps_without_nan(mode):
     torch.manual_seed(0)
     layer = nn.ExternalMemory(4, 6, 3, 1, mode)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=rate)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)  # far too high, on purpose
     state = None
     for _ in range(1000):
         x = torch.randn(2, 2, 4)

@@ -40,8 +40,9 @@ class Limit:
     seconds: float | None = None
 
     def progress(self, step: int, seconds: float) -> float:
-        parts = [step / self.steps if self.steps else 0.0, seconds / self.seconds if self.seconds else 0.0]
-        return min(1.0, max(parts))
+        """The part that is done, 0 to 1; a limit of 0 is reached at once."""
+        parts = [done / limit if limit else 1.0 for done, limit in ((step, self.steps), (seconds, self.seconds)) if limit is not None]
+        return min(1.0, max(parts, default=0.0))
 
 
 class Trainer:
