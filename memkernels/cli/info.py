@@ -7,6 +7,7 @@ import platform
 import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,16 @@ def extensions() -> dict[str, str]:
         found = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError):
         return {"_C": "not built here", "_C_cuda": "not built here"}
-    return {name: _extension(entry) for name, entry in found.items()}
+    return {name: _extension(name, entry) for name, entry in found.items()}
 
 
-def _extension(entry: dict[str, Any]) -> str:
+def _extension(name: str, entry: dict[str, Any]) -> str:
+    there = find_spec(f"memkernels.{name}") is not None
     if not entry.get("built"):
-        return "not built: " + str(entry.get("reason") or entry.get("why") or "no reason recorded")
+        reason = entry.get("reason", "no reason recorded")
+        return f"from an earlier build; the last one left it out: {reason}" if there else f"not built: {reason}"
+    if not there:
+        return "not there: it was built once, but the file is gone or is for another Python; install or build again"
     made_for = entry.get("levels") or [f"sm_{arch}" for arch in entry.get("archs", ())]
     return f"built for {', '.join(made_for)} by {entry.get('compiler', 'an unknown compiler')}"
 
@@ -99,18 +104,26 @@ def show(console: Console) -> dict[str, Any]:
     for name, text in found["extensions"].items():
         table.add_row(f"memkernels.{name}", text)
     console.print(table)
+    behind = {"cpp": found["extensions"].get("_C", ""), "cuda": found["extensions"].get("_C_cuda", "")}
     table = Table(title="Backends")
     table.add_column("backend", no_wrap=True)
     table.add_column("state")
     for name, reason in found["backends"].items():
-        table.add_row(name, "[green]there[/]" if reason is None else f"[yellow]missing[/]: {reason}")
+        table.add_row(name, "[green]there[/]" if reason is None else f"[yellow]missing[/]: {_why(reason, behind.get(name, ''))}")
     console.print(table)
     table = Table(title="Which backend an op uses (float32)")
     for head in ("op", "device", "backend"):
         table.add_column(head, no_wrap=True)
     table.add_column("why not a better one")
     for choice in found["ops"]:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in choice["why_not"].items())
+        reasons = "; ".join(
+            f"{n}: {reason if found['backends'][n] is None else 'missing, see above'}" for n, reason in choice["why_not"].items()
+        )
         table.add_row(choice["op"], choice["device"], choice["backend"], reasons or "it is the best one")
     console.print(table)
     return found
+
+
+def _why(reason: str, extension: str) -> str:
+    """What the build says of the extension behind a backend, where that is the cause; else what the import said."""
+    return extension if extension.startswith("not ") else reason
