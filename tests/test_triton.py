@@ -1,4 +1,4 @@
-"""Launch parameters of the Triton kernels as pure functions, and what the interpreter's small cases do not reach: splits and long memories."""
+"""Launch parameters of the Triton kernels as pure functions, and what the generated cases do not reach: splits over long memories."""
 
 import dataclasses
 
@@ -83,6 +83,7 @@ def test_lstm_launch():
     assert _launch.lstm(128, wide=False).persistent and not _launch.lstm(129, wide=False).persistent
     assert _launch.lstm(64, wide=True).persistent and not _launch.lstm(65, wide=True).persistent
     assert _launch.lstm(100, wide=False).block_h == 128
+    assert _launch.lstm(64, wide=True).num_warps == 8
 
 
 def test_attention_arguments():
@@ -152,8 +153,6 @@ def test_values_that_no_query_sees_reach_nothing():
 def test_refusals_name_their_reason():
     with memkernels.backend("triton"):
         with pytest.raises(memkernels.BackendError, match="float64 is not supported"):
-            memkernels.memory_read(
-                torch.ones(1, 2, 2, dtype=torch.float64, device=DEVICE), torch.ones(1, 1, 2, dtype=torch.float64, device=DEVICE)
-            )
+            memkernels.memory_read(*(t.to(DEVICE) for t in draw((1, 2, 2), (1, 1, 2))))
         with pytest.raises(memkernels.BackendError, match="over the limit of 512"):
             memkernels.content_read(*(t.float().to(DEVICE) for t in draw((1, 2, 600), (1, 1, 600), (1, 1))))

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from memkernels.backends.triton import _launch
 from memkernels.backends.triton._attention import LOG2E, dropout, dropout_arguments, limits, mask_arguments, masked, tiles
-from memkernels.backends.triton._common import aot, dot, lanes, rounded, run, store, strides, sum_splits
+from memkernels.backends.triton._common import INTERPRETED, aot, dot, lanes, rounded, run, store, strides, sum_splits
 
 
 @triton.jit
@@ -195,7 +195,7 @@ def backward(dquery, dkey, dvalue, dmask, dout, dlse, query, key, value, attn_ma
     dout = out.new_zeros(()).expand(out.shape) if dout is None else dout
 
     def launch_for(kernel):
-        return _launch.attention(queries, keys, width, value_width, query.dtype == torch.float32, kernel)
+        return _launch.attention(queries, keys, width, value_width, query.dtype == torch.float32, kernel, INTERPRETED)
 
     launch = launch_for("dkey")
     delta, group = torch.empty_like(lse), max(heads // max(key.shape[1], 1), 1)

@@ -101,13 +101,14 @@ class Steps:
     persistent: bool
 
 
-def lstm(hidden: int, wide: bool) -> Steps:
-    """`wide`: float32 weights, of which half as many fit."""
+def lstm(hidden: int, wide: bool, interpreted: bool = False) -> Steps:
+    """`wide`: float32 weights, of which half as many fit. The interpreter is paid by the operation, whatever its size."""
     block_h = power_of_two(hidden, 16)
     limit = 64 if wide else 128
     persistent = block_h <= limit
-    block_h = block_h if persistent else 32
-    return Steps(16, block_h, min(32, power_of_two(hidden, 16)), 8 if block_h > 64 else 4, persistent)
+    block_h = block_h if persistent else 128 if interpreted else 32
+    block_k = min(256 if interpreted else 32, power_of_two(hidden, 16))
+    return Steps(16, block_h, block_k, 8 if block_h > (32 if wide else 64) else 4, persistent)
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,9 @@ ATTENTION_TILES = {
 }
 
 
-def attention(queries: int, keys: int, width: int, value_width: int, wide: bool, kernel: str) -> Attention:
+def attention(queries: int, keys: int, width: int, value_width: int, wide: bool, kernel: str, interpreted: bool = False) -> Attention:
     """For attention; `wide`: float32. `kernel`: "forward", "dkey" or "dquery". Few queries over many keys are split over the keys."""
+    wide = wide and not interpreted
     block_d, block_v = power_of_two(width, 16), power_of_two(value_width, 16)
     largest = max(block_d, block_v)
     if wide:
@@ -149,6 +151,8 @@ def attention(queries: int, keys: int, width: int, value_width: int, wide: bool,
         block_m, block_n, warps, stages = ATTENTION_TILES[kernel, 64 if largest <= 64 else 128]
     else:
         block_m, block_n, warps, stages = (32, 16, 8, 2) if largest <= 256 else (16, 16, 8, 2)
+    if interpreted and keys > KEYS_PER_SPLIT:
+        block_n = 256
     if queries < block_m:
         block_m = power_of_two(queries, 16)
         warps = min(warps, 4)

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from memkernels.backends.triton import _attention_bwd, _launch
 from memkernels.backends.triton._attention import LN2, LOG2E, dropout, dropout_arguments, limits, mask_arguments, masked, supports, tiles
-from memkernels.backends.triton._common import NAMES, aot, dot, lanes, rounded, run, store
+from memkernels.backends.triton._common import INTERPRETED, NAMES, aot, dot, lanes, rounded, run, store
 
 __all__ = ["AOT", "backward", "forward", "supports"]
 
@@ -139,7 +139,7 @@ def _attention_combine_kernel(out_ptr, lse_ptr, out_part_ptr, lse_part_ptr, rows
 
 def forward(out, lse, query, key, value, attn_mask, seed, scale, dropout_p, left, right, causal):
     (batch, heads, queries, width), keys, value_width = query.shape, key.shape[2], value.shape[3]
-    launch = _launch.attention(queries, keys, width, value_width, query.dtype == torch.float32, "forward")
+    launch = _launch.attention(queries, keys, width, value_width, query.dtype == torch.float32, "forward", INTERPRETED)
     split = launch.splits > 1
     out_part = out.new_empty(launch.splits, *out.shape, dtype=torch.float32) if split else out
     lse_part = lse.new_empty(launch.splits, *lse.shape) if split else lse

@@ -14,7 +14,21 @@ import triton
 import triton.language as tl
 
 from memkernels.backends.triton import _launch, _matmul
-from memkernels.backends.triton._common import AOT_DTYPES, aot, dot, lanes, refuse, rounded, run, sigmoid, store, strides, sum_splits, tanh
+from memkernels.backends.triton._common import (
+    AOT_DTYPES,
+    INTERPRETED,
+    aot,
+    dot,
+    lanes,
+    refuse,
+    rounded,
+    run,
+    sigmoid,
+    store,
+    strides,
+    sum_splits,
+    tanh,
+)
 
 
 @triton.jit
@@ -174,7 +188,7 @@ def forward(
         output, cells, gates, h_state, c_state, projected, weight_hh, reset, lengths
     )  # fmt: skip
     _launch_steps(
-        _lstm_fwd_kernel, _launch.lstm(hidden, dtype == torch.float32), count, tensors, (count, batch, hidden),
+        _lstm_fwd_kernel, _launch.lstm(hidden, dtype == torch.float32, INTERPRETED), count, tensors, (count, batch, hidden),
         *weight_hh.stride(), *strides(reset, 2), *strides(lengths, 1), reverse=reverse, dtype=dtype,
     )  # fmt: skip
     h_n.copy_(h_state[count % 2])
@@ -204,8 +218,9 @@ def backward(
     dcells = dcells if training or return_cells else None
     tensors = dz, dh, dc, doutput, dcells, cells, gates, c0, weight_hh, reset, lengths
     _launch_steps(
-        _lstm_bwd_kernel, _launch.lstm(hidden, dtype == torch.float32), count + 1, tensors, (count, batch, hidden), *strides(doutput, 3),
-        *strides(dcells, 3), *c0.stride(), *weight_hh.stride(), *strides(reset, 2), *strides(lengths, 1), reverse=reverse, dtype=dtype,
+        _lstm_bwd_kernel, _launch.lstm(hidden, dtype == torch.float32, INTERPRETED), count + 1, tensors, (count, batch, hidden),
+        *strides(doutput, 3), *strides(dcells, 3), *c0.stride(), *weight_hh.stride(),
+        *strides(reset, 2), *strides(lengths, 1), reverse=reverse, dtype=dtype,
     )  # fmt: skip
     for gradient, found in ((dh0, dh), (dc0, dc)):
         if gradient is not None:
