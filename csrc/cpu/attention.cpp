@@ -109,13 +109,13 @@ void forward(const TensorView& out, const TensorView& lse, const TensorView& que
   const auto& kernels = select(attention_levels);
   const int type = int(dtype);
   pybind11::gil_scoped_release nogil;
-  const int64_t rows = a.batch * a.heads, groups = blocks_of(a.queries, kQueryGroup);
+  const int64_t rows = a.batch * a.heads, step = kernels.query_group[type], groups = blocks_of(a.queries, step);
   Scratch partials;
   if (a.splits > 1)
     a.partial = partials.take<char>(rows * a.splits * a.queries * (padded16(a.value_width) + 2) * sum_size(dtype));
   run_tasks(rows * groups * a.splits, work(a), kernels.forward_scratch[type](a), [&](int64_t task, void* scratch) {
     const int64_t split = task % a.splits, row = task / a.splits % rows, group = groups - 1 - task / a.splits / rows;
-    const int64_t begin = group * kQueryGroup, end = std::min(begin + kQueryGroup, a.queries);
+    const int64_t begin = group * step, end = std::min(begin + step, a.queries);
     kernels.forward[type](a, row / a.heads, row % a.heads, begin, end, split, scratch);
   });
   if (a.splits == 1) return;

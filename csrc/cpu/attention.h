@@ -46,8 +46,6 @@ struct AttentionPart {
   bool dmask;        // dmask has a place for every score and is written as well
 };
 
-constexpr int64_t kQueryGroup = 240;  // queries of one forward task: the packed keys are used this often
-
 struct AttentionKernels {
   // Bytes of scratch that one forward or backward call needs.
   int64_t (*forward_scratch[kFloatTypes])(const AttentionArgs&);
@@ -65,7 +63,8 @@ struct AttentionKernels {
   // Queries [begin, end) of row (b, h) of a mask that broadcasts: its gradient summed over all that share it.
   void (*mask_backward[kFloatTypes])(const AttentionArgs&, int64_t b, int64_t h, int64_t first, int64_t last,
                                      void* scratch);
-  int64_t key_block, query_block;  // backward works on whole blocks from key 0 and query 0
+  int64_t query_group[kFloatTypes];  // queries of one forward task: the packed keys are used this often
+  int64_t key_block, query_block;    // backward works on whole blocks from key 0 and query 0
 };
 
 MK_KERNELS_AMX(AttentionKernels, attention)

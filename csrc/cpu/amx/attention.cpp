@@ -23,6 +23,7 @@ const AttentionKernels attention = {
     {backward<double, double>, backward<float, float>, half_backward, backward<float, float16>},
     MK_ATTENTION_TYPES(finish),
     MK_ATTENTION_TYPES(mask_backward),
+    {kQueryGroup, kQueryGroup, kHalfGroup, kQueryGroup},
     kBackwardKeys,
     kHalfQueries};
 

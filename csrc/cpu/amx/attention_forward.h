@@ -2,7 +2,7 @@
 // meet the values.
 #pragma once
 #include "cpu/amx/vec.h"
-#include "cpu/avx512/attention_transpose.h"
+#include "cpu/avx512/attention_vec.h"
 #define MK_ATTENTION_OVERRIDDEN 1
 #include "cpu/generic/attention.inl.h"
 
@@ -11,17 +11,7 @@ namespace {
 
 MK_INLINE int64_t padded32(int64_t n) { return (n + 31) / 32 * 32; }
 
-// 2^x for x <= 0, relative error 1e-7: reduce leaves the fraction above floor(x), scalef multiplies by 2^floor(x); -inf
-// gives 0.
-MK_INLINE __m512 fast_power(__m512 x) {
-  const __m512 r = _mm512_reduce_ps(x, 0x01);
-  __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(1.87757677e-3f), r, _mm512_set1_ps(8.98933988e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.58263182e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.40153617e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93153073e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.999999925f));
-  return _mm512_scalef_ps(p, x);
-}
+MK_INLINE __m512 fast_power(__m512 x) { return power(Vec<float>{x}).v; }
 MK_INLINE __m512i two_bfloat16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
 MK_INLINE __m512i load_halves(const bfloat16* p, int64_t n) {  // n of 32, zeros after
@@ -89,27 +79,27 @@ MK_INLINE bool pack_pairs_down(const bfloat16* in, int64_t stride, int64_t rows,
   return broken;
 }
 
-constexpr int64_t kHalfRows = 32;
+constexpr int64_t kHalfRows = 32, kHalfGroup = 512, kHalfKeys = 256;
 
 struct HalfForward {
-  static constexpr int64_t kScoreRow = kForwardKeys + 16, kWeightRow = kForwardKeys + 32;
+  static constexpr int64_t kScoreRow = kHalfKeys + 16, kWeightRow = kHalfKeys + 32;
   uint16_t *query, *key, *value, *weights;
   float *sums, *base, *total, *scores, *bias, *kept, *shrink;
   int64_t width, value_width, used;
 
   HalfForward(const AttentionArgs& a, void* memory) : width(padded32(a.width)), value_width(padded32(a.value_width)) {
     Carver carver(memory);
-    const int64_t rows = padded32(smaller(kQueryGroup, a.queries));
+    const int64_t rows = padded32(smaller(kHalfGroup, a.queries));
     query = carver.take<uint16_t>(rows * width);
-    key = carver.take<uint16_t>(kForwardKeys * width);
-    value = carver.take<uint16_t>(kForwardKeys * value_width);
+    key = carver.take<uint16_t>(kHalfKeys * width);
+    value = carver.take<uint16_t>(kHalfKeys * value_width);
     weights = carver.take<uint16_t>(kHalfRows * kWeightRow);
     sums = carver.take<float>(rows * value_width);
     base = carver.take<float>(rows);
     total = carver.take<float>(rows);
     scores = carver.take<float>(kHalfRows * kScoreRow);
-    bias = carver.take<float>(kForwardKeys);
-    kept = carver.take<float>(kForwardKeys);
+    bias = carver.take<float>(kHalfKeys);
+    kept = carver.take<float>(kHalfKeys);
     shrink = carver.take<float>(kHalfRows);
     used = carver.used();
   }
@@ -146,7 +136,7 @@ MK_INLINE void half_softmax(const AttentionArgs& a, const HalfForward& w, int64_
   const float scale = float(a.scale) * kUnit<float>;
   const Range whole = {block.first / 32 * 32, padded32(block.last)};
   if (biased && !a.mask)
-    for (int64_t k = 0; k < kForwardKeys; k++) w.bias[k] = 0;
+    for (int64_t k = 0; k < kHalfKeys; k++) w.bias[k] = 0;
   for (int64_t i = 0; i < rows; i++) {
     const Range all = seen_by(a, query + i);
     Range seen = {larger(all.first - first, block.first), smaller(all.last - first, block.last)};
@@ -190,9 +180,9 @@ bool half_blocks(const AttentionArgs& a, const HalfForward& w, int64_t b, int64_
   for (int64_t i = 0; i < rows; i++) w.base[i] = -kInfinity<float>, w.total[i] = 0;
   for (int64_t i = 0; i < kHalfRows * w.kWeightRow; i++) w.weights[i] = 0;
   const Range seen = seen_by_block(a, begin, end, start, stop);
-  for (int64_t first = start + seen.first / kForwardKeys * kForwardKeys; first < start + seen.last;
-       first += kForwardKeys) {
-    const int64_t keys = smaller(kForwardKeys, stop - first), keys32 = padded32(keys);
+  for (int64_t first = start + seen.first / kHalfKeys * kHalfKeys; first < start + seen.last;
+       first += kHalfKeys) {
+    const int64_t keys = smaller(kHalfKeys, stop - first), keys32 = padded32(keys);
     pack_pairs_across(rows_of<bfloat16>(a.key, b, shared, first), a.key.row, keys, a.width, w.key, keys32);
     if (pack_pairs_down(rows_of<bfloat16>(a.value, b, shared, first), a.value.row, keys, a.value_width, w.value,
                         keys32))

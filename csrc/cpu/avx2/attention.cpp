@@ -1,3 +1,3 @@
-#include "cpu/avx2/attention_transpose.h"
+#include "cpu/avx2/attention_vec.h"
 
 #include "cpu/generic/attention.inl.h"

@@ -1,3 +1,3 @@
-#include "cpu/avx512/attention_transpose.h"
+#include "cpu/avx512/attention_vec.h"
 
 #include "cpu/generic/attention.inl.h"

@@ -17,6 +17,7 @@ const AttentionKernels attention = {MK_ATTENTION_SUMS(forward_scratch),
                                     MK_ATTENTION_TYPES(backward),
                                     MK_ATTENTION_TYPES(finish),
                                     MK_ATTENTION_TYPES(mask_backward),
+                                    {kQueryGroup, kQueryGroup, kQueryGroup, kQueryGroup},
                                     kBackwardKeys,
                                     kBackwardQueries};
 #endif

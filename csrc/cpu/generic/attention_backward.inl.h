@@ -179,14 +179,14 @@ void backward_block(const AttentionArgs& a, const AttentionPart& part, const Bac
   const int64_t depth = block.last - block.first;
   if (part.dkv && a.dvalue && a.dout.data) {
     if (w.dout_panels != w.dout)
-      pack_rows(rows_of<T>(a.dout, part.b, h, query), a.dout.row, rows, a.value_width, w.dout_panels, false);
+      pack_rows<false>(rows_of<T>(a.dout, part.b, h, query), a.dout.row, rows, a.value_width, w.dout_panels);
     product<A>({w.scores + block.first, 1, w.kScoreRow, w.dout_panels, rows, 0, w.dvalue + block.first * w.value_row,
                 w.value_row},
                depth, a.value_width, 0, a.value_width, rows, nullptr, true);
   }
   if (part.dkv && a.dkey) {
     if (w.query_panels != w.query)
-      pack_rows(rows_of<T>(a.query, part.b, h, query), a.query.row, rows, a.width, w.query_panels, false);
+      pack_rows<false>(rows_of<T>(a.query, part.b, h, query), a.query.row, rows, a.width, w.query_panels);
     product<A>({w.gradients + block.first, 1, w.kScoreRow, w.query_panels, rows, 0, w.dkey + block.first * w.query_row,
                 w.query_row},
                depth, a.width, 0, a.width, rows, nullptr, true);
@@ -227,7 +227,7 @@ void backward(const AttentionArgs& a, const AttentionPart& part, void* memory) {
     const int64_t keys = smaller(kBackwardKeys, part.last - first);
     load_keys<A, T>(a, w, part.b, part.h, first, keys);
     const bool broken =
-        part.dquery && pack_rows(rows_of<T>(a.key, part.b, part.h, first), a.key.row, keys, a.width, w.key, true);
+        part.dquery && pack_rows<true>(rows_of<T>(a.key, part.b, part.h, first), a.key.row, keys, a.width, w.key);
     if (part.dkv) {
       for (int64_t i = 0; i < keys * w.query_row; i++) w.dkey[i] = 0;
       for (int64_t i = 0; i < keys * w.value_row; i++) w.dvalue[i] = 0;

@@ -30,6 +30,7 @@ constexpr A kUnit = sizeof(A) == 4 ? A(1.4426950408889634074) : A(1);
 template <class A>
 constexpr A kInfinity = A(__builtin_inf());
 
+#if !MK_HAVE_POWER
 // 2^x for x <= 0, relative error 1e-8 before rounding: minimax polynomial of 2^r on [-1/2, 1/2], computed for this
 // file.
 MK_INLINE Vec<float> power(Vec<float> x) {
@@ -44,6 +45,7 @@ MK_INLINE Vec<float> power(Vec<float> x) {
   const V t = max(V::set1(-160.0f), x), n = round(t);  // max returns its second argument for NaN
   return scale(polynomial(t - n, c), n);
 }
+#endif
 MK_INLINE Vec<double> power(Vec<double> x) { return exp(x); }
 
 // C[M][N vectors] = row_scale C + A B, or + 0 where `add` is false.
@@ -127,27 +129,28 @@ void product(const Product<A>& p, int64_t rows, int64_t columns, int64_t first, 
   }
 }
 
-// Panels [rows][columns] of a block whose rows lie `stride` apart. Returns whether something was not finite; `clean`
-// makes it 0.
-template <class A, class T>
-bool pack_rows(const T* in, int64_t stride, int64_t rows, int64_t columns, A* out, bool clean) {
+// Panels [rows][columns] of a block whose rows lie `stride` apart. With `clean`, what is not finite becomes 0; returns whether anything was.
+template <bool clean, class A, class T>
+bool pack_rows(const T* in, int64_t stride, int64_t rows, int64_t columns, A* out) {
   using V = Vec<A>;
-  auto broken = V::first_lanes(0);
+  V least = V::zero();  // x - x is NaN where x is not finite, and NaN stays
   for (int64_t column = 0; column < columns; column += kTile<A>) {
     const int64_t width = smaller(kTile<A>, columns - column);
     for (int64_t row = 0; row < rows; row++)
-      for (int64_t j = 0; j < width; j += V::kLanes, out += V::kLanes) {
-        const T* from = in + row * stride + column + j;
-        V x = width - j >= V::kLanes ? V::load(from) : V::load(from, width - j);
-        if (clean) {
-          const auto finite = abs(x) < V::set1(kInfinity<A>);
-          broken = broken | !finite;
-          x = select(finite, x, V::zero());
-        }
+      for_each_vec<V>(width, [&](int64_t j, auto part) {
+        const V x = load<V>(in + row * stride + column + j, part);
+        if (clean) least = least + (x - x);
         x.store(out);
-      }
+        out += V::kLanes;
+      });
   }
-  return any(broken);
+  if (!clean || reduce_add(least) == A(0)) return false;
+  out -= rows * padded<A>(columns);
+  for (int64_t i = 0; i < rows * padded<A>(columns); i += V::kLanes) {
+    const V x = V::load(out + i);
+    select(abs(x) < V::set1(kInfinity<A>), x, V::zero()).store(out + i);
+  }
+  return true;
 }
 
 #if !MK_HAVE_TRANSPOSE

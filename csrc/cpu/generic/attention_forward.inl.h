@@ -12,7 +12,7 @@
 namespace mk::cpu::MK_LEVEL {
 namespace {
 
-constexpr int64_t kForwardKeys = 256, kForwardQueries = 48;
+constexpr int64_t kForwardKeys = 256, kForwardQueries = 48, kQueryGroup = 480;
 
 template <class A>
 struct ForwardScratch {
@@ -115,7 +115,7 @@ void forward_block(const AttentionArgs& a, const ForwardScratch<A>& w, int64_t b
   const T* key = static_cast<const T*>(a.key.data) + b * a.key.b + shared * a.key.h + first * a.key.row;
   const T* value = static_cast<const T*>(a.value.data) + b * a.value.b + shared * a.value.h + first * a.value.row;
   pack_transposed(key, a.key.row, keys, a.width, w.key);
-  const bool broken = pack_rows(value, a.value.row, keys, a.value_width, w.value, true);
+  const bool broken = pack_rows<true>(value, a.value.row, keys, a.value_width, w.value);
   for (int64_t at = begin; at < end; at += kForwardQueries) {
     const int64_t rows = smaller(kForwardQueries, end - at), row = at - begin;
     const Range block = seen_by_block(a, at, at + rows, first, first + keys);

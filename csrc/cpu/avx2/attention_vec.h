@@ -1,4 +1,4 @@
-// Transposition of an 8x8 float or 4x4 double block in registers.
+// What attention adds to the AVX2 vocabulary: transposition of an 8x8 float or 4x4 double block in registers.
 #pragma once
 #include "cpu/avx2/vec.h"
 
