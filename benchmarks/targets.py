@@ -177,14 +177,15 @@ def main() -> None:
         print("\n".join(t.name for t in chosen))
         return
     torch.set_num_threads(arguments.threads)
-    found = []
+    path, found = arguments.results or results_file(), []
     for target in chosen:
         try:
             found += measure(target, arguments.seconds)
-            print(table(found[-len(target.bars) :]).splitlines()[1], flush=True)
+            save(path, found)
+            print("\n".join(table(found[-len(target.bars) :]).splitlines()[1:-1]), flush=True)
         except Exception as error:  # one wrong or crashing op must not hide the others
             print(f"{target.name}: NOT MEASURED: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    rows = save(arguments.results or results_file(), found)
+    rows = save(path, found)
     print(table(rows if not arguments.only else found))
 
 

@@ -82,8 +82,9 @@ def measured_on(environment: dict[str, Any]) -> str:
     state = "with uncommitted changes" if environment["dirty"] else "clean"
     return (
         f"{environment['cpu']}, kernels at level `{environment['cpu_level']}`, {environment['threads']} threads, "
-        f"torch {environment['torch']}, {environment['date'][:10]}, commit {environment['commit'][:10]} ({state}). Medians of interleaved "
-        "runs; every row's result was compared with float64 first. Above 1 is faster than the peer."
+        f"load average {environment['load']}, torch {environment['torch']}, {environment['date'][:10]}, "
+        f"commit {environment['commit'][:10]} ({state}). Medians of interleaved runs; every row's result was compared with float64 first. "
+        "Above 1 is faster than the peer."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import subprocess
 import time
@@ -57,6 +58,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "cpu": cpu_model(),
         "cpu_level": memkernels.cpu_level(),
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),  # what else ran: above the number of threads the times are not this machine's best
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "ceilings": ceilings(device, torch.get_num_threads()),
     }
