@@ -80,6 +80,7 @@ MK_INLINE bool pack_pairs_down(const bfloat16* in, int64_t stride, int64_t rows,
 }
 
 constexpr int64_t kHalfRows = 32, kHalfGroup = 512, kHalfKeys = 256;
+constexpr float kHeadroom = 24;  // in powers of 2
 
 struct HalfForward {
   static constexpr int64_t kScoreRow = kHalfKeys + 16, kWeightRow = kHalfKeys + 32;
@@ -105,28 +106,45 @@ struct HalfForward {
   }
 };
 
-// softmax_row with the weights rounded to bfloat16; `block` is a whole number of 32 keys.
-MK_INLINE float half_softmax_row(const float* s, uint16_t* weights, Range block, float factor, float& base,
-                                 float& total, const float* kept) {
+// Weights of one row relative to `zero_point`, their sum, and whether a score lies so far above it that the sum could overflow.
+MK_INLINE bool half_weights(const float* s, uint16_t* weights, Range block, float factor, float zero_point, const float* kept, float& sum) {
+  const __m512 f = _mm512_set1_ps(factor), shift = _mm512_set1_ps(-zero_point);
+  __m512 first = _mm512_setzero_ps(), second = first, most = first;
+  for (int64_t k = block.first; k < block.last; k += 32) {
+    const __m512 x = _mm512_fmadd_ps(_mm512_loadu_ps(s + k), f, shift), y = _mm512_fmadd_ps(_mm512_loadu_ps(s + k + 16), f, shift);
+    most = _mm512_max_ps(most, _mm512_max_ps(x, y));
+    __m512 a = fast_power(x), b = fast_power(y);
+    first = _mm512_add_ps(first, a), second = _mm512_add_ps(second, b);
+    if (kept) a = _mm512_mul_ps(a, _mm512_loadu_ps(kept + k)), b = _mm512_mul_ps(b, _mm512_loadu_ps(kept + k + 16));
+    _mm512_storeu_si512(weights + k, two_bfloat16(a, b));
+  }
+  sum = _mm512_reduce_add_ps(_mm512_add_ps(first, second));
+  return _mm512_cmp_ps_mask(most, _mm512_set1_ps(kHeadroom), _CMP_GT_OQ) != 0;
+}
+
+MK_INLINE float highest(const float* s, Range block) {
   __m512 most = _mm512_set1_ps(-kInfinity<float>), other = most;
   for (int64_t k = block.first; k < block.last; k += 32) {
     most = _mm512_max_ps(most, _mm512_loadu_ps(s + k));
     other = _mm512_max_ps(other, _mm512_loadu_ps(s + k + 16));
   }
-  const float found = _mm512_reduce_max_ps(_mm512_max_ps(most, other)) * factor, old = base;
+  return _mm512_reduce_max_ps(_mm512_max_ps(most, other));
+}
+
+// softmax_row with the weights rounded to bfloat16; `block` is a whole number of 32 keys. The base moves only if a score exceeds it by
+// 2^kHeadroom, so most blocks need neither their maximum first nor a rescaling of the sums.
+MK_INLINE float half_softmax_row(const float* s, uint16_t* weights, Range block, float factor, float& base, float& total, const float* kept) {
+  float sum;
+  if (base != -kInfinity<float> && !half_weights(s, weights, block, factor, base, kept, sum)) {
+    total += sum;
+    return 1;
+  }
+  const float found = highest(s, block) * factor, old = base;
   base = found > old ? found : old;
   const float zero_point = base == -kInfinity<float> ? 0 : base;
-  const __m512 f = _mm512_set1_ps(factor), shift = _mm512_set1_ps(-zero_point);
-  __m512 sum = _mm512_setzero_ps(), second = sum;
-  for (int64_t k = block.first; k < block.last; k += 32) {
-    __m512 a = fast_power(_mm512_fmadd_ps(_mm512_loadu_ps(s + k), f, shift));
-    __m512 b = fast_power(_mm512_fmadd_ps(_mm512_loadu_ps(s + k + 16), f, shift));
-    sum = _mm512_add_ps(sum, a), second = _mm512_add_ps(second, b);
-    if (kept) a = _mm512_mul_ps(a, _mm512_loadu_ps(kept + k)), b = _mm512_mul_ps(b, _mm512_loadu_ps(kept + k + 16));
-    _mm512_storeu_si512(weights + k, two_bfloat16(a, b));
-  }
+  half_weights(s, weights, block, factor, zero_point, kept, sum);
   const float shrink = _mm512_cvtss_f32(fast_power(_mm512_set1_ps(old - zero_point)));
-  total = total * shrink + _mm512_reduce_add_ps(_mm512_add_ps(sum, second));
+  total = total * shrink + sum;
   return shrink;
 }
 
