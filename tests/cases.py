@@ -1,4 +1,4 @@
-"""The cases that all generated tests run over: SPECS x backend x dtype x sample, less what a backend says it cannot run (listed in the header)."""
+"""The cases of all generated tests: SPECS x backend x dtype x sample, less what a backend says it cannot run (the header lists that)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from memkernels.testing import compare, inputs, specs
 from memkernels.testing.spec import OpSpec, Sample, Tensors
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# A call in the interpreter takes a tenth of a second and more, so there most checks see the first sample of an op, in float32.
+SHORT = INTERPRETED and os.environ.get("MEMKERNELS_INTERPRET_ALL") != "1"
 DTYPES = compare.DTYPES
 
 
@@ -106,10 +108,15 @@ def places(levels: str) -> list[tuple[str, str]]:
 
 def select(
     *, levels: str = "best", dtypes: Iterable[torch.dtype] = DTYPES, first: int | None = None, hard: bool = True, empty: bool = True,
-    kernels_only: bool = False,
+    kernels_only: bool = False, short: int | None = 1,
 ) -> list[Any]:  # fmt: skip
-    """pytest parameters: one Case each; `first` keeps that many samples of an op, `hard` and `empty` False leave out such samples."""
+    """pytest parameters: one Case each; `first` keeps that many samples of an op, `hard` and `empty` False leave out such samples.
+
+    `short`: the most samples of an op in a short run of the interpreter, float32 alone; None: all of them.
+    """
     found = []
+    if SHORT and short is not None:
+        first, dtypes = min(first or short, short), [d for d in dtypes if d == torch.float32]
     for spec in specs().values():
         samples = [s for s in spec.samples if (hard or not s.hard) and (empty or all(s.dims.values()))][:first]
         for backend, device in places(levels):

@@ -33,7 +33,6 @@ EXTRAS = {
     "bench": ("bench", "triton"),
 }
 EXTRAS["test-all"] = EXTRAS["test"]
-SHORT = "test_triton or accuracy or gradient_layouts"  # of what runs in Triton's interpreter
 BUILD_VARIABLES = ("MEMKERNELS_BUILD", "MEMKERNELS_CUDA", "MEMKERNELS_CUDA_ARCHS", "MEMKERNELS_SANITIZE", "CXX", "CXXFLAGS")
 
 
@@ -180,12 +179,13 @@ def check(python: str, environment: dict[str, str]) -> None:
 
 def test(python: str, environment: dict[str, str], arguments: list[str], everything: bool) -> int:
     """The suite; before it, the Triton kernels in Triton's interpreter, which is a mode of a whole process."""
-    pytest = [python, "-m", "pytest", "-q", "-n", workers()] + ([] if everything else ["-m", "not slow"])
+    pytest = [python, "-m", "pytest", "-q", "-n", workers()] + ["-m", "slow or not slow" if everything else "not slow"]
     code = 0
     if not arguments:
         say("Triton kernels in the interpreter")
-        chosen = ["tests/test_triton.py", "tests/test_ops.py", *(["tests/test_fuzz.py"] if everything else ["-k", SHORT])]
-        code = subprocess.run([*pytest, *chosen], cwd=ROOT, env={**environment, "TRITON_INTERPRET": "1"}).returncode
+        chosen = ["tests/test_triton.py", "tests/test_ops.py", "tests/test_fuzz.py", "tests/test_large.py", "tests/test_threads.py"]
+        every_sample = {"MEMKERNELS_INTERPRET_ALL": "1"} if everything else {}  # see tests/cases.py
+        code = subprocess.run([*pytest, *chosen], cwd=ROOT, env={**environment, "TRITON_INTERPRET": "1", **every_sample}).returncode
         say(f"Triton kernels in the interpreter: exit code {code}; the suite:")
     return subprocess.run([*pytest, *arguments], cwd=ROOT, env=environment).returncode or code
 

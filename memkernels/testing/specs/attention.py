@@ -22,15 +22,21 @@ def _sdpa(query, key, value, attn_mask=None, visible=None, window=None, causal="
     return F.scaled_dot_product_attention(query, key, value, mask, **options)
 
 
-def _eager(query, key, value, attn_mask=None, visible=None, is_causal=False, scale=None, enable_gqa=False, **options):
+def _eager(query, key, value, attn_mask=None, is_causal=False, scale=None, enable_gqa=False, **options):
+    lacking = [name for name, plain in _PLAIN.items() if options.get(name, plain) != plain]
+    if lacking:
+        raise NotImplementedError(", ".join(lacking))
     if enable_gqa:
         key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value))
-    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = query @ key.mT * (max(query.shape[-1], 1) ** -0.5 if scale is None else scale)
     if is_causal:
         scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(), -torch.inf)
-    if visible is not None:
-        scores = scores.masked_fill(~visible, -torch.inf)
-    return torch.softmax(scores if attn_mask is None else scores + attn_mask, -1) @ value
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    return torch.softmax(scores, -1) @ value
+
+
+_PLAIN = {"window": None, "causal": "top-left", "return_lse": False}  # the options that the plain formula knows, at these values
 
 
 def _blind(inputs):

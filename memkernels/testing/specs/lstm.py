@@ -45,7 +45,8 @@ def _eager(input, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, rese
     cells: list[Any] = [None] * len(input)
     for t in reversed(range(len(input))) if reverse else range(len(input)):
         if reset is not None:
-            h, c = (torch.where(reset[t, :, None], torch.zeros_like(v), v) for v in (h, c))
+            starts = reset[t] if lengths is None else reset[t] & (t < lengths)
+            h, c = (torch.where(starts[:, None], torch.zeros_like(v), v) for v in (h, c))
         h_new, c_new = torch.lstm_cell(input[t], (h, c), weight_ih, weight_hh, bias_ih, bias_hh)
         if lengths is None:
             h, c, out[t], cells[t] = h_new, c_new, h_new, c_new
@@ -53,8 +54,9 @@ def _eager(input, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, rese
             on = (t < lengths)[:, None]
             h, c = torch.where(on, h_new, h), torch.where(on, c_new, c)
             out[t], cells[t] = torch.where(on, h_new, 0), torch.where(on, c_new, 0)
-    result = (torch.stack(out), (h, c))
-    return (*result, torch.stack(cells)) if return_cells else result
+    empty = input.new_zeros(0, *h0.shape)
+    result = (torch.stack(out) if out else empty, (h, c))
+    return (*result, torch.stack(cells) if cells else empty) if return_cells else result
 
 
 def _torch(input, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, **options):
