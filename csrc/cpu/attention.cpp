@@ -7,6 +7,7 @@
 
 #include "common/arena.h"
 #include "common/checks.h"
+#include "common/pages.h"
 #include "common/parallel.h"
 #include "cpu/select.h"
 
@@ -179,6 +180,7 @@ void shared_mask(const AttentionArgs& a, const AttentionKernels& kernels, int ty
 void* written(const char* name, const TensorView& t, std::initializer_list<int64_t> sizes, DType dtype) {
   if (!t.defined()) return nullptr;
   check_output(kOp, name, t, sizes, dtype);
+  prefer_huge_pages(t.data(), t.numel() * item_size(dtype));
   return t.data();
 }
 
