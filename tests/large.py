@@ -1,4 +1,4 @@
-"""Inputs and upstream gradients whose rows lie more than 2^31 elements apart, in 16 GiB that are never touched: no 32-bit offset survives."""
+"""Inputs and upstream gradients whose rows lie more than 2^31 elements apart, in 16 GiB that stay untouched: no 32-bit offset survives."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def placements(t: torch.Tensor) -> Iterator[tuple[int, str]]:
 def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], what: str) -> None:
     for name in wanted:
         torch.testing.assert_close(
-            found[name], wanted[name], rtol=1e-4, atol=1e-5, equal_nan=True, msg=lambda text: f"{what}: {name}: {text}"
+            found[name], wanted[name], rtol=1e-4, atol=1e-5, equal_nan=True, msg=lambda text, name=name: f"{what}: {name}: {text}"
         )
 
 

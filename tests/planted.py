@@ -1,4 +1,4 @@
-"""Broken backends of real ops: each is the reference with one bug that kernels really have had. test_harness.py says which check catches it."""
+"""Broken backends of real ops: each is the reference with one bug that kernels really have had. test_harness.py says what catches it."""
 
 from __future__ import annotations
 

@@ -16,7 +16,10 @@ def plain(**kwargs):
     return select(hard=False, empty=False, **kwargs)
 
 
-@pytest.mark.parametrize("case", select(levels="all", dtypes=FLOAT, short=None) + select(levels="all", dtypes=DTYPES[2:], short=None, first=2 if SHORT else None))
+ALL = dict(levels="all", short=None)
+
+
+@pytest.mark.parametrize("case", select(dtypes=FLOAT, **ALL) + select(dtypes=DTYPES[2:], first=2 if SHORT else None, **ALL))
 def test_accuracy(case):
     checks.check_accuracy(case)
 

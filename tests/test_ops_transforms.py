@@ -1,4 +1,4 @@
-"""Every op under torch.compile, torch.export, torch.func and autocast, generated from the specs; the truth is the reference in plain torch."""
+"""Every op under torch.compile, torch.export, torch.func and autocast, generated from the specs; the truth is the plain reference."""
 
 import pytest
 import torch
@@ -79,13 +79,9 @@ def test_vmap_of_one_input(case):
     _, tensors = of_tensors(case, case.inputs())
     for i in range(len(tensors)):
         dims = tuple(0 if j == i else None for j in range(len(tensors)))
-        against_plain(case, lambda f, t: vmap(f, in_dims=dims)(*(torch.stack([x, 2 * x]) if d == 0 else x for x, d in zip(t, dims))))
-        against_plain(
-            case,
-            lambda f, t: vmap(grad(loss_of(f), everything(t)), in_dims=dims)(
-                *(torch.stack([x, 2 * x]) if d == 0 else x for x, d in zip(t, dims))
-            ),
-        )
+        mapped = [torch.stack([t, 2 * t]) if dim == 0 else t for t, dim in zip(tensors, dims)]
+        against_plain(case, lambda f, t, dims=dims, mapped=mapped: vmap(f, in_dims=dims)(*mapped))
+        against_plain(case, lambda f, t, dims=dims, mapped=mapped: vmap(grad(loss_of(f), everything(t)), in_dims=dims)(*mapped))
 
 
 @pytest.mark.parametrize("case", TRANSFORMED)
@@ -132,7 +128,7 @@ def test_compile_with_inductor(case):
 
 @pytest.mark.parametrize("case", one_per_op(DTYPES[1]))
 def test_compile_dynamic(case):
-    """One graph for every size (but the width of the first input, a constant of a model): after the second size nothing is compiled again."""
+    """One graph for every size, but for the width of the first input, a constant of a model: two graphs serve four sizes."""
     torch._dynamo.reset()
     width = next(iter(case.spec.inputs.values())).dims.split()[-1]
     letters = [letter for letter, n in case.sample.dims.items() if n > 1 and letter != width]

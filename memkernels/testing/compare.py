@@ -73,7 +73,10 @@ def evaluate(
     `gradients(outputs)` gives the upstream gradients; None: forward only. An input that no output depends on has no entry.
     """
     names = make.differentiable(spec, inputs) if gradients is not None else []
-    leaves: dict[str, Any] = {n: t.detach().requires_grad_(n in names) if t is not None and t.is_floating_point() else t for n, t in inputs.items()}
+    leaves: dict[str, Any] = dict(inputs)
+    for name, t in inputs.items():
+        if t is not None and t.is_floating_point():
+            leaves[name] = t.detach().requires_grad_(name in names)
     outputs = make.tensors_of(spec.call(spec.function, dict(leaves), dict(options)))
     result = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
     if gradients is None:
@@ -160,8 +163,9 @@ def measure(
     for name in truth:
         direction = DIRECTIONS[name.startswith("d ")]
         limit = spec.tol[name.startswith("d ")]
-        common: dict[str, Any] = dict(op=spec.name, backend=backend, dtype=str(dtype).removeprefix("torch."), sample=sample.name, direction=direction)
-        rows.append(Row(**common, **judge(name, actual[name], truth[name], own[name], limit)))
+        measured = judge(name, actual[name], truth[name], own[name], limit)
+        kind = str(dtype).removeprefix("torch.")
+        rows.append(Row(op=spec.name, backend=backend, dtype=kind, sample=sample.name, direction=direction, **measured))
     return rows
 
 
@@ -215,10 +219,11 @@ def report(rows: Iterable[Row]) -> str:
         key = (row.op, row.backend, row.dtype, row.sample, row.direction)
         if key not in worst or row.ratio > worst[key].ratio:
             worst[key] = row
-    head = f"{'op':<18} {'backend':<12} {'dtype':<9} {'sample':<14} {'direction':<9} {'error':>9} {'eager':>9} {'ratio':>7} {'limit':>5}  status"
+    head = f"{'op':<18} {'backend':<12} {'dtype':<9} {'sample':<14} {'direction':<9}"
+    head += f" {'error':>9} {'eager':>9} {'ratio':>7} {'limit':>5}  status"
     lines = [
-        f"{r.op:<18} {r.backend:<12} {r.dtype:<9} {r.sample:<14} {r.direction:<9} {r.error:>9.2e} {r.reference_error:>9.2e} {r.ratio:>7.2f} {r.limit:>5.1f}"
-        f"  {r.status} {r.reason}".rstrip()
+        f"{r.op:<18} {r.backend:<12} {r.dtype:<9} {r.sample:<14} {r.direction:<9}"
+        f" {r.error:>9.2e} {r.reference_error:>9.2e} {r.ratio:>7.2f} {r.limit:>5.1f}  {r.status} {r.reason}".rstrip()
         for r in worst.values()
     ]
     return "\n".join([head, *lines])
