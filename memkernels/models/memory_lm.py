@@ -60,7 +60,8 @@ class CausalAttention(nn.Module):
 class MemoryLM(nn.Module):
     """A character language model: Embedding - LSTM - attention - LSTM - Dense, or Embedding - LSTM - ExternalMemory - Dense.
 
-    Logits at step t depend on tokens up to t only. A state carries the past from call to call, so text is generated one step at a time.
+    In the first, attention and the second LSTM are each added to their input. Logits at step t depend on tokens up to t only. A state
+    carries the past from call to call, so text is generated one step at a time.
 
     Args:
         vocabulary: the characters it knows; see `Vocabulary.of`.
@@ -99,7 +100,9 @@ class MemoryLM(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         if self.config.model == "attention":
             x, middle = self.attention(x, middle)
-            x, last = self.second(x, last)
+            # Without this sum the stack stays at the entropy of single characters for its first hundreds of steps.
+            y, last = self.second(x, last)
+            x = x + y
         else:
             x, middle = self.memory(x, middle)
         x = F.dropout(x, self.config.dropout, self.training)
