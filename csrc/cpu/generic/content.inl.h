@@ -147,8 +147,9 @@ void content_forward(const ContentArgs& a, int64_t b, int64_t begin, int64_t end
   const int64_t value_n = a.value ? a.value_n : a.memory_n;
   for (int64_t n = begin; n < end; n += a.tile) {
     const int64_t rows = end - n < a.tile ? end - n : a.tile, count = list_rows(a, b, n, rows, t.index);
-    const Rows<S> tile{memory + n * a.memory_n, a.memory_n, t.index, count, a.width};
-    similarities(a, tile, t);
+    const bool more = n + 2 * a.tile <= end;
+    const S *next = memory + (n + a.tile) * a.memory_n, *next_value = value + (n + a.tile) * value_n;
+    similarities(a, Rows<S>{memory + n * a.memory_n, a.memory_n, t.index, count, a.width, more ? next : nullptr}, t);
     for (int64_t r = 0; r < a.heads; r++) {
       if (a.logits) {
         A* kept = static_cast<A*>(a.logits) + (b * a.heads + r) * a.rows + n;
@@ -158,9 +159,8 @@ void content_forward(const ContentArgs& a, int64_t b, int64_t begin, int64_t end
       soften(t.strength[r], count, t.logit + r * kTile, largest[r], sum[r], read + r * out_width, out_width);
     }
     if (!a.reads) continue;
-    const bool more = n + 2 * a.tile <= end;  // a whole tile follows: its rows may be fetched without looking
-    add_rows(Rows<S>{value + n * value_n, value_n, t.index, count, out_width}, a.heads, t.logit, read,
-             more ? value + (n + a.tile) * value_n : nullptr);
+    const Rows<S> values{value + n * value_n, value_n, t.index, count, out_width, more ? next_value : nullptr};
+    add_rows(values, a.heads, t.logit, read);
   }
 }
 

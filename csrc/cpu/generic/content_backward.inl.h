@@ -158,8 +158,11 @@ void content_backward(const ContentArgs& a, int64_t b, int64_t begin, int64_t en
   const bool shrinks = a.similarity != Similarity::dot;
   for (int64_t n = begin; n < end; n += a.tile) {
     const int64_t rows = end - n < a.tile ? end - n : a.tile, count = list_rows(a, b, n, rows, t.index);
-    const Rows<S> tile{memory + n * a.memory_n, a.memory_n, t.index, count, a.width};
-    const Rows<S> values{value + n * value_n, value_n, t.index, count, a.value_width};
+    const bool more = n + 2 * a.tile <= end;
+    const S* next = more ? memory + (n + a.tile) * a.memory_n : nullptr;
+    const S* next_value = more && a.value ? value + (n + a.tile) * value_n : nullptr;
+    const Rows<S> tile{memory + n * a.memory_n, a.memory_n, t.index, count, a.width, next};
+    const Rows<S> values{value + n * value_n, value_n, t.index, count, a.value_width, next_value};
     similarities(a, tile, t);
     if (a.dread) dot_rows<S, Dot::plain>(values, a.heads, t.dread, t.gradient);
     for (int64_t i = 0; i < kTile; i += V::kLanes) V::zero().store(t.shrink + i);
@@ -183,8 +186,7 @@ void content_backward(const ContentArgs& a, int64_t b, int64_t begin, int64_t en
       mix_rows<S>(values, a.heads, from_read, none, nullptr, out);
       clear_hidden(t.index, count, rows, a.value_width, out);
     }
-    if (a.dkey)
-      add_rows(tile, a.heads, t.along, dkey, n + 2 * a.tile <= end ? memory + (n + a.tile) * a.memory_n : nullptr);
+    if (a.dkey) add_rows(tile, a.heads, t.along, dkey);
   }
 }
 

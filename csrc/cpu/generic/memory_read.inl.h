@@ -47,7 +47,7 @@ void memory_read_sum(const MemoryReadArgs& a, int64_t b, int64_t begin, int64_t 
   for (int64_t n = begin; n < end; n += kTile) {
     const Rows<S> tile = read_tile<S>(a, b, n, end, t.index);
     widen_weights<S>(a, b, n, tile.count, t.weights);
-    add_rows<S>(tile, a.heads, t.weights, sums, nullptr);
+    add_rows<S>(tile, a.heads, t.weights, sums);
   }
 }
 

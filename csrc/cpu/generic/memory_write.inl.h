@@ -20,6 +20,7 @@ struct WriteRows {
   const S *memory, *d;
   S *written, *dmemory;
   int64_t memory_n, d_n, written_n, width, rows;
+  bool more;  // a whole tile follows: fetched a column at a time, because the hardware does not follow columns
 };
 
 // weights[h][i] of a tile in the accumulation type, heads kWriteTile apart.
@@ -83,7 +84,8 @@ void memory_write_forward(const MemoryWriteArgs& a, int64_t b, int64_t begin, in
                          0,
                          a.written_n,
                          a.width,
-                         rows};
+                         rows,
+                         false};
     switch (a.heads) {
       case 1:
         write_tile<S, 1>(t, 1, w, erase, add);
@@ -122,6 +124,10 @@ MK_INLINE void gradient_columns(const WriteRows<S>& t, int64_t j, const acc_t<S>
       dw[h] = V::load(lanes + (h * kWriteTile + i) * L);
     }
     for (int l = 0; l < N; l++) {
+      if (t.more) {
+        __builtin_prefetch(t.memory + (i + kWriteTile) * t.memory_n + j + l * L);
+        __builtin_prefetch(t.d + (i + kWriteTile) * t.d_n + j + l * L);
+      }
       const V d = load<V>(t.d + i * t.d_n + j + l * L, part), m = load<V>(t.memory + i * t.memory_n + j + l * L, part),
               dm = d * m;
       V kept[H], before[H];
@@ -233,7 +239,8 @@ void memory_write_backward(const MemoryWriteArgs& a, int64_t b, int64_t begin, i
                          a.dwritten_n,
                          0,
                          a.width,
-                         rows};
+                         rows,
+                         n + 2 * kWriteTile <= end};
     switch (a.heads) {
       case 1:
         gradient_tile<S, 1>(t, 1, w, erase, add, derase, dadd, lanes, factors);

@@ -14,7 +14,17 @@ struct Rows {
   int64_t stride;
   const int32_t* index;  // of the `count` rows that take part
   int64_t count, width;
+  const S* ahead =
+      nullptr;  // the first row of a whole tile that comes next: read into the cache while this one is worked on
   MK_INLINE const S* row(int64_t i) const { return base + index[i] * stride; }
+  // Every pass fetches its part of the coming tile: one pass alone would wait for the memory.
+  template <int kPart>
+  MK_INLINE void fetch(int64_t i, int64_t column, int64_t columns) const {
+    if (!ahead) return;
+    constexpr int64_t kLine = 64 / int64_t(sizeof(S));
+    for (int64_t j = kPart * kLine; j < columns; j += 2 * kLine)
+      __builtin_prefetch(ahead + i * stride + column + j, 0, 3);
+  }
 };
 
 template <int N>
@@ -24,45 +34,54 @@ struct Count {
 
 enum class Dot { plain, squares, distance };
 
+// A group of n rows, N vectors of columns: lanes[h][i][kLanes] (+)= products of key h and row i, lane by lane.
+template <class S, int H, Dot kDot, int N, class Part>
+MK_INLINE void dot_columns(const Rows<S>& rows, int64_t first, int64_t n, int64_t column, const acc_t<S>* key,
+                           acc_t<S>* lanes, Part part) {
+  using V = Vec<acc_t<S>>;
+  constexpr int64_t L = V::kLanes;
+  constexpr bool kSquares = kDot == Dot::squares;
+  V k[H][N];
+  for (int h = 0; h < H; h++)
+    for (int l = 0; l < N; l++) k[h][l] = load<V>(key + h * rows.width + column + l * L, part);
+  for (int64_t i = 0; i < n; i++) {
+    const S* row = rows.row(first + i) + column;
+    rows.template fetch<0>(first + i, column, N * L);
+    V sum[H + 1];
+    for (int h = 0; h < H + kSquares; h++) sum[h] = column ? V::load(lanes + (h * L + i) * L) : V::zero();
+    for (int l = 0; l < N; l++) {
+      const V m = load<V>(row + l * L, part);
+      for (int h = 0; h < H; h++) {
+        const V x = kDot == Dot::distance ? k[h][l] - m : k[h][l];
+        sum[h] = fma(x, kDot == Dot::distance ? x : m, sum[h]);
+      }
+      if constexpr (kSquares) sum[H] = fma(m, m, sum[H]);
+    }
+    for (int h = 0; h < H + kSquares; h++) sum[h].store(lanes + (h * L + i) * L);
+  }
+}
+
 // out[h][i] = key[h] . row i, or |key[h] - row i|^2; with Dot::squares also squares[i] = |row i|^2.
 template <class S, int H, Dot kDot>
 void dot_rows_of(const Rows<S>& rows, const acc_t<S>* key, acc_t<S>* out, acc_t<S>* squares) {
-  using A = acc_t<S>;
-  using V = Vec<A>;
+  using V = Vec<acc_t<S>>;
   constexpr int64_t L = V::kLanes;
-  constexpr int kSums = H + (kDot == Dot::squares ? 1 : 0);
-  alignas(64) A lanes[kSums * L * L];
+  alignas(64) acc_t<S> lanes[(H + 1) * L * L];
+  for (int64_t i = 0; i < (H + 1) * L * L; i += L) V::zero().store(lanes + i);
   for (int64_t first = 0; first < rows.count; first += L) {
     const int64_t n = rows.count - first < L ? rows.count - first : L;
-    for (int64_t i = 0; i < n; i++) {
-      const S* row = rows.row(first + i);
-      V sum[kSums];
-      for (int h = 0; h < kSums; h++) sum[h] = V::zero();
-      for_each_vec<V>(rows.width, [&](int64_t j, auto part) {
-        const V m = load<V>(row + j, part);
-        for (int h = 0; h < H; h++) {
-          const V k = load<V>(key + h * rows.width + j, part);
-          if constexpr (kDot == Dot::distance) {
-            const V difference = k - m;
-            sum[h] = fma(difference, difference, sum[h]);
-          } else {
-            sum[h] = fma(m, k, sum[h]);
-          }
-        }
-        if constexpr (kDot == Dot::squares) sum[H] = fma(m, m, sum[H]);
-      });
-      for (int h = 0; h < kSums; h++) sum[h].store(lanes + (h * L + i) * L);
-    }
-    for (int h = 0; h < kSums; h++)
-      for (int64_t i = n; i < L; i++) V::zero().store(lanes + (h * L + i) * L);
+    int64_t j = 0;
+    for (; j + 4 * L <= rows.width; j += 4 * L) dot_columns<S, H, kDot, 4>(rows, first, n, j, key, lanes, Full{});
+    for (; j + L <= rows.width; j += L) dot_columns<S, H, kDot, 1>(rows, first, n, j, key, lanes, Full{});
+    if (j < rows.width) dot_columns<S, H, kDot, 1>(rows, first, n, j, key, lanes, Tail{rows.width - j});
     for (int h = 0; h < H; h++) reduce_add_each(lanes + h * L * L).store(out + h * kTile + first);
     if constexpr (kDot == Dot::squares) reduce_add_each(lanes + H * L * L).store(squares + first);
   }
 }
 
 template <class S, Dot kDot>
-void dot_rows(const Rows<S>& rows, int64_t heads, const acc_t<S>* key, acc_t<S>* out, acc_t<S>* squares = nullptr) {
-  for (int64_t h = 0; h < heads; h += 4, key += 4 * rows.width, out += 4 * kTile) {
+void dot_rows(Rows<S> rows, int64_t heads, const acc_t<S>* key, acc_t<S>* out, acc_t<S>* squares = nullptr) {
+  for (int64_t h = 0; h < heads; h += 4, key += 4 * rows.width, out += 4 * kTile, rows.ahead = nullptr) {
     switch (heads - h) {
       case 1:
         dot_rows_of<S, 1, kDot>(rows, key, out, squares);
@@ -80,10 +99,9 @@ void dot_rows(const Rows<S>& rows, int64_t heads, const acc_t<S>* key, acc_t<S>*
 }
 
 // sums[h][0 .. vectors) += sum_i weights[h][i] row i, with the sums of the tile in registers (short sums round less
-// than one long one); `ahead` is read into the cache meanwhile.
+// than one long one).
 template <class S, int H, int N, class Part>
-MK_INLINE void add_columns(const Rows<S>& rows, int64_t column, const acc_t<S>* weights, acc_t<S>* sums, const S* ahead,
-                           Part part) {
+MK_INLINE void add_columns(const Rows<S>& rows, int64_t column, const acc_t<S>* weights, acc_t<S>* sums, Part part) {
   using V = Vec<acc_t<S>>;
   constexpr int64_t L = V::kLanes;
   V sum[H][N];
@@ -91,9 +109,7 @@ MK_INLINE void add_columns(const Rows<S>& rows, int64_t column, const acc_t<S>* 
     for (int l = 0; l < N; l++) sum[h][l] = V::zero();
   for (int64_t i = 0; i < rows.count; i++) {
     const S* row = rows.row(i) + column;
-    if (ahead)
-      for (int l = 0; l < int(N * L * sizeof(S) + 63) / 64; l++)
-        __builtin_prefetch(ahead + i * rows.stride + column + l * (64 / int(sizeof(S))), 0, 3);
+    rows.template fetch<1>(i, column, N * L);
     V m[N];
     for (int l = 0; l < N; l++) m[l] = load<V>(row + l * L, part);
     for (int h = 0; h < H; h++) {
@@ -109,30 +125,30 @@ MK_INLINE void add_columns(const Rows<S>& rows, int64_t column, const acc_t<S>* 
 }
 
 template <class S, int H>
-void add_rows_of(const Rows<S>& rows, const acc_t<S>* weights, acc_t<S>* sums, const S* ahead) {
+void add_rows_of(const Rows<S>& rows, const acc_t<S>* weights, acc_t<S>* sums) {
   constexpr int64_t L = Vec<acc_t<S>>::kLanes;
   int64_t j = 0;
-  for (; j + 4 * L <= rows.width; j += 4 * L) add_columns<S, H, 4>(rows, j, weights, sums, ahead, Full{});
-  for (; j + L <= rows.width; j += L) add_columns<S, H, 1>(rows, j, weights, sums, ahead, Full{});
-  if (j < rows.width) add_columns<S, H, 1>(rows, j, weights, sums, ahead, Tail{rows.width - j});
+  for (; j + 4 * L <= rows.width; j += 4 * L) add_columns<S, H, 4>(rows, j, weights, sums, Full{});
+  for (; j + L <= rows.width; j += L) add_columns<S, H, 1>(rows, j, weights, sums, Full{});
+  if (j < rows.width) add_columns<S, H, 1>(rows, j, weights, sums, Tail{rows.width - j});
 }
 
-// sums[h] += sum_i weights[h][i] row i. `ahead`: where the next tile starts (null: nothing to fetch).
+// sums[h] += sum_i weights[h][i] row i.
 template <class S>
-void add_rows(const Rows<S>& rows, int64_t heads, const acc_t<S>* weights, acc_t<S>* sums, const S* ahead) {
-  for (int64_t h = 0; h < heads; h += 4, weights += 4 * kTile, sums += 4 * rows.width, ahead = nullptr) {
+void add_rows(Rows<S> rows, int64_t heads, const acc_t<S>* weights, acc_t<S>* sums) {
+  for (int64_t h = 0; h < heads; h += 4, weights += 4 * kTile, sums += 4 * rows.width, rows.ahead = nullptr) {
     switch (heads - h) {
       case 1:
-        add_rows_of<S, 1>(rows, weights, sums, ahead);
+        add_rows_of<S, 1>(rows, weights, sums);
         break;
       case 2:
-        add_rows_of<S, 2>(rows, weights, sums, ahead);
+        add_rows_of<S, 2>(rows, weights, sums);
         break;
       case 3:
-        add_rows_of<S, 3>(rows, weights, sums, ahead);
+        add_rows_of<S, 3>(rows, weights, sums);
         break;
       default:
-        add_rows_of<S, 4>(rows, weights, sums, ahead);
+        add_rows_of<S, 4>(rows, weights, sums);
     }
   }
 }
@@ -163,7 +179,8 @@ void mix_rows(const Rows<S>& rows, int64_t heads, Outer<acc_t<S>> x, Outer<acc_t
     };
     add(x);
     add(y);
-    for (int l = 0; l < N; l++) store(sum[l], out + int64_t(rows.index[i]) * rows.width + j + l * L, part);
+    S* to = out + int64_t(rows.index[i]) * rows.width + j;
+    for (int l = 0; l < N; l++) store(sum[l], to + l * L, part);
   };
   for (int64_t i = 0; i < rows.count; i++) {
     int64_t j = 0;
