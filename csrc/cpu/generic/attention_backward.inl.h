@@ -174,7 +174,7 @@ void write_mask_rows(const AttentionArgs& a, const A* from, int64_t from_row, in
 
 template <class A, class T>
 void backward_block(const AttentionArgs& a, const AttentionPart& part, const BackwardScratch<A>& w, int64_t h,
-                    int64_t query, int64_t rows, int64_t first, int64_t keys, Range block, bool broken) {
+                    int64_t query, int64_t rows, int64_t first, int64_t keys, Range block, bool broken, bool add) {
   gradient_block<A, T>(a, w, part.b, h, query, rows, first, keys, block);
   const int64_t depth = block.last - block.first;
   if (part.dkv && a.dvalue && a.dout.data) {
@@ -182,14 +182,14 @@ void backward_block(const AttentionArgs& a, const AttentionPart& part, const Bac
       pack_rows<false>(rows_of<T>(a.dout, part.b, h, query), a.dout.row, rows, a.value_width, w.dout_panels);
     product<A>({w.scores + block.first, 1, w.kScoreRow, w.dout_panels, rows, 0, w.dvalue + block.first * w.value_row,
                 w.value_row},
-               depth, a.value_width, 0, a.value_width, rows, nullptr, true);
+               depth, a.value_width, 0, a.value_width, rows, nullptr, add);
   }
   if (part.dkv && a.dkey) {
     if (w.query_panels != w.query)
       pack_rows<false>(rows_of<T>(a.query, part.b, h, query), a.query.row, rows, a.width, w.query_panels);
     product<A>({w.gradients + block.first, 1, w.kScoreRow, w.query_panels, rows, 0, w.dkey + block.first * w.query_row,
                 w.query_row},
-               depth, a.width, 0, a.width, rows, nullptr, true);
+               depth, a.width, 0, a.width, rows, nullptr, add);
   }
   if (part.dquery) {
     A* sums = static_cast<A*>(a.dquery_sums) +
@@ -228,7 +228,11 @@ void backward(const AttentionArgs& a, const AttentionPart& part, void* memory) {
     load_keys<A, T>(a, w, part.b, part.h, first, keys);
     const bool broken =
         part.dquery && pack_rows<true>(rows_of<T>(a.key, part.b, part.h, first), a.key.row, keys, a.width, w.key);
-    if (part.dkv) {
+    // One block of queries that sees all the keys writes its sums, several add to them.
+    const Range seen = seen_by_block(a, part.begin, part.end, first, first + keys);
+    const bool one = group == 1 && part.end - part.begin <= kBackwardQueries && a.dout.data;
+    const bool add = !one || seen.first > 0 || seen.last < keys;
+    if (part.dkv && add) {
       for (int64_t i = 0; i < keys * w.query_row; i++) w.dkey[i] = 0;
       for (int64_t i = 0; i < keys * w.value_row; i++) w.dvalue[i] = 0;
     }
@@ -236,7 +240,7 @@ void backward(const AttentionArgs& a, const AttentionPart& part, void* memory) {
       for (int64_t query = part.begin; query < part.end; query += kBackwardQueries) {
         const int64_t rows = smaller(kBackwardQueries, part.end - query);
         const Range block = seen_by_block(a, query, query + rows, first, first + keys);
-        if (block.first < block.last) backward_block<A, T>(a, part, w, h, query, rows, first, keys, block, broken);
+        if (block.first < block.last) backward_block<A, T>(a, part, w, h, query, rows, first, keys, block, broken, add);
       }
     if (!part.dkv) continue;
     const int64_t row = (part.b * a.key_heads + part.h) * a.keys + first;
