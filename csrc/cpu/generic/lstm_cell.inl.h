@@ -43,10 +43,11 @@ MK_INLINE void cell_row(const LstmForward& f, const acc_t<T>* z, int64_t t, int6
   const LstmRows& rows = f.rows;
   const int64_t row = t * rows.B + b, at = row * f.H + j;
   if (!rows.active(t, b)) return cell_skip<T, P>(f, row, b, j, parity, part);
+  constexpr bool kExact = sizeof(T) > 2;
   A* carry = element<A>(f.carry, b * f.ld_hidden + j);
   const V i = gate_sigmoid(V::load(z)), forget = gate_sigmoid(V::load(z + V::kLanes));
-  const V g = gate_tanh(V::load(z + 2 * V::kLanes)), o = gate_sigmoid(V::load(z + 3 * V::kLanes));
-  const V c = fma(forget, V::load(carry), i * g), h = o * gate_tanh(c);
+  const V g = gate_tanh<kExact>(V::load(z + 2 * V::kLanes)), o = gate_sigmoid(V::load(z + 3 * V::kLanes));
+  const V c = fma(forget, V::load(carry), i * g), h = o * gate_tanh<kExact>(c);
   store(h, element<T>(f.output, at), part);
   if (f.cells) store(c, element<T>(f.cells, at), part);
   if (f.gates) {
@@ -103,6 +104,7 @@ template <class T, class P, class Part>
 MK_INLINE void gradient_row(const LstmBackward& f, P* dz, int64_t t, int64_t b, int64_t j, Part part) {
   using A = acc_t<T>;
   using V = Vec<A>;
+  constexpr bool kExact = sizeof(T) > 2;
   const LstmRows& rows = f.rows;
   if (!rows.active(t, b)) {
     for (int g = 0; g < 4; g++) store(V::zero(), dz + g * f.H, part);
@@ -120,7 +122,7 @@ MK_INLINE void gradient_row(const LstmBackward& f, P* dz, int64_t t, int64_t b, 
   V dh = V::load(carry_h), dc = V::load(carry_c);
   if (f.doutput) dh = dh + load<V>(element<T>(f.doutput, t * f.doutput_t + b * f.doutput_b + j), part);
   if (f.dcells) dc = dc + load<V>(element<T>(f.dcells, t * f.dcells_t + b * f.dcells_b + j), part);
-  const V tanh_c = gate_tanh(load<V>(element<T>(f.cells, row * f.H + j), part));
+  const V tanh_c = gate_tanh<kExact>(load<V>(element<T>(f.cells, row * f.H + j), part));
   dc = fma(dh * o, one - tanh_c * tanh_c, dc);
   store(dc * g * i * (one - i), dz, part);
   store(dc * old * forget * (one - forget), dz + f.H, part);

@@ -122,7 +122,7 @@ SPEC = OpSpec(
         Sample("one_bias", dict(T=3, B=3, I=3, H=4), present=("bias_hh",)),
         Sample("reset", dict(T=4, B=3, I=3, H=4), dict(return_cells=True), present=(*_BIAS, "reset")),
         Sample("lengths", dict(T=3, B=7, I=3, H=4), dict(return_cells=True), present=(*_BIAS, "lengths"), twist=_ragged),
-        Sample("reverse", dict(T=3, B=2, I=3, H=2), dict(reverse=True), present=_BIAS),
+        Sample("reverse", dict(T=3, B=4, I=3, H=5), dict(reverse=True), present=_BIAS),
         Sample("reverse_all", dict(T=3, B=7, I=3, H=4), dict(reverse=True, return_cells=True), present=_ALL, twist=_ragged),
         Sample("odd", dict(T=5, B=17, I=19, H=37), present=_ALL, twist=_ragged),
         Sample("wide", dict(T=9, B=5, I=70, H=130), dict(reverse=True), present=_BIAS),
