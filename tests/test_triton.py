@@ -71,12 +71,12 @@ def test_attention_launch():
         for queries in SIZES[1:12]:
             for wide in (False, True):
                 for kernel in ("forward", "dkey", "dquery"):
-                    launch = _launch.attention(queries, keys, 64, 80, wide, kernel)
+                    launch = _launch.attention(queries, keys, 64, 80, wide, kernel, (9, 0))
                     assert launch.block_m >= 16 and launch.block_d == 64 and launch.block_v == 128
                     assert launch.splits * launch.chunk >= keys
                     assert launch.splits == 1 or launch.chunk % launch.block_n == 0
-    assert _launch.attention(4, 65536, 64, 64, False, "forward").splits == 64
-    assert _launch.attention(65, 65536, 64, 64, False, "forward").splits == 1
+    assert _launch.attention(4, 65536, 64, 64, False, "forward", (9, 0)).splits == 64
+    assert _launch.attention(65, 65536, 64, 64, False, "forward", (8, 0)).splits == 1
 
 
 def test_lstm_launch():

@@ -14,7 +14,6 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.timeout(1200)
 
 MODULES = ("memory_read", "memory_write", "content_address", "content_read", "lstm_gates", "lstm", "attention")
-CAPABILITIES = (80, 90, 100)
 # ptxas sometimes parks a value or two on the stack to reach the next step of occupancy; a real spill is an order of magnitude more.
 STACK_BYTES = 32
 QUICK = {
@@ -33,14 +32,14 @@ QUICK = {
 
 @cache
 def entries(module):
-    return [entry.name for entry in importlib.import_module(f"memkernels.backends.triton.{module}").AOT]
+    return {entry.name: entry.capabilities for entry in importlib.import_module(f"memkernels.backends.triton.{module}").AOT}
 
 
 @cache
 def reports(modules, full):
     """Compiled in a process of its own: one that runs the interpreter has no kernels to compile."""
-    names = [(module, name) for module in modules for name in entries(module)]
-    wanted = [f"{module}:{name}:{c}" for module, name in names for c in CAPABILITIES if full or (name in QUICK and c == 90)]
+    kernels = [(module, name, c) for module in modules for name, capabilities in entries(module).items() for c in capabilities]
+    wanted = [f"{module}:{name}:{c}" for module, name, c in kernels if full or (name in QUICK and c == 90)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = Path(__file__).parent
     environment["PYTHONPATH"] = os.pathsep.join([str(root.parent), environment.get("PYTHONPATH", "")])

@@ -8,13 +8,10 @@ import triton.language as tl
 from memkernels.backends.triton import _launch
 from memkernels.backends.triton._common import precision, refuse
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
 
 @triton.jit
 def masked(logit, i, k, mask_ptr, mask_stride_q, mask_stride_k, Q, K, low, high, WINDOWED: tl.constexpr):
-    """Scores in powers of two, with the float mask added, -inf where query i does not see key k (one of the two is a row, one a column)."""
+    """Scores with the float mask added, -inf where query i does not see key k (one of the two is a row, one a column)."""
     seen = (i < Q) & (k < K)
     if WINDOWED:
         seen = seen & (k - i >= low) & (k - i <= high)
@@ -25,7 +22,7 @@ def masked(logit, i, k, mask_ptr, mask_stride_q, mask_stride_k, Q, K, low, high,
         else:
             mask = mask.to(tl.float32)
             seen = seen & (mask != float("-inf"))
-            logit += mask * LOG2E
+            logit += mask
     return tl.where(seen, logit, float("-inf"))
 
 

@@ -4,13 +4,16 @@ dv = p^T dout, dq = scale * ds k, dk = scale * ds^T q, dmask = ds summed over wh
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
+
 import torch
 import triton
 import triton.language as tl
 
 from memkernels.backends.triton import _launch
-from memkernels.backends.triton._attention import LOG2E, dropout, dropout_arguments, limits, mask_arguments, masked, tiles
-from memkernels.backends.triton._common import INTERPRETED, aot, dot, lanes, rounded, run, store, strides, sum_splits
+from memkernels.backends.triton._attention import dropout, dropout_arguments, limits, mask_arguments, masked, tiles
+from memkernels.backends.triton._common import INTERPRETED, aot, device_of, dot, lanes, rounded, run, store, strides, sum_splits
 
 
 @triton.jit
@@ -31,9 +34,9 @@ def _attention_delta_kernel(
 
 @triton.jit
 def _row(lse_ptr, delta_ptr, i, Q):
-    """(log-sum-exp in powers of two, delta) of queries; a query past the end has weight 0, a blind one has nothing to subtract."""
+    """(log-sum-exp, delta) of queries; a query past the end has weight 0, a blind one has nothing to subtract."""
     lse = tl.load(lse_ptr + i, mask=i < Q, other=float("inf"))
-    return tl.where(lse == float("-inf"), 0.0, lse) * LOG2E, tl.load(delta_ptr + i, mask=i < Q, other=0.0)
+    return tl.where(lse == float("-inf"), 0.0, lse), tl.load(delta_ptr + i, mask=i < Q, other=0.0)
 
 
 @triton.jit
@@ -57,7 +60,7 @@ def _walk_queries(
         logit = dot(key, tl.trans(query), zero, PRECISION) * scale
         if MASKED:
             logit = masked(logit, i[None, :], k[:, None], mask_ptr, mask_stride_q, mask_stride_k, Q, K, low, high, WINDOWED)
-        weights = tl.exp2(logit - lse[None, :])
+        weights = tl.exp(logit - lse[None, :])
         dweights = dot(value, tl.trans(dout), zero, PRECISION)
         if seed is not None:
             kept = dropout(seed, head, i[None, :], k[:, None], threshold, inverse)
@@ -106,29 +109,29 @@ def _attention_dkey_kernel(
         if mask_ptr is not None:
             masks = mask_ptr + (b // mask_group) * mask_stride_b + head * mask_stride_h
             dkey, dvalue = _walk_queries(
-                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, masks, seed, begin, end, Q, K, D, V, scale * LOG2E,
+                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, masks, seed, begin, end, Q, K, D, V, scale,
                 threshold, inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
                 True, WINDOWED, BLOCK_M, PRECISION,
             )  # fmt: skip
         elif WINDOWED:
             dkey, dvalue = _walk_queries(
-                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, None, seed, begin, clear, Q, K, D, V, scale * LOG2E,
+                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, None, seed, begin, clear, Q, K, D, V, scale,
                 threshold, inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
                 True, WINDOWED, BLOCK_M, PRECISION,
             )  # fmt: skip
             dkey, dvalue = _walk_queries(
-                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, None, seed, clear, clear_end, Q, K, D, V, scale * LOG2E,
+                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, None, seed, clear, clear_end, Q, K, D, V, scale,
                 threshold, inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
                 False, WINDOWED, BLOCK_M, PRECISION,
             )  # fmt: skip
             dkey, dvalue = _walk_queries(
-                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, None, seed, clear_end, end, Q, K, D, V, scale * LOG2E,
+                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, None, seed, clear_end, end, Q, K, D, V, scale,
                 threshold, inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
                 True, WINDOWED, BLOCK_M, PRECISION,
             )  # fmt: skip
         else:
             dkey, dvalue = _walk_queries(
-                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, None, seed, 0, Q, Q, K, D, V, scale * LOG2E,
+                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, None, seed, 0, Q, Q, K, D, V, scale,
                 threshold, inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
                 False, WINDOWED, BLOCK_M, PRECISION,
             )  # fmt: skip
@@ -174,12 +177,12 @@ def _attention_dquery_kernel(
         key = tl.load(key_ptr + k[:, None] * key_stride_k + d[None, :] * key_stride_d, mask=(k < K)[:, None] & (d < D)[None, :], other=0.0)
         place = k[:, None] * value_stride_k + v[None, :] * value_stride_v
         value = tl.load(value_ptr + place, mask=(k < K)[:, None] & (v < V)[None, :], other=0.0)
-        logit = dot(query, tl.trans(key), zero, PRECISION) * (scale * LOG2E)
+        logit = dot(query, tl.trans(key), zero, PRECISION) * scale
         logit = masked(logit, i[:, None], k[None, :], mask_ptr, mask_stride_q, mask_stride_k, Q, K, low, high, WINDOWED)
         dweights = dot(dout, tl.trans(value), zero, PRECISION)
         if seed_ptr is not None:
             dweights *= dropout(tl.load(seed_ptr + b), head, i[:, None], k[None, :], threshold, inverse)
-        dlogit = tl.where(logit == float("-inf"), 0.0, tl.exp2(logit - lse[:, None]) * (dweights - delta[:, None]))
+        dlogit = tl.where(logit == float("-inf"), 0.0, tl.exp(logit - lse[:, None]) * (dweights - delta[:, None]))
         if dmask_ptr is not None:
             store(dmask_ptr + (row * Q + i)[:, None] * K + k[None, :], dlogit, mask=(i < Q)[:, None] & (k < K)[None, :])
         if mask_ptr is not None or WINDOWED:  # a key that is not finite must not reach a query that does not see it by 0 * NaN
@@ -195,7 +198,8 @@ def backward(dquery, dkey, dvalue, dmask, dout, dlse, query, key, value, attn_ma
     dout = out.new_zeros(()).expand(out.shape) if dout is None else dout
 
     def launch_for(kernel):
-        return _launch.attention(queries, keys, width, value_width, query.dtype == torch.float32, kernel, INTERPRETED)
+        wide, capability = query.dtype == torch.float32, device_of(query.device).capability
+        return _launch.attention(queries, keys, width, value_width, wide, kernel, capability, INTERPRETED)
 
     launch = launch_for("dkey")
     delta, group = torch.empty_like(lse), max(heads // max(key.shape[1], 1), 1)
@@ -245,18 +249,16 @@ def _sum_to_mask(dmask, full):
 def entries(dtype):
     """What is compiled ahead of time."""
     found = []
-    for width, causal, kernel in (
-        (w, c, k) for w in (64, 128) for c in (False, True) for k in (_attention_dkey_kernel, _attention_dquery_kernel)
-    ):
-        launch = _launch.attention(
-            4096, 4096, width, width, dtype == torch.float32, "dkey" if kernel is _attention_dkey_kernel else "dquery"
-        )
+    for width, causal, ampere, role in product((64, 128), (False, True), (False, True), ("dkey", "dquery")):
+        kernel = _attention_dkey_kernel if role == "dkey" else _attention_dquery_kernel
+        launch = _launch.attention(4096, 4096, width, width, dtype == torch.float32, role, (8, 0) if ampere else (9, 0))
         absent = dict(mask_ptr=None, seed_ptr=None, dmask_ptr=None, mask_stride_b=0, mask_stride_h=0, mask_stride_q=0, mask_stride_k=0)
         ones = dict.fromkeys(("query_stride_d", "key_stride_d", "value_stride_v", "dout_stride_v", "group", "mask_group", "splits"), 1)
         constants = {k: v for k, v in tiles(launch, dtype, -1, 0 if causal else -1).items() if k.isupper()} | absent | ones
         constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
         types = dict(lse_ptr="*fp32", delta_ptr="*fp32", scale="fp32", inverse="fp32", threshold="i32")
-        name = f"attention_{'dkey' if kernel is _attention_dkey_kernel else 'dquery'}_D{width}" + ("_causal" if causal else "")
+        name = f"attention_{role}_D{width}" + ("_causal" if causal else "") + ("_ampere" if ampere else "")
         expect = () if dtype == torch.float32 else ("wgmma",) if launch.block_n >= 64 else ("mma",)
-        found.append(aot(name, kernel, dtype, constants, types, launch.num_warps, launch.num_stages, expect))
+        entry = aot(name, kernel, dtype, constants, types, launch.num_warps, launch.num_stages, expect)
+        found.append(replace(entry, capabilities=(80,) if ampere else (90, 100)))
     return found

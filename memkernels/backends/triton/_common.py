@@ -152,6 +152,7 @@ class Aot:
     num_warps: int
     num_stages: int
     expect: tuple[str, ...] = ()  # what must be in the PTX for sm_90, e.g. "wgmma"
+    capabilities: tuple[int, ...] = (80, 90, 100)
 
 
 def aot(

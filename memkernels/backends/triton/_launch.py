@@ -140,7 +140,12 @@ ATTENTION_TILES = {
 }
 
 
-def attention(queries: int, keys: int, width: int, value_width: int, wide: bool, kernel: str, interpreted: bool = False) -> Attention:
+AMPERE_TILES = dict.fromkeys((("forward", 64), ("forward", 128), ("dquery", 128)), (64, 64, 8, 2))
+
+
+def attention(
+    queries: int, keys: int, width: int, value_width: int, wide: bool, kernel: str, capability: tuple[int, int], interpreted: bool = False
+) -> Attention:
     """For attention; `wide`: float32. `kernel`: "forward", "dkey" or "dquery". Few queries over many keys are split over the keys."""
     wide = wide and not interpreted
     block_d, block_v = power_of_two(width, 16), power_of_two(value_width, 16)
@@ -148,7 +153,8 @@ def attention(queries: int, keys: int, width: int, value_width: int, wide: bool,
     if wide:
         block_m, block_n, warps, stages = (32, 32, 8, 2) if largest <= 64 else (16, 16, 8, 2)
     elif largest <= 128:
-        block_m, block_n, warps, stages = ATTENTION_TILES[kernel, 64 if largest <= 64 else 128]
+        case = kernel, 64 if largest <= 64 else 128
+        block_m, block_n, warps, stages = AMPERE_TILES.get(case, ATTENTION_TILES[case]) if capability < (9, 0) else ATTENTION_TILES[case]
     else:
         block_m, block_n, warps, stages = (32, 16, 8, 2) if largest <= 256 else (16, 16, 8, 2)
     if interpreted and keys > KEYS_PER_SPLIT:

@@ -9,13 +9,15 @@ the values, as the matrix instructions need. Operations: forward 4*Q*K*D a head,
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 
 from memkernels.backends.triton import _attention_bwd, _launch
-from memkernels.backends.triton._attention import LN2, LOG2E, dropout, dropout_arguments, limits, mask_arguments, masked, supports, tiles
-from memkernels.backends.triton._common import INTERPRETED, NAMES, aot, dot, lanes, rounded, run, store
+from memkernels.backends.triton._attention import dropout, dropout_arguments, limits, mask_arguments, masked, supports, tiles
+from memkernels.backends.triton._common import INTERPRETED, NAMES, aot, device_of, dot, lanes, rounded, run, store
 
 __all__ = ["AOT", "backward", "forward", "supports"]
 
@@ -37,8 +39,8 @@ def _walk(
             logit = masked(logit, i[:, None], k[None, :], mask_ptr, mask_stride_q, mask_stride_k, Q, K, low, high, WINDOWED)
         new_top = tl.maximum(top, tl.max(logit, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(logit - shift[:, None])
-        shrink = tl.exp2(top - shift)
+        weights = tl.exp(logit - shift[:, None])
+        shrink = tl.exp(top - shift)
         total, top = total * shrink + tl.sum(weights, 1), new_top
         if seed is not None:
             weights *= dropout(seed, head, i[:, None], k[None, :], threshold, inverse)
@@ -92,7 +94,6 @@ def _attention_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     total, top = tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_M], float("-inf"), tl.float32)
     broken = tl.zeros([BLOCK_M], tl.int32)
-    scale *= LOG2E
     if WINDOWED:
         acc, total, top, broken = _walk(
             acc, total, top, broken, query, i, head, key_ptr, value_ptr, mask_ptr, seed, begin, clear, Q, K, D, V, scale,
@@ -116,7 +117,7 @@ def _attention_fwd_kernel(
     acc = tl.where((broken != 0)[:, None], float("nan"), acc)
     at = ((split * B + b) * NH + head) * Q + i
     store(out_ptr + at[:, None] * V + v[None, :], acc, mask=(i < Q)[:, None] & (v < V)[None, :])
-    store(lse_ptr + at, top * LN2 + tl.log(total), mask=i < Q)
+    store(lse_ptr + at, top + tl.log(total), mask=i < Q)
 
 
 @triton.jit
@@ -139,7 +140,8 @@ def _attention_combine_kernel(out_ptr, lse_ptr, out_part_ptr, lse_part_ptr, rows
 
 def forward(out, lse, query, key, value, attn_mask, seed, scale, dropout_p, left, right, causal):
     (batch, heads, queries, width), keys, value_width = query.shape, key.shape[2], value.shape[3]
-    launch = _launch.attention(queries, keys, width, value_width, query.dtype == torch.float32, "forward", INTERPRETED)
+    wide, capability = query.dtype == torch.float32, device_of(query.device).capability
+    launch = _launch.attention(queries, keys, width, value_width, wide, "forward", capability, INTERPRETED)
     split = launch.splits > 1
     out_part = out.new_empty(launch.splits, *out.shape, dtype=torch.float32) if split else out
     lse_part = lse.new_empty(launch.splits, *lse.shape) if split else lse
@@ -161,8 +163,8 @@ def forward(out, lse, query, key, value, attn_mask, seed, scale, dropout_p, left
 backward = _attention_bwd.backward
 
 
-def _aot(dtype, width, causal, queries=4096):
-    launch = _launch.attention(queries, 4096, width, width, dtype == torch.float32, "forward")
+def _aot(dtype, width, causal, queries=4096, ampere=False):
+    launch = _launch.attention(queries, 4096, width, width, dtype == torch.float32, "forward", (8, 0) if ampere else (9, 0))
     sizes = dict(mask_ptr=None, seed_ptr=None, splits=launch.splits, mask_stride_b=0, mask_stride_h=0, mask_stride_q=0, mask_stride_k=0)
     ones = dict.fromkeys(("query_stride_d", "key_stride_d", "value_stride_v", "group", "mask_group"), 1)
     constants = {k: v for k, v in tiles(launch, dtype, -1, 0 if causal else -1).items() if k.isupper()} | sizes | ones
@@ -171,14 +173,17 @@ def _aot(dtype, width, causal, queries=4096):
     )
     name = f"attention_fwd_D{width}" + ("_causal" if causal else "") + (f"_Q{queries}" if queries != 4096 else "")
     expect = ("wgmma",) if dtype != torch.float32 and queries >= 64 else ()
-    return aot(name, _attention_fwd_kernel, dtype, constants, types, launch.num_warps, launch.num_stages, expect)
+    entry = aot(
+        name + ("_ampere" if ampere else ""), _attention_fwd_kernel, dtype, constants, types, launch.num_warps, launch.num_stages, expect
+    )
+    return replace(entry, capabilities=(80,) if ampere else (90, 100))
 
 
 AOT = [
     entry
     for dtype in NAMES
     for entry in (
-        *(_aot(dtype, width, causal) for width in (64, 128) for causal in (False, True)),
+        *(_aot(dtype, width, causal, ampere=ampere) for width in (64, 128) for causal in (False, True) for ampere in (False, True)),
         _aot(dtype, 64, False, queries=16),
         *_attention_bwd.entries(dtype),
     )
