@@ -38,7 +38,9 @@ def ulps(got, want):
 def sample(function, dtype):
     generator = torch.Generator().manual_seed(0)
     wide = {"exp": 110, "sigmoid": 110, "tanh": 12, "log": 80, "sqrt": 80}[function]
-    x = torch.cat([torch.rand(20001, generator=generator, dtype=torch.float64) * 2 - 1, torch.linspace(-1, 1, 40001, dtype=torch.float64) * wide])
+    x = torch.cat(
+        [torch.rand(20001, generator=generator, dtype=torch.float64) * 2 - 1, torch.linspace(-1, 1, 40001, dtype=torch.float64) * wide]
+    )
     x = torch.cat([x, x[:20001] * 1e-6, x[:20001] * 1e-30])
     if function in ("log", "sqrt"):
         x = torch.cat([x.abs(), torch.exp(x.clamp(-80, 80)), torch.tensor([1e-40, 5e-39], dtype=torch.float64)])
@@ -67,7 +69,9 @@ def test_special_values(level, dtype):
     info, inf, nan = torch.finfo(dtype), math.inf, math.nan
     x = torch.tensor([-inf, inf, nan, 0.0, -0.0, info.tiny, info.max, -info.max, 1000.0, -1000.0], dtype=dtype)
     for function, exact in EXACT.items():
-        torch.testing.assert_close(apply(function, x), exact(x), rtol=4 * info.eps, atol=0, equal_nan=True, msg=lambda m: f"{function}: {m}")
+        torch.testing.assert_close(
+            apply(function, x), exact(x), rtol=4 * info.eps, atol=0, equal_nan=True, msg=lambda m, f=function: f"{f}: {m}"
+        )
 
 
 def test_exp_rounds_denormal_results(level):
@@ -89,7 +93,9 @@ def test_every_16_bit_value_survives_a_copy(level, dtype):
 def test_rounding_to_16_bits_is_torchs(level, dtype):
     x = torch.randn(70001).to(dtype)
     torch.testing.assert_close(apply("sqrt", x.abs()), x.abs().float().sqrt().to(dtype), rtol=0, atol=0)
-    torch.testing.assert_close(apply("exp", x * 8).float(), (x * 8).float().exp().to(dtype).float(), rtol=torch.finfo(dtype).eps, atol=2**-24)
+    torch.testing.assert_close(
+        apply("exp", x * 8).float(), (x * 8).float().exp().to(dtype).float(), rtol=torch.finfo(dtype).eps, atol=2**-24
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -39,7 +39,8 @@ def content_read(
         return_weights: also return the weights.
 
     Returns:
-        read: "B R V" (V = W without value), same dtype, contiguous; 0 where no row takes part. With ``return_weights``: (read, weights "B R N").
+        read: "B R V" (V = W without value), same dtype, contiguous; 0 where no row takes part. With ``return_weights``:
+        (read, weights "B R N").
 
     Gradients:
         To ``memory``, ``key``, ``strength`` and ``value``, of any order; zero where no row takes part, finite for zero rows and zero keys.
