@@ -129,7 +129,25 @@ bool mask_is_full(const AttentionArgs& a) {
   return a.mask_batch == a.batch && a.mask_heads == a.heads && a.mask_queries == a.queries && a.mask_keys == a.keys;
 }
 
-void keys_and_queries(AttentionArgs& a, const AttentionKernels& kernels, int type) {
+// A mask that only batch rows share, with a key head for each thread: one task takes all that share, in order, and adds
+// to dmask as it goes. Not for the half types, which would round every addend.
+bool batch_rows_share(const AttentionArgs& a, int type) {
+  const bool rows_only = a.mask_heads == a.heads && a.mask_queries == a.queries && a.mask_keys == a.keys;
+  return a.dmask && !mask_is_full(a) && rows_only && type < int(DType::bfloat16) && a.splits == 1 &&
+         a.mask_batch * a.key_heads >= num_threads();
+}
+
+void by_mask_row(const AttentionArgs& a, const AttentionKernels& kernels, int type) {
+  const int64_t bytes = kernels.backward_scratch[type](a);
+  run_tasks(a.mask_batch * a.key_heads, 2.5 * work(a), bytes, [&](int64_t task, void* scratch) {
+    const int64_t row = task / a.key_heads, h = task % a.key_heads;
+    for (int64_t b = row * a.mask_group; b < (row + 1) * a.mask_group; b++)
+      kernels.backward[type](
+          a, {b, h, 0, a.keys, 0, a.queries, 0, a.dquery != nullptr, a.dkey || a.dvalue, false, true}, scratch);
+  });
+}
+
+void keys_and_queries(const AttentionArgs& a, const AttentionKernels& kernels, int type) {
   const bool dkv = a.dkey || a.dvalue, full = a.dmask && mask_is_full(a), dquery = a.dquery;
   const int64_t rows = a.batch * a.key_heads, bytes = kernels.backward_scratch[type](a);
   const double flops = 2.5 * work(a);
@@ -139,7 +157,7 @@ void keys_and_queries(AttentionArgs& a, const AttentionKernels& kernels, int typ
     run_tasks(rows * a.splits, flops, bytes, [&](int64_t task, void* scratch) {
       const int64_t row = task / a.splits, run = task % a.splits, first = run * a.split_keys;
       const int64_t last = std::min(first + a.split_keys, a.keys);
-      kernels.backward[type](a, {row / a.key_heads, row % a.key_heads, first, last, 0, a.queries, run, true, dkv, full},
+      kernels.backward[type](a, {row / a.key_heads, row % a.key_heads, first, last, 0, a.queries, run, true, dkv, full, false},
                              scratch);
     });
     return;
@@ -157,10 +175,10 @@ void keys_and_queries(AttentionArgs& a, const AttentionKernels& kernels, int typ
     const int64_t row = task % rows, part = task / rows, b = row / a.key_heads, h = row % a.key_heads;
     if (part < key_tasks) {
       const int64_t first = part * key_step, last = std::min(first + key_step, a.keys);
-      kernels.backward[type](a, {b, h, first, last, 0, a.queries, 0, false, dkv, full}, scratch);
+      kernels.backward[type](a, {b, h, first, last, 0, a.queries, 0, false, dkv, full, false}, scratch);
     } else {
       const int64_t begin = (part - key_tasks) * query_step, end = std::min(begin + query_step, a.queries);
-      kernels.backward[type](a, {b, h, 0, a.keys, begin, end, 0, true, false, false}, scratch);
+      kernels.backward[type](a, {b, h, 0, a.keys, begin, end, 0, true, false, false, false}, scratch);
     }
   });
 }
@@ -209,8 +227,12 @@ void backward(const TensorView& dquery, const TensorView& dkey, const TensorView
                [&](int64_t begin, int64_t end) { kernels.prepare[type](a, begin, end); });
   if (a.dmask && (!mask_is_full(a) || a.left >= 0 || a.right >= 0))
     std::memset(a.dmask, 0, size_t(dmask.numel() * item_size(dtype)));
-  keys_and_queries(a, kernels, type);
-  if (a.dmask && !mask_is_full(a)) shared_mask(a, kernels, type);
+  const bool by_row = batch_rows_share(a, type);
+  if (by_row)
+    by_mask_row(a, kernels, type);
+  else
+    keys_and_queries(a, kernels, type);
+  if (a.dmask && !mask_is_full(a) && !by_row) shared_mask(a, kernels, type);
   if (a.dquery)
     parallel_for(rows, grain_for(2 * a.width * size),
                  [&](int64_t begin, int64_t end) { kernels.finish[type](a, begin, end, a.splits); });

@@ -160,14 +160,15 @@ void gradient_block(const AttentionArgs& a, const BackwardScratch<A>& w, int64_t
   }
 }
 
-template <class A, class T>
+template <class A, class T, bool add = false>
 void write_mask_rows(const AttentionArgs& a, const A* from, int64_t from_row, int64_t rows, Range block,
                      int64_t mask_row, int64_t first) {
   using V = Vec<A>;
   for (int64_t i = 0; i < rows; i++) {
     T* out = static_cast<T*>(a.dmask) + (mask_row + i) * a.keys + first + block.first;
     for_each_vec<V>(block.last - block.first, [&](int64_t k, auto part) {
-      store(load<V>(from + i * from_row + block.first + k, part), out + k, part);
+      const V x = load<V>(from + i * from_row + block.first + k, part);
+      store(add ? load<V>(out + k, part) + x : x, out + k, part);
     });
   }
 }
@@ -200,8 +201,11 @@ void backward_block(const AttentionArgs& a, const AttentionPart& part, const Bac
       spill(w.gradients, w.kScoreRow, rows, block, rows_of<T>(a.key, part.b, part.h, first), a.key.row, a.width, sums,
             w.query_row);
   }
-  if (part.dmask)
-    write_mask_rows<A, T>(a, w.gradients, w.kScoreRow, rows, block, row_index(a, part.b, h, query), first);
+  if (part.dmask) write_mask_rows<A, T>(a, w.gradients, w.kScoreRow, rows, block, row_index(a, part.b, h, query), first);
+  if (part.add_dmask) {
+    const int64_t row = row_index(a, part.b / a.mask_group, h, query);
+    write_mask_rows<A, T, true>(a, w.gradients, w.kScoreRow, rows, block, row, first);
+  }
 }
 
 template <class A, class T>
