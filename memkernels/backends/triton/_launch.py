@@ -140,7 +140,7 @@ ATTENTION_TILES = {
 }
 
 
-AMPERE_TILES = dict.fromkeys((("forward", 64), ("forward", 128), ("dquery", 128)), (64, 64, 8, 2))
+AMPERE_TILES = dict.fromkeys((("forward", 64), ("forward", 128), ("dquery", 128)), (64, 64, 8, 2)) | {("dkey", 64): (32, 32, 4, 2)}
 
 
 def attention(
