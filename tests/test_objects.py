@@ -37,7 +37,8 @@ def test_instructions(path):
 def test_no_shared_code(path):
     """A weak function of a wide level would replace the baseline's copy of it: then an old CPU runs instructions it does not have."""
     text = subprocess.run(["nm", "-C", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
-    weak = [line for line in text.splitlines() if re.search(r" [WVu] ", line)]
+    # DW.ref.__gxx_personality_v0 is a pointer that every level holds alike, not code.
+    weak = [line for line in text.splitlines() if re.search(r" [WVu] (?!DW\.ref\.)", line)]
     assert not weak, weak[:5]
 
 

@@ -209,7 +209,7 @@ void backward_block(const AttentionArgs& a, const AttentionPart& part, const Bac
 }
 
 template <class A, class T>
-void write_keys(const A* from, int64_t from_row, int64_t rows, int64_t columns, A factor, T* out) {
+__attribute__((nothrow)) void write_keys(const A* from, int64_t from_row, int64_t rows, int64_t columns, A factor, T* out) {
   using V = Vec<A>;
   for (int64_t i = 0; i < rows; i++)
     for_each_vec<V>(columns, [&](int64_t j, auto part) {

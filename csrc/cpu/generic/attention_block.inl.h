@@ -111,7 +111,7 @@ struct Product {
 template <class A>
 void product(const Product<A>& p, int64_t rows, int64_t columns, int64_t first, int64_t last, int64_t depth,
              const A* row_scale, bool add) {
-  const int64_t vectors = padded<A>(columns) / kLanes<A>, piece = depth > 256 ? 128 : depth;
+  const int64_t vectors = padded<A>(columns) / kLanes<A>, piece = depth > 256 ? 64 : depth;
   for (int64_t panel = first / kTile<A>; panel * kTile<A> < last; panel++) {
     const int64_t width = smaller(kTileVectors<A>, vectors - panel * kTileVectors<A>);
     const A* b = p.b + (panel * kTile<A>)*p.panel_depth + p.depth_first * width * kLanes<A>;
@@ -222,7 +222,7 @@ MK_INLINE Range seen_by_block(const AttentionArgs& a, int64_t begin, int64_t end
 
 // The mask of one query over keys first + [begin, end): bias[begin..end) in score units; 0 or -inf of a boolean one.
 template <class A, class T>
-void load_mask(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, int64_t first, int64_t begin, int64_t end,
+__attribute__((nothrow)) void load_mask(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, int64_t first, int64_t begin, int64_t end,
                A* bias) {
   const int64_t offset = b / a.mask_group * a.mask_b + h * a.mask_h + query * a.mask_q + first * a.mask_k;
   if (a.mask_boolean) {
@@ -252,7 +252,7 @@ MK_INLINE uint32_t mix(uint32_t x) {
 // What the weights of one query over keys first + [begin, end) are multiplied by; the hash is specified in
 // backends/reference/attention.py.
 template <class A>
-void load_kept(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, int64_t first, int64_t begin, int64_t end,
+__attribute__((nothrow)) void load_kept(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, int64_t first, int64_t begin, int64_t end,
                A* kept) {
   constexpr uint32_t kGolden = 0x9E3779B9u;
   const uint64_t seed = uint64_t(a.seed[b * a.seed_b]);
