@@ -19,7 +19,7 @@ const AttentionKernels attention = {
     {backward_scratch<double>, backward_scratch<float>, half_backward_scratch, backward_scratch<float>},
     {forward<double, double>, forward<float, float>, half_forward, forward<float, float16>},
     MK_ATTENTION_TYPES(merge),
-    {prepare<double, double>, prepare<float, float>, half_prepare, prepare<float, float16>},
+    MK_ATTENTION_TYPES(prepare),
     {backward<double, double>, backward<float, float>, half_backward, backward<float, float16>},
     MK_ATTENTION_TYPES(finish),
     MK_ATTENTION_TYPES(mask_backward),

@@ -73,16 +73,6 @@ float exact_delta(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, R
   return total > 0 ? sum / total : 0;
 }
 
-void half_prepare(const AttentionArgs& a, int64_t begin, int64_t end) {
-  prepare<float, bfloat16>(a, begin, end);
-  if (!tiles_cover(a)) return;
-  for (int64_t row = begin; row < end; row++) {
-    const int64_t query = row % a.queries, h = row / a.queries % a.heads, b = row / a.queries / a.heads;
-    const Range seen = seen_by(a, query);
-    if (in_one_block(seen)) static_cast<float*>(a.rows_delta)[row] += exact_delta(a, b, h, query, seen);
-  }
-}
-
 MK_INLINE void pack_queries(const AttentionArgs& a, const AttentionPart& part, const HalfBackward& w, int64_t h,
                             int64_t slot) {
   for (int64_t at = part.begin; at < part.end; at += kHalfQueries) {
@@ -96,6 +86,8 @@ MK_INLINE void pack_queries(const AttentionArgs& a, const AttentionPart& part, c
     for (int64_t i = 0; i < kHalfQueries; i++) {
       w.base[to + i] = i < rows ? static_cast<const float*>(a.rows_base)[from + i] : kInfinity<float>;
       w.delta[to + i] = i < rows ? static_cast<const float*>(a.rows_delta)[from + i] : 0;
+      const Range seen = i < rows ? seen_by(a, at + i) : Range{0, a.keys};
+      if (in_one_block(seen)) w.delta[to + i] += exact_delta(a, part.b, h, at + i, seen);
     }
     for (int64_t i = 0; i < kHalfQueries * w.width; i++) w.dquery[to * w.width + i] = 0;
   }
