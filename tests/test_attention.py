@@ -29,7 +29,9 @@ def drawn(*shapes):
 def test_dropout_is_that_of_the_reference(backend, dropout, dtype):
     inputs = drawn((2, 3, 70, 9), (2, 3, 150, 9), (2, 3, 150, 5))
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 3e-2}[dtype]
-    for found, wanted in zip(gradients(backend, dtype, inputs, dropout_p=dropout), gradients("reference", dtype, inputs, dropout_p=dropout)):
+    for found, wanted in zip(
+        gradients(backend, dtype, inputs, dropout_p=dropout), gradients("reference", dtype, inputs, dropout_p=dropout)
+    ):
         torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
 
 
@@ -54,7 +56,9 @@ def test_a_poisoned_key_reaches_only_who_sees_it(backend, bad, dtype):
             torch.testing.assert_close(f, g, rtol=tolerance, atol=2 * tolerance)
 
 
-@pytest.mark.parametrize("shape", [(4, 2, 150, 170), (1, 2, 150, 170), (1, 1, 150, 170), (1, 2, 1, 170), (1, 2, 150, 1), (1, 1, 1, 1), (150, 170)])
+@pytest.mark.parametrize(
+    "shape", [(4, 2, 150, 170), (1, 2, 150, 170), (1, 1, 150, 170), (1, 2, 1, 170), (1, 2, 150, 1), (1, 1, 1, 1), (150, 170)]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_of_a_mask_that_broadcasts(backend, shape):
     inputs = drawn((4, 2, 150, 6), (4, 2, 170, 6), (4, 2, 170, 6), shape)
