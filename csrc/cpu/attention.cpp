@@ -157,8 +157,8 @@ void keys_and_queries(const AttentionArgs& a, const AttentionKernels& kernels, i
     run_tasks(rows * a.splits, flops, bytes, [&](int64_t task, void* scratch) {
       const int64_t row = task / a.splits, run = task % a.splits, first = run * a.split_keys;
       const int64_t last = std::min(first + a.split_keys, a.keys);
-      kernels.backward[type](a, {row / a.key_heads, row % a.key_heads, first, last, 0, a.queries, run, true, dkv, full, false},
-                             scratch);
+      kernels.backward[type](
+          a, {row / a.key_heads, row % a.key_heads, first, last, 0, a.queries, run, true, dkv, full, false}, scratch);
     });
     return;
   }

@@ -43,8 +43,8 @@ struct AttentionPart {
   int64_t b, h, first, last, begin, end;
   int64_t run;       // which dquery_sums it adds to
   bool dquery, dkv;  // what is wanted
-  bool dmask;         // ds is written to the place that the mask has for every score,
-  bool add_dmask;     // or added where batch rows share it: by one task, in order
+  bool dmask;        // ds is written to the place that the mask has for every score,
+  bool add_dmask;    // or added where batch rows share it: by one task, in order
 };
 
 struct AttentionKernels {

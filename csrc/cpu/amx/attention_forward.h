@@ -106,12 +106,15 @@ struct HalfForward {
   }
 };
 
-// Weights of one row relative to `zero_point`, their sum, and whether a score lies so far above it that the sum could overflow.
-MK_INLINE bool half_weights(const float* s, uint16_t* weights, Range block, float factor, float zero_point, const float* kept, float& sum) {
+// Weights of one row relative to `zero_point`, their sum, and whether a score lies so far above it that the sum could
+// overflow.
+MK_INLINE bool half_weights(const float* s, uint16_t* weights, Range block, float factor, float zero_point,
+                            const float* kept, float& sum) {
   const __m512 f = _mm512_set1_ps(factor), shift = _mm512_set1_ps(-zero_point);
   __m512 first = _mm512_setzero_ps(), second = first, most = first;
   for (int64_t k = block.first; k < block.last; k += 32) {
-    const __m512 x = _mm512_fmadd_ps(_mm512_loadu_ps(s + k), f, shift), y = _mm512_fmadd_ps(_mm512_loadu_ps(s + k + 16), f, shift);
+    const __m512 x = _mm512_fmadd_ps(_mm512_loadu_ps(s + k), f, shift),
+                 y = _mm512_fmadd_ps(_mm512_loadu_ps(s + k + 16), f, shift);
     most = _mm512_max_ps(most, _mm512_max_ps(x, y));
     __m512 a = fast_power(x), b = fast_power(y);
     first = _mm512_add_ps(first, a), second = _mm512_add_ps(second, b);
@@ -131,9 +134,10 @@ MK_INLINE float highest(const float* s, Range block) {
   return _mm512_reduce_max_ps(_mm512_max_ps(most, other));
 }
 
-// softmax_row with the weights rounded to bfloat16; `block` is a whole number of 32 keys. The base moves only if a score exceeds it by
-// 2^kHeadroom, so most blocks need neither their maximum first nor a rescaling of the sums.
-MK_INLINE float half_softmax_row(const float* s, uint16_t* weights, Range block, float factor, float& base, float& total, const float* kept) {
+// softmax_row with the weights rounded to bfloat16; `block` is a whole number of 32 keys. The base moves only if a
+// score exceeds it by 2^kHeadroom, so most blocks need neither their maximum first nor a rescaling of the sums.
+MK_INLINE float half_softmax_row(const float* s, uint16_t* weights, Range block, float factor, float& base,
+                                 float& total, const float* kept) {
   float sum;
   if (base != -kInfinity<float> && !half_weights(s, weights, block, factor, base, kept, sum)) {
     total += sum;
@@ -198,8 +202,7 @@ bool half_blocks(const AttentionArgs& a, const HalfForward& w, int64_t b, int64_
   for (int64_t i = 0; i < rows; i++) w.base[i] = -kInfinity<float>, w.total[i] = 0;
   for (int64_t i = 0; i < kHalfRows * w.kWeightRow; i++) w.weights[i] = 0;
   const Range seen = seen_by_block(a, begin, end, start, stop);
-  for (int64_t first = start + seen.first / kHalfKeys * kHalfKeys; first < start + seen.last;
-       first += kHalfKeys) {
+  for (int64_t first = start + seen.first / kHalfKeys * kHalfKeys; first < start + seen.last; first += kHalfKeys) {
     const int64_t keys = smaller(kHalfKeys, stop - first), keys32 = padded32(keys);
     pack_pairs_across(rows_of<bfloat16>(a.key, b, shared, first), a.key.row, keys, a.width, w.key, keys32);
     if (pack_pairs_down(rows_of<bfloat16>(a.value, b, shared, first), a.value.row, keys, a.value_width, w.value,

@@ -1,4 +1,5 @@
-// What attention adds to the AVX-512 vocabulary: powers, and transposition of a 16x16 float or 8x8 double block in registers.
+// What attention adds to the AVX-512 vocabulary: powers, and transposition of a 16x16 float or 8x8 double block in
+// registers.
 #pragma once
 #include "cpu/avx512/vec.h"
 
@@ -8,7 +9,8 @@
 namespace mk::cpu::MK_LEVEL {
 namespace {
 
-// 2^x for x <= 0, relative error 1e-7: reduce leaves the fraction above floor(x), scalef multiplies by 2^floor(x); -inf gives 0.
+// 2^x for x <= 0, relative error 1e-7: reduce leaves the fraction above floor(x), scalef multiplies by 2^floor(x); -inf
+// gives 0.
 MK_INLINE Vec<float> power(Vec<float> x) {
   constexpr float c[6] = {1.87757677e-3f, 8.98933988e-3f, 5.58263182e-2f, 2.40153617e-1f, 6.93153073e-1f, 0.999999925f};
   return {_mm512_scalef_ps(polynomial(Vec<float>{_mm512_reduce_ps(x.v, 0x01)}, c).v, x.v)};

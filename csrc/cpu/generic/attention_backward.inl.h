@@ -201,7 +201,8 @@ void backward_block(const AttentionArgs& a, const AttentionPart& part, const Bac
       spill(w.gradients, w.kScoreRow, rows, block, rows_of<T>(a.key, part.b, part.h, first), a.key.row, a.width, sums,
             w.query_row);
   }
-  if (part.dmask) write_mask_rows<A, T>(a, w.gradients, w.kScoreRow, rows, block, row_index(a, part.b, h, query), first);
+  if (part.dmask)
+    write_mask_rows<A, T>(a, w.gradients, w.kScoreRow, rows, block, row_index(a, part.b, h, query), first);
   if (part.add_dmask) {
     const int64_t row = row_index(a, part.b / a.mask_group, h, query);
     write_mask_rows<A, T, true>(a, w.gradients, w.kScoreRow, rows, block, row, first);
@@ -209,7 +210,8 @@ void backward_block(const AttentionArgs& a, const AttentionPart& part, const Bac
 }
 
 template <class A, class T>
-__attribute__((nothrow)) void write_keys(const A* from, int64_t from_row, int64_t rows, int64_t columns, A factor, T* out) {
+__attribute__((nothrow)) void write_keys(const A* from, int64_t from_row, int64_t rows, int64_t columns, A factor,
+                                         T* out) {
   using V = Vec<A>;
   for (int64_t i = 0; i < rows; i++)
     for_each_vec<V>(columns, [&](int64_t j, auto part) {

@@ -129,7 +129,8 @@ void product(const Product<A>& p, int64_t rows, int64_t columns, int64_t first, 
   }
 }
 
-// Panels [rows][columns] of a block whose rows lie `stride` apart. With `clean`, what is not finite becomes 0; returns whether anything was.
+// Panels [rows][columns] of a block whose rows lie `stride` apart. With `clean`, what is not finite becomes 0; returns
+// whether anything was.
 template <bool clean, class A, class T>
 bool pack_rows(const T* in, int64_t stride, int64_t rows, int64_t columns, A* out) {
   using V = Vec<A>;
@@ -222,8 +223,8 @@ MK_INLINE Range seen_by_block(const AttentionArgs& a, int64_t begin, int64_t end
 
 // The mask of one query over keys first + [begin, end): bias[begin..end) in score units; 0 or -inf of a boolean one.
 template <class A, class T>
-__attribute__((nothrow)) void load_mask(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, int64_t first, int64_t begin, int64_t end,
-               A* bias) {
+__attribute__((nothrow)) void load_mask(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, int64_t first,
+                                        int64_t begin, int64_t end, A* bias) {
   const int64_t offset = b / a.mask_group * a.mask_b + h * a.mask_h + query * a.mask_q + first * a.mask_k;
   if (a.mask_boolean) {
     const uint8_t* mask = static_cast<const uint8_t*>(a.mask) + offset;
@@ -252,8 +253,8 @@ MK_INLINE uint32_t mix(uint32_t x) {
 // What the weights of one query over keys first + [begin, end) are multiplied by; the hash is specified in
 // backends/reference/attention.py.
 template <class A>
-__attribute__((nothrow)) void load_kept(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, int64_t first, int64_t begin, int64_t end,
-               A* kept) {
+__attribute__((nothrow)) void load_kept(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, int64_t first,
+                                        int64_t begin, int64_t end, A* kept) {
   constexpr uint32_t kGolden = 0x9E3779B9u;
   const uint64_t seed = uint64_t(a.seed[b * a.seed_b]);
   const uint32_t row = mix(mix(uint32_t(seed) + uint32_t(query) * kGolden) + uint32_t(h) * kGolden),
