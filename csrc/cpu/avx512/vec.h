@@ -104,19 +104,25 @@ MK_INLINE Vec<float> select(Mask16 m, Vec<float> a, Vec<float> b) { return {_mm5
 MK_INLINE float reduce_add(Vec<float> a) { return _mm512_reduce_add_ps(a.v); }
 MK_INLINE float reduce_max(Vec<float> a) { return _mm512_reduce_max_ps(a.v); }
 
-// Lane i = the sum of the 16 floats at rows + 16 i: sixteen reductions for the shuffles of three.
+// One step of adding lanes up: a and b folded into one vector, whose lanes with a bit in kOfB belong to b. The blend
+// and the permutation together hold every lane once, and a blend does not compete with the shuffles for their one port.
+template <int kOfB>
+MK_INLINE __m512 fold_lanes(__m512 a, __m512 b, __m512i other) {
+  return _mm512_add_ps(_mm512_mask_blend_ps(__mmask16(kOfB), a, b), _mm512_permutex2var_ps(a, other, b));
+}
+// Lane i = the sum of the 16 floats at rows + 16 i.
 MK_INLINE Vec<float> reduce_add_each(const float* rows) {
-  __m512 q[4];
-  for (int t = 0; t < 4; t++) {
-    const __m512 a = _mm512_loadu_ps(rows + 16 * t), b = _mm512_loadu_ps(rows + 16 * (t + 4));
-    const __m512 c = _mm512_loadu_ps(rows + 16 * (t + 8)), d = _mm512_loadu_ps(rows + 16 * (t + 12));
-    const __m512 x = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-    const __m512 y = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
-    q[t] = _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
-  }
-  const __m512 g = _mm512_add_ps(_mm512_shuffle_ps(q[0], q[1], 0x44), _mm512_shuffle_ps(q[0], q[1], 0xee));
-  const __m512 h = _mm512_add_ps(_mm512_shuffle_ps(q[2], q[3], 0x44), _mm512_shuffle_ps(q[2], q[3], 0xee));
-  return {_mm512_add_ps(_mm512_shuffle_ps(g, h, 0x88), _mm512_shuffle_ps(g, h, 0xdd))};
+  // other[i] is the lane of a (b: + 16) that lies across lane i at distance 8, 4, 2 or 1.
+  const __m512i by8 = _mm512_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23);
+  const __m512i by4 = _mm512_setr_epi32(4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
+  const __m512i by2 = _mm512_setr_epi32(2, 3, 16, 17, 6, 7, 20, 21, 10, 11, 24, 25, 14, 15, 28, 29);
+  const __m512i by1 = _mm512_setr_epi32(1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30);
+  __m512 v[8];
+  for (int i = 0; i < 8; i++)
+    v[i] = fold_lanes<0xff00>(_mm512_loadu_ps(rows + 16 * i), _mm512_loadu_ps(rows + 16 * (i + 8)), by8);
+  for (int i = 0; i < 4; i++) v[i] = fold_lanes<0xf0f0>(v[i], v[i + 4], by4);
+  for (int i = 0; i < 2; i++) v[i] = fold_lanes<0xcccc>(v[i], v[i + 2], by2);
+  return {fold_lanes<0xaaaa>(v[0], v[1], by1)};
 }
 
 template <>

@@ -33,6 +33,7 @@ struct ContentScratch {
     logit = take(a.heads * kTile), along = take(a.heads * kTile), gradient = take(a.heads * kTile);
     squares = take(kTile), shrink = take(kTile), index = reinterpret_cast<int32_t*>(take(kTile));
     key = take(a.heads * a.width), dread = take(a.heads * a.value_width);
+    for (int64_t i = 0; i < kTile; i++) index[i] = int32_t(i);
     norm = take(a.heads), strength = take(a.heads), lse = take(a.heads), delta = take(a.heads);
   }
 };
@@ -61,10 +62,11 @@ void load_keys(const ContentArgs& a, int64_t b, ContentScratch<acc_t<S>>& t) {
 
 // The rows of a tile that take part, as offsets from its first row.
 MK_INLINE int64_t list_rows(const ContentArgs& a, int64_t b, int64_t first, int64_t rows, int32_t* index) {
+  if (!a.mask) return rows;  // all of them, as the scratch was set up
   int64_t count = 0;
   for (int64_t i = 0; i < rows; i++) {
     index[count] = int32_t(i);
-    count += !a.mask || a.mask[b * a.mask_b + first + i];
+    count += a.mask[b * a.mask_b + first + i];
   }
   return count;
 }
