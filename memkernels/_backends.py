@@ -10,6 +10,8 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from memkernels import _config
 from memkernels._checks import BackendError, check_choice
 
@@ -64,7 +66,17 @@ def backends() -> dict[str, str | None]:
         >>> mk.backends()["reference"] is None
         True
     """
-    return {name: found if isinstance(found := package(name), str) else None for name in NAMES}
+    return {name: found if isinstance(found := package(name), str) else _no_device(name) for name in NAMES}
+
+
+def _no_device(name: str) -> str | None:
+    on_cpu = name in ("cpp", "reference") or (name == "triton" and _TRITON_INTERPRET)
+    return None if on_cpu or torch.cuda.is_available() else "no CUDA device"
+
+
+def forced_name() -> str | None:
+    """The backend that the user forces here, by `backend()` or by the environment."""
+    return forced.get() or _FORCED_BY_ENVIRONMENT
 
 
 @cache
@@ -97,7 +109,7 @@ def refusal(name: str, op: str, device: str, args: tuple[Any, ...]) -> str | Non
 def choose(op: str, args: tuple[Any, ...]) -> tuple[ModuleType, bool]:
     """The backend's module for a call, and whether it is the reference: the forced one or raise, else the first that does not refuse."""
     device = args[0].device.type
-    name = forced.get() or _FORCED_BY_ENVIRONMENT
+    name = forced_name()
     if name is not None:
         reason = refusal(name, op, device, args)
         if reason is not None:

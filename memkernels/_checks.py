@@ -81,6 +81,9 @@ def check_floating(op: str, **tensors: torch.Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            kind = "a nested tensor" if tensor.is_nested else f"layout {str(tensor.layout).removeprefix('torch.')}"
+            fail(op, name, "a dense strided tensor", kind, TypeError)
         if first is None:
             if tensor.dtype not in FLOATS:
                 fail(op, name, "float64, float32, bfloat16 or float16", str(tensor.dtype).removeprefix("torch."), TypeError)
@@ -104,6 +107,17 @@ def check_dtype(op: str, argument: str, tensor: torch.Tensor | None, dtype: torc
         fail(op, argument, _dtype(dtype), _dtype(tensor.dtype), TypeError)
     if tensor.device != like.device:
         fail(op, argument, f"device {like.device}", f"device {tensor.device}")
+
+
+def check_number(op: str, argument: str, got: Any) -> None:
+    """A Python number (or a symbolic one under torch.compile), not a tensor or text."""
+    if not isinstance(got, (int, float, torch.SymInt, torch.SymFloat)):
+        fail(op, argument, "a number", type(got).__name__, TypeError)
+
+
+def check_flag(op: str, argument: str, got: Any) -> None:
+    if not isinstance(got, (bool, torch.SymBool)):
+        fail(op, argument, "True or False", repr(got), TypeError)
 
 
 def check_choice(op: str, argument: str, got: Any, choices: Iterable[Any]) -> None:

@@ -16,6 +16,7 @@ __all__ = ["OPS", "Arg", "Out", "capture", "define_inplace", "define_op", "expla
 
 LIBRARY = torch.library.Library("memkernels", "DEF")
 OPS: dict[str, RoutedOp] = {}
+INPLACE: dict[str, InplaceOp] = {}
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
@@ -90,8 +91,8 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
     if isinstance(op, str):
         import memkernels
 
-        if op not in OPS:
-            raise ValueError(f"explain: op: expected one of {', '.join(sorted(OPS))}, got {op!r}")
+        if op not in OPS and op not in INPLACE:
+            raise ValueError(f"explain: op: expected one of {', '.join(sorted([*OPS, *INPLACE]))}, got {op!r}")
         function: Callable[..., Any] = getattr(memkernels, op)
     else:
         function = op
@@ -99,7 +100,9 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
     device = flat[0].device.type
     order = _backends.ORDER.get(device, ("reference",))
     names = (*order, *(n for n in _backends.NAMES if n not in order))
-    return {name: _backends.refusal(name, found.name, device, flat) for name in names}
+    forced = _backends.forced_name()
+    reasons = {name: _backends.refusal(name, found.name, device, flat) for name in names}
+    return {n: r if forced in (None, n) else r or f"not asked for: backend {forced!r} is forced" for n, r in reasons.items()}
 
 
 def _autocast(op: Op, args: tuple[Any, ...], device: str) -> tuple[Any, ...]:
@@ -148,16 +151,33 @@ def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[...,
     return getattr(torch.ops.memkernels, name).default
 
 
-def define_inplace(name: str, of: Op) -> Callable[..., None]:
-    """Register `memkernels::<name>`: the op `of` with its one output written into its first input; no autograd."""
-    first, *others = of.inputs
-    rest = "".join(f", Tensor{'?' if a.optional else ''} {a.name}" for a in others) + (f", {of.options}" if of.options else "")
+class InplaceOp:
+    """A mutating op: the op `of` with its one output written into its first input; no autograd, no transforms."""
 
-    def run(*args: Any) -> None:
-        module, is_reference = _backends.choose(of.name, args)
+    def __init__(self, name: str, of: RoutedOp):
+        self.name, self.of = name, of
+        first, *others = of.inputs
+        rest = "".join(f", Tensor{'?' if a.optional else ''} {a.name}" for a in others) + (f", {of.options}" if of.options else "")
+        self.op = _define(name, f"{name}(Tensor(a!) {first.name}{rest}) -> ()", self.run, lambda *args: None)
+
+    def run(self, *args: Any) -> None:
+        module, is_reference = _backends.choose(self.of.name, args)
         if is_reference:
             args[0].copy_(module.forward(*args)[0])
-        else:
-            module.forward(args[0], *args)
+            return
+        module.forward(args[0], *args)
+        if not args[0].is_inference():  # so that autograd notices if it has saved this tensor
+            torch.autograd.graph.increment_version(args[0])
 
-    return _define(name, f"{name}(Tensor(a!) {first.name}{rest}) -> ()", run, lambda *args: None)
+    def __call__(self, *args: Any) -> None:
+        if _capturing is not None and _capturing == threading.get_ident():
+            raise _Captured(self.of, args)
+        if autocast_enabled(args[0].device.type):  # the memory keeps its dtype, the others follow it
+            args = tuple(a.to(args[0].dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+        self.op(*args)
+
+
+def define_inplace(name: str, of: RoutedOp) -> InplaceOp:
+    """Register `memkernels::<name>`, the in-place form of an op with one output."""
+    INPLACE[name] = InplaceOp(name, of)
+    return INPLACE[name]

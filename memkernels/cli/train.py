@@ -107,4 +107,7 @@ def train(console: Console, trainer: Trainer, limit: Limit, out: Path | None, sa
 
 def _describe(point: Point, step: int | None = None, recent: list[float] | None = None) -> str:
     train = sum(recent) / len(recent) if recent else point.train
-    return f"step {point.step if step is None else step}: {train:.3f} bits per character, held out {point.held_out:.3f}"
+    number = point.step if step is None else step
+    if train == point.held_out:  # no step was taken: there is only the held-out score
+        return f"step {number}: held out {point.held_out:.3f} bits per character"
+    return f"step {number}: {train:.3f} bits per character, held out {point.held_out:.3f}"

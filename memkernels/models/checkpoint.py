@@ -69,6 +69,9 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[st
         raise ValueError(f"{path}: not a whole safetensors file ({' '.join(str(error).split())})") from None
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: expected a {FORMAT} checkpoint, got a file of format {metadata.get('format')!r}")
+    broken = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    if broken:
+        raise ValueError(f"{path}: {broken[0]} holds values that are not finite")
     if metadata.get("version") != str(VERSION):
         raise ValueError(f"{path}: expected version {VERSION}, got {metadata.get('version')!r}")
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from memkernels._checks import check_choice, check_dims, check_floating, check_tensor, fail
+from memkernels._checks import check_choice, check_dims, check_flag, check_floating, check_number, check_tensor, fail
 from memkernels._registry import Arg, Out, define_op
 
 CORNERS = ("top-left", "bottom-right")
@@ -83,6 +83,10 @@ def attention(
     check_choice("attention", "causal", causal, CORNERS)
     if dims["NH"] != dims["NHk"]:
         query, key, value, shape = _heads(query, key, value, shape, enable_gqa)
+    check_number("attention", "dropout_p", dropout_p)
+    if scale is not None:
+        check_number("attention", "scale", scale)
+    check_flag("attention", "is_causal", is_causal)
     if not 0.0 <= dropout_p <= 1.0:
         fail("attention", "dropout_p", "a probability", dropout_p)
     if attn_mask is not None:
@@ -147,12 +151,15 @@ def _mask(mask, query, shape):
     return mask.expand(*shape[:-3], *mask.shape[-3:]).reshape(query.shape[0], *mask.shape[-3:])
 
 
+_FAR = 2**40  # past the end of any sequence, and far from where int64 positions overflow
+
+
 def _window(window):
     if window is None:
         return -1, -1
     if not (isinstance(window, (tuple, list)) and len(window) == 2 and all(w is None or (isinstance(w, int) and w >= -1) for w in window)):
         fail("attention", "window", "(left, right), each an int >= 0, or -1 or None for no limit", window)
-    return tuple(-1 if w is None else w for w in window)
+    return tuple(-1 if w is None else min(w, _FAR) for w in window)
 
 
 def _allocate(query, key, value, attn_mask, seed, scale, dropout_p, left, right, causal):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from memkernels._checks import check_dims, check_dtype, check_floating, fail
+from memkernels._checks import check_dims, check_dtype, check_flag, check_floating, fail
 from memkernels._compat import functorch_active
 from memkernels._registry import Arg, Out, define_op
 
@@ -82,6 +82,8 @@ def lstm(
     check_dtype("lstm", "reset", reset, torch.bool, input)
     check_dtype("lstm", "lengths", lengths, torch.int64, input)
     _check_lengths(lengths, input)
+    check_flag("lstm", "reverse", reverse)
+    check_flag("lstm", "return_cells", return_cells)
     training = functorch_active() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floating))
     output, h_n, c_n, cells, _ = OP(*floating, reset, lengths, reverse, return_cells, training)
     return (output, (h_n, c_n), cells) if return_cells else (output, (h_n, c_n))

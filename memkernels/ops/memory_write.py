@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from memkernels._checks import check_dims, check_floating, fail
+from memkernels._compat import forward_ad_active, functorch_active
 from memkernels._registry import Arg, Out, define_inplace, define_op
 
 
@@ -71,7 +72,7 @@ def memory_write_(memory: torch.Tensor, weights: torch.Tensor, erase: torch.Tens
         The same bits as `memory_write`.
 
     Raises:
-        RuntimeError: grad mode is on and an argument requires grad.
+        RuntimeError: grad mode is on and an argument requires grad; inside a torch.func transform or forward-mode AD.
         ValueError: a size differs from what another argument says, or the memory overlaps itself (from ``expand``).
         TypeError: a dtype or device differs or is not a floating one.
 
@@ -93,6 +94,8 @@ def memory_write_(memory: torch.Tensor, weights: torch.Tensor, erase: torch.Tens
                 f"memory_write_: {name}: expected a tensor that needs no gradient, got one with requires_grad=True; "
                 "use memory_write, or torch.no_grad()"
             )
+    if functorch_active() or forward_ad_active():
+        raise RuntimeError("memory_write_: expected a call outside torch.func transforms and forward-mode AD; use memory_write there")
     if _overlaps_itself(memory):
         fail("memory_write_", "memory", "every element in a place of its own", f"strides {memory.stride()} for shape {tuple(memory.shape)}")
     others = (_apart(tensor, memory) for tensor in (weights, erase, add))
