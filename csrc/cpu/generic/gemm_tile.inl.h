@@ -64,13 +64,23 @@ MK_INLINE GemmTile<A> gemm_tile_for(int64_t rows) {
   switch (rows) {
 #define MK_TILE(M) \
   case M:          \
-    return gemm_tile<A, (M <= tile_rows(N) ? M : 1), N, kColumns>;
-    MK_TILE(1)
-    MK_TILE(2)
-    MK_TILE(3)
-    MK_TILE(4) MK_TILE(5) MK_TILE(6) MK_TILE(7) MK_TILE(8) MK_TILE(9) MK_TILE(10) MK_TILE(11) MK_TILE(12) MK_TILE(13)
+    return gemm_tile<A, (M <= tile_rows(N) ? M : 1), N, kColumns>
+    MK_TILE(1);
+    MK_TILE(2);
+    MK_TILE(3);
+    MK_TILE(4);
+    MK_TILE(5);
+    MK_TILE(6);
+    MK_TILE(7);
+    MK_TILE(8);
+    MK_TILE(9);
+    MK_TILE(10);
+    MK_TILE(11);
+    MK_TILE(12);
+    MK_TILE(13);
 #undef MK_TILE
-        default : return gemm_tile<A, tile_rows(N), N, kColumns>;
+    default:
+      return gemm_tile<A, tile_rows(N), N, kColumns>;
   }
 }
 
