@@ -24,8 +24,8 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 class Settings:
     """How to train; stored in the checkpoint and used again when it is resumed.
 
-    The learning rate rises to `rate` over `warmup` steps. Then it falls with the step as 1 / sqrt(1 + step / 500); or, with `decay_seconds`,
-    along half a cosine to a twentieth over so many seconds of training.
+    The learning rate rises to `rate` over `warmup` steps. Then it falls with the step as 1 / sqrt(1 + step / 500); or, with
+    `decay_seconds`, along half a cosine to a twentieth over so many seconds of training.
     """
 
     window: int = 128
@@ -132,7 +132,7 @@ class Trainer:
         return self.train_tokens[starts + torch.arange(s.window + 1)]
 
     def rate(self) -> float:
-        """The learning rate of the current step; where this call will stop has no part in it, so a resumed run goes on as if never stopped."""
+        """The learning rate of the current step; where a call of `run` stops has no part in it."""
         s = self.settings
         if s.decay_seconds:
             falling = 0.05 + 0.95 * (1 + math.cos(math.pi * min(1.0, self.seconds / s.decay_seconds))) / 2
