@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import memkernels
+from memkernels.bench import memory
 from memkernels.bench.environment import floor_seconds, synchronize
 from memkernels.bench.peers import Invoke, invoke, peer
 from memkernels.bench.row import Row
@@ -105,10 +106,25 @@ class Call:
         with self._forced():
             return [t for t in tensors_of(self.function(dict(self.leaves), dict(self.options))) if t.requires_grad]
 
-    def gradients(self, outputs: list[torch.Tensor]) -> None:
+    def gradients(self, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
         if not self.upstream:
             self.upstream = [g for g in upstream(outputs, outputs[0].dtype) if g is not None]
-        torch.autograd.grad(outputs, self.wanted, self.upstream, allow_unused=True)
+        return [g for g in torch.autograd.grad(outputs, self.wanted, self.upstream, allow_unused=True) if g is not None]
+
+    def extra_mb(self, mode: str, device: str) -> float | None:
+        """Peak megabytes of one run beyond inputs and outputs; after `once`, which makes the upstream gradients."""
+        graph = self.train() if mode == "backward" else None
+
+        def run() -> list[torch.Tensor]:
+            if mode == "forward":
+                with torch.inference_mode():
+                    return tensors_of(self.forward())
+            outputs = graph or self.train()
+            return outputs if mode == "training forward" else [*outputs, *self.gradients(outputs)]
+
+        given = [*self.inputs.values(), *self.upstream, *(graph or ())]
+        found = memory.extra_bytes(run, given, device)
+        return None if found is None else found * 1e-6
 
 
 @dataclass
@@ -150,8 +166,10 @@ class Case:
                     del ready[name]
             mine, *theirs = interleaved([ours, *ready.values()], mode, self.device, seconds)
             times = dict(zip(ready, theirs, strict=True))
+            extra, extras = ours.extra_mb(mode, self.device), {name: call.extra_mb(mode, self.device) for name, call in ready.items()}
             for name in others or ("",):
-                yield self.row(mode, mine, name, times.get(name), notes.get(name, ""))
+                found = self.row(mode, mine, name, times.get(name), notes.get(name, ""))
+                yield replace(found, extra_mb=extra, peer_extra_mb=extras.get(name))
 
     def row(self, mode: str, mine: float, name: str, theirs: float | None, note: str) -> Row:
         d, item = self.sample.dims, self.dtype.itemsize
