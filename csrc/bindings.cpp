@@ -40,8 +40,8 @@ void bind(const py::capsule& exchange, uintptr_t parallel_for, uintptr_t num_thr
                    reinterpret_cast<mk::TorchNumThreads>(num_threads), getpid()};
 }
 
-// The tensors, those copied whose last dimension is not a contiguous run of memory; None stays None. Here rather than in
-// Python, where asking for sizes and strides costs more than a small kernel.
+// The tensors, those copied whose last dimension is not a contiguous run of memory; None stays None. Here rather than
+// in Python, where asking for sizes and strides costs more than a small kernel.
 py::object inner_contiguous(const py::args& tensors) {
   py::object result = tensors;
   for (size_t i = 0; i < tensors.size(); i++) {
