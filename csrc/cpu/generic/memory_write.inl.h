@@ -110,7 +110,7 @@ struct Fetch {
   const S *memory, *d, *dmemory;
   int64_t column, width, memory_skip, d_skip;
 
-  MK_INLINE Fetch(const WriteRows<S>& t, int64_t j) : column(0), width(t.width) {
+  MK_INLINE Fetch(const WriteRows<S>& t, int64_t j) : width(t.width) {
     const int64_t row = j * kWriteTile / t.width + kWriteTile;
     column = j * kWriteTile % t.width;
     memory = t.memory + row * t.memory_n + column, d = t.d + row * t.d_n + column;
