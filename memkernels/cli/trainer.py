@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from memkernels.cli.errors import UserError
-from memkernels.models.memory_lm import MemoryLM, MemoryLMConfig
+from memkernels.models.memory_lm import MemoryLM
 from memkernels.models.vocabulary import Vocabulary
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -158,7 +158,3 @@ class Trainer:
         length = max(2, most // 8)
         starts = [i * (len(self.held_out) - length) // 7 for i in range(8)]
         return sum(self.model.evaluate(self.held_out[s : s + length], self.settings.window) for s in starts) / 8
-
-
-def config_fields() -> tuple[str, ...]:
-    return tuple(MemoryLMConfig.__dataclass_fields__)
