@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from memkernels import _config
-from memkernels._checks import BackendError, check_choice
+from memkernels._checks import BackendError, check_choice, fail
 
 NAMES = ("cuda", "triton", "cpp", "reference")
 ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpp", "reference")}
@@ -137,8 +137,10 @@ def cpu_level(level: str | None = None) -> str | None:
         The level in use, or None when the C++ extension is not built.
 
     Raises:
-        ValueError: unknown level, or one this CPU does not have. BackendError: a level was given and there is no extension.
+        TypeError: not a name. ValueError: unknown level, or one this CPU does not have. BackendError: a level was given and there is no extension.
     """
+    if level is not None and not isinstance(level, str):
+        fail("cpu_level", "level", "a level's name or None", repr(level), TypeError)
     found = package("cpp")
     if isinstance(found, str):
         if level is not None:
