@@ -154,9 +154,10 @@ void forward(const TensorView& output, const TensorView& h_n, const TensorView& 
   pybind11::gil_scoped_release nogil;
   if (B == 0 || f.H == 0) return;
   Scratch scratch;
-  // The input part of z for a chunk should stay in the L2 cache; no result depends on where chunks end.
-  constexpr int64_t kProjectedBytes = 1 << 20;
-  const int64_t rows = std::clamp<int64_t>(kProjectedBytes / (4 * f.H * format.sum_bytes), 64, 512);
+  // The input part of z for a chunk should stay in the L2 cache. Products of 16-bit operands are so fast that reading
+  // the weights again for every chunk costs more than that. No result depends on where chunks end.
+  const int64_t projected_bytes = int64_t(format.pack_bytes == 2 ? 4 : 1) << 20;
+  const int64_t rows = std::clamp<int64_t>(projected_bytes / (4 * f.H * format.sum_bytes), 64, 512);
   const int64_t steps = std::clamp<int64_t>(rows / B, 1, std::max<int64_t>(T, 1));
   const int ranks = ranks_for(B, f.H, tiles_of(f.H, format.lanes) * tiles_of(B, format.row_tile));
   plan_forward(f, format, steps, ranks, scratch);
