@@ -1,12 +1,14 @@
 // Attention of bfloat16 with AMX tiles; the other dtypes, and what the tiles do not cover, run the generic code at this
 // level.
 #include "cpu/amx/attention_backward.h"
+#include "cpu/amx/attention_units.h"
 
 namespace mk::cpu::MK_LEVEL {
 namespace {
 
 int64_t half_forward_scratch(const AttentionArgs& a) {
-  return larger(HalfForward(a, nullptr).used, forward_scratch<float>(a));
+  const int64_t tiles = larger(HalfForward(a, nullptr).used, HalfUnits(a, nullptr).used);
+  return larger(tiles, forward_scratch<float>(a));
 }
 int64_t half_backward_scratch(const AttentionArgs& a) {
   return larger(HalfBackward(a, nullptr).used, backward_scratch<float>(a));

@@ -217,23 +217,24 @@ bool half_blocks(const AttentionArgs& a, const HalfForward& w, int64_t b, int64_
   return true;
 }
 
-void half_forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t split,
-                  void* memory) {
+// One row's result, or its part of it.
+MK_INLINE void half_result(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, int64_t split,
+                           const float* sums, float base, float total) {
+  if (a.splits == 1) return write_row<float, bfloat16>(a, row_index(a, b, h, query), sums, base, total);
+  const Partial<float> out(a, b, h, split);
+  const int64_t row = padded<float>(a.value_width);
+  for (int64_t j = 0; j < row; j++) out.sums[query * row + j] = sums[j];
+  out.base[query] = base, out.total[query] = total;
+}
+
+void half_forward_biased(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t split,
+                         void* memory) {
   const HalfForward w(a, memory);
   const int64_t start = split * a.split_keys, stop = smaller(start + a.split_keys, a.keys), rows = end - begin;
   if (!half_blocks(a, w, b, h, begin, end, start, stop))
     return forward<float, bfloat16>(a, b, h, begin, end, split, memory);
-  if (a.splits == 1) {
-    for (int64_t i = 0; i < rows; i++)
-      write_row<float, bfloat16>(a, row_index(a, b, h, begin + i), w.sums + i * w.value_width, w.base[i], w.total[i]);
-    return;
-  }
-  const Partial<float> out(a, b, h, split);
-  const int64_t row = padded<float>(a.value_width);
-  for (int64_t i = 0; i < rows; i++) {
-    for (int64_t j = 0; j < row; j++) out.sums[(begin + i) * row + j] = w.sums[i * w.value_width + j];
-    out.base[begin + i] = w.base[i], out.total[begin + i] = w.total[i];
-  }
+  for (int64_t i = 0; i < rows; i++)
+    half_result(a, b, h, begin + i, split, w.sums + i * w.value_width, w.base[i], w.total[i]);
 }
 
 }  // namespace

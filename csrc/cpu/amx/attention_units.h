@@ -1,0 +1,329 @@
+// Attention forward of bfloat16 without mask and dropout, in units of 32 queries and 64 keys. While the vector ports
+// turn the scores of one unit into weights, the tiles compute the scores of the next unit and add the values of the
+// one before: the instructions are interleaved here, because the reorder buffer is shorter than a unit.
+//
+// A row's base is the maximum of its first unit and moves only when later weights exceed kMostSum. Each row
+// decides on its own, from its own scores, so no row changes a bit of another. Precision: as attention_forward.h.
+#pragma once
+#include "cpu/amx/attention_forward.h"
+
+namespace mk::cpu::MK_LEVEL {
+namespace {
+
+constexpr int64_t kUnitRows = 32, kUnitKeys = 64, kUnitBlock = 256, kUnitGroup = kHalfGroup;
+constexpr float kMostSum = 0x1p24f;  // of a row's weights of a unit in one lane
+constexpr int64_t kUnitsMost = kUnitBlock / kUnitKeys * (kUnitGroup / kUnitRows);
+
+struct Unit {
+  const uint16_t *query, *key, *value;  // packed
+  float *sums, *totals, *shift;
+  int64_t at, rows, first;  // query, how many, key
+  bool fresh, edge;         // the first unit of its rows; not all its rows see all its keys
+};
+
+struct HalfUnits {
+  static constexpr int64_t kScores = kUnitRows * kUnitKeys;
+  uint16_t *query, *key, *value, *weights;
+  float *sums, *totals, *shift, *scores;  // totals: 16 lanes a row; shift: -base, and +inf before any score
+  Unit* units;
+  int64_t width, value_width, stop, used;
+
+  HalfUnits(const AttentionArgs& a, void* memory) : width(padded32(a.width)), value_width(padded32(a.value_width)) {
+    Carver carver(memory);
+    const int64_t rows = padded32(smaller(kUnitGroup, a.queries));
+    query = carver.take<uint16_t>(rows * width);
+    key = carver.take<uint16_t>(kUnitBlock * width);
+    value = carver.take<uint16_t>(kUnitBlock * value_width);
+    weights = carver.take<uint16_t>(2 * kScores);
+    sums = carver.take<float>(rows * value_width);
+    totals = carver.take<float>(rows * 16);
+    shift = carver.take<float>(rows);
+    scores = carver.take<float>(2 * kScores);
+    units = carver.take<Unit>(kUnitsMost);
+    used = carver.used();
+  }
+};
+
+// One step of C[32][32] = or += A[32][32] B[32][32]: the upper or the lower half of the rows.
+MK_INLINE void tile_step(bool clear, bool lower, bool first, bool last, const uint16_t* a, int64_t a_row,
+                         const uint16_t* b, int64_t b_columns, float* c, int64_t c_row) {
+  if (!lower) {
+    if (first && clear) {
+      _tile_zero(0);
+      _tile_zero(1);
+    } else if (first) {
+      _tile_loadd(0, c, c_row * 4);
+      _tile_loadd(1, c + 16, c_row * 4);
+    }
+    _tile_loadd(4, a, a_row * 2);
+    _tile_loadd(6, b, b_columns * 4);
+    _tile_loadd(7, b + 32, b_columns * 4);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    return;
+  }
+  if (first && clear) {
+    _tile_zero(2);
+    _tile_zero(3);
+  } else if (first) {
+    _tile_loadd(2, c + 16 * c_row, c_row * 4);
+    _tile_loadd(3, c + 16 * c_row + 16, c_row * 4);
+  }
+  _tile_loadd(5, a + 16 * a_row, a_row * 2);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+  if (!last) return;
+  _tile_stored(0, c, c_row * 4);
+  _tile_stored(1, c + 16, c_row * 4);
+  _tile_stored(2, c + 16 * c_row, c_row * 4);
+  _tile_stored(3, c + 16 * c_row + 16, c_row * 4);
+}
+
+// The tile work that accompanies one unit: scores of `next`, then weights of `before` times values.
+class TileSteps {
+ public:
+  TileSteps(const HalfUnits& w, const Unit* next, const Unit* before, int64_t odd)
+      : before_(before), weights_(w.weights + (1 - odd) * w.kScores), value_width_(w.value_width) {
+    steps = (next ? w.width / 32 * 4 : 0) + (before ? w.value_width / 32 * 4 : 0);
+    if (next)
+      begin(true, next->query, w.width, next->key, kUnitKeys, w.scores + (1 - odd) * w.kScores, kUnitKeys, w.width);
+    else
+      begin_sums(), lower_ = false;
+  }
+  MK_INLINE void step() {
+    tile_step(clear_, lower_, depth_ == 0, depth_ + 32 == depths_, a_ + depth_, a_row_, b_ + depth_ * b_columns_,
+              b_columns_, c_, c_row_);
+    if (lower_ && (depth_ += 32) == depths_) {
+      depth_ = 0, b_ += 64, c_ += 32;
+      if (!(columns_ -= 32)) begin_sums();
+    }
+    lower_ = !lower_;
+  }
+  int64_t steps;
+
+ private:
+  MK_INLINE void begin(bool clear, const uint16_t* a, int64_t a_row, const uint16_t* b, int64_t b_columns, float* c,
+                       int64_t c_row, int64_t depths) {
+    clear_ = clear, lower_ = false, a_ = a, a_row_ = a_row, b_ = b, b_columns_ = b_columns, c_ = c, c_row_ = c_row;
+    depth_ = 0, depths_ = depths, columns_ = b_columns;
+  }
+  MK_INLINE void begin_sums() {
+    if (before_)
+      begin(false, weights_, kUnitKeys, before_->value, value_width_, before_->sums, value_width_, kUnitKeys);
+    lower_ = true;  // step() turns it
+  }
+
+  const Unit* before_;
+  const uint16_t *weights_, *a_ = nullptr, *b_ = nullptr;
+  float* c_ = nullptr;
+  int64_t value_width_, a_row_ = 0, b_columns_ = 0, c_row_ = 0, depth_ = 0, depths_ = 0, columns_ = 0;
+  bool clear_ = false, lower_ = false;
+};
+
+// 2^x where seen: power(), which the log-sum-exp needs, with the mask for nothing.
+MK_INLINE __m512 half_power(__m512 x, __mmask16 seen) {
+  constexpr float c[6] = {1.87757677e-3f, 8.98933988e-3f, 5.58263182e-2f, 2.40153617e-1f, 6.93153073e-1f, 0.999999925f};
+  return _mm512_maskz_scalef_ps(seen, polynomial(Vec<float>{_mm512_reduce_ps(x, 0x01)}, c).v, x);
+}
+
+MK_INLINE uint64_t unit_sees(const AttentionArgs& a, const HalfUnits& w, const Unit& unit, int64_t row) {
+  const Range all = seen_by(a, unit.at + row);
+  const int64_t from = smaller(larger(all.first - unit.first, 0), kUnitKeys);
+  const int64_t to = larger(smaller(smaller(all.last, w.stop) - unit.first, kUnitKeys), from);
+  return _bzhi_u64(~uint64_t(0), unsigned(to)) & ~_bzhi_u64(~uint64_t(0), unsigned(from));
+}
+
+MK_INLINE __m512 unit_weights(const float* s, uint16_t* weights, uint64_t seen, __m512 factor, __m512 shift) {
+  __m512 p[4];
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; v++)
+    p[v] = half_power(_mm512_fmadd_ps(_mm512_loadu_ps(s + 16 * v), factor, shift), __mmask16(seen >> (16 * v)));
+  _mm512_storeu_si512(weights, two_bfloat16(p[0], p[1]));
+  _mm512_storeu_si512(weights + 32, two_bfloat16(p[2], p[3]));
+  return _mm512_add_ps(_mm512_add_ps(p[0], p[1]), _mm512_add_ps(p[2], p[3]));
+}
+
+MK_INLINE float unit_highest(const float* s, uint64_t seen) {
+  __m512 most = _mm512_set1_ps(-kInfinity<float>);
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; v++)
+    most = _mm512_mask_max_ps(most, __mmask16(seen >> (16 * v)), most, _mm512_loadu_ps(s + 16 * v));
+  return _mm512_reduce_max_ps(most);
+}
+
+// A row whose base has to move, or that holds what is not finite: its older sums are scaled to the new base.
+__attribute__((noinline)) void rebase_row(const HalfUnits& w, const Unit& unit, int64_t row, const float* s,
+                                          uint16_t* weights, uint64_t seen, float factor) {
+  const float old = -unit.shift[row], found = unit_highest(s, seen) * factor, base = found > old ? found : old;
+  const float zero_point = base == -kInfinity<float> ? 0 : base;
+  const __m512 sum = unit_weights(s, weights, seen, _mm512_set1_ps(factor), _mm512_set1_ps(-zero_point));
+  const __m512 shrink = _mm512_broadcastss_ps(_mm512_castps512_ps128(fast_power(_mm512_set1_ps(old - zero_point))));
+  float *totals = unit.totals + row * 16, *sums = unit.sums + row * w.value_width;
+  _mm512_storeu_ps(totals, _mm512_fmadd_ps(_mm512_loadu_ps(totals), shrink, sum));
+  for (int64_t j = 0; j < w.value_width; j += 16)
+    _mm512_storeu_ps(sums + j, _mm512_mul_ps(shrink, _mm512_loadu_ps(sums + j)));
+  unit.shift[row] = -base;
+}
+
+// A unit at work: `moved` collects the rows whose base has to move.
+struct UnitRows {
+  const float* scores;
+  uint16_t* weights;
+  float scale;
+  uint32_t moved;
+
+  UnitRows(const AttentionArgs& a, const HalfUnits& w, int64_t odd)
+      : scores(w.scores + odd * w.kScores),
+        weights(w.weights + odd * w.kScores),
+        scale(float(a.scale) * kUnit<float>),
+        moved(0) {}
+
+  template <bool edge, bool fresh>
+  MK_INLINE void row(const AttentionArgs& a, const HalfUnits& w, const Unit& unit, int64_t row) {
+    const float* s = scores + row * kUnitKeys;
+    const uint64_t seen = edge ? unit_sees(a, w, unit, row) : ~uint64_t(0);
+    if (fresh) unit.shift[row] = -(unit_highest(s, seen) * scale);
+    const __m512 sum =
+        unit_weights(s, weights + row * kUnitKeys, seen, _mm512_set1_ps(scale), _mm512_set1_ps(unit.shift[row]));
+    float* totals = unit.totals + row * 16;
+    if (__builtin_expect(_mm512_cmp_ps_mask(sum, _mm512_set1_ps(kMostSum), _CMP_NLE_UQ), 0))
+      moved |= 1u << row;
+    else
+      _mm512_storeu_ps(totals, _mm512_add_ps(_mm512_loadu_ps(totals), sum));
+  }
+  template <bool edge>
+  MK_INLINE void rebase(const AttentionArgs& a, const HalfUnits& w, const Unit& unit) {
+    for (; moved; moved &= moved - 1) {
+      const int64_t row = __builtin_ctz(moved);
+      rebase_row(w, unit, row, scores + row * kUnitKeys, weights + row * kUnitKeys,
+                 edge ? unit_sees(a, w, unit, row) : ~uint64_t(0), scale);
+    }
+  }
+};
+
+template <bool edge, bool fresh>
+__attribute__((noinline)) void run_unit(const AttentionArgs& a, const HalfUnits& w, const Unit& unit, TileSteps tiles,
+                                        int64_t odd) {
+  UnitRows rows(a, w, odd);
+  int64_t done = 0;
+  for (int64_t row = 0; row < unit.rows; row++) {
+    rows.row<edge, fresh>(a, w, unit, row);
+    for (; done * 32 < (row + 1) * tiles.steps; done++) tiles.step();
+  }
+  for (; done < tiles.steps; done++) tiles.step();
+  rows.rebase<edge>(a, w, unit);
+}
+
+// The common unit, 32 rows of width 64 amid others, with all of its steps laid out: an eighth less time than the loop.
+template <int kPair>
+MK_INLINE void fixed_pairs(const AttentionArgs& a, const HalfUnits& w, const Unit& unit, UnitRows& rows,
+                           float* next_scores, const uint16_t* past_weights) {
+  rows.row<false, false>(a, w, unit, 2 * kPair);
+  rows.row<false, false>(a, w, unit, 2 * kPair + 1);
+  constexpr bool kScoring = kPair < 8;
+  constexpr int64_t kDepth = kPair / 2 % 2 * 32, kColumn = kPair / 4 % 2 * 32, kB = (kDepth / 2 * 64 + kColumn) * 2;
+  const Unit &next = *(&unit + 1), &past = *(&unit - 1);
+  tile_step(kScoring, kPair % 2, kDepth == 0, kDepth != 0, (kScoring ? next.query : past_weights) + kDepth, 64,
+            (kScoring ? next.key : past.value) + kB, 64, (kScoring ? next_scores : past.sums) + kColumn, 64);
+  if constexpr (kPair < 15) fixed_pairs<kPair + 1>(a, w, unit, rows, next_scores, past_weights);
+}
+__attribute__((noinline)) void run_fixed_unit(const AttentionArgs& a, const HalfUnits& w, const Unit& unit,
+                                              int64_t odd) {
+  UnitRows rows(a, w, odd);
+  fixed_pairs<0>(a, w, unit, rows, w.scores + (1 - odd) * w.kScores, w.weights + (1 - odd) * w.kScores);
+  rows.rebase<false>(a, w, unit);
+}
+
+MK_INLINE void run_tiles(TileSteps tiles) {
+  asm volatile("" ::: "memory");  // the compiler does not know what tile loads read
+  for (int64_t i = 0; i < tiles.steps; i++) tiles.step();
+}
+
+MK_INLINE void run_units(const AttentionArgs& a, const HalfUnits& w, int64_t count) {
+  if (count == 0) return;
+  const bool square = w.width == 64 && w.value_width == 64;
+  run_tiles({w, w.units, nullptr, 1});
+  for (int64_t i = 0; i < count; i++) {
+    const Unit& unit = w.units[i];
+    asm volatile("" ::: "memory");
+    if (square && i && i + 1 < count && unit.rows == kUnitRows && !unit.edge && !unit.fresh) {
+      run_fixed_unit(a, w, unit, i % 2);
+      continue;
+    }
+    const auto run = unit.edge    ? unit.fresh ? run_unit<true, true> : run_unit<true, false>
+                        : unit.fresh ? run_unit<false, true>
+                                  : run_unit<false, false>;
+    run(a, w, unit, {w, i + 1 < count ? &unit + 1 : nullptr, i ? &unit - 1 : nullptr, i % 2}, i % 2);
+  }
+  run_tiles({w, nullptr, w.units + count - 1, count % 2});
+}
+
+// Units of queries [begin, end) against the packed keys [first, first + keys).
+MK_INLINE int64_t list_units(const AttentionArgs& a, const HalfUnits& w, int64_t begin, int64_t end, int64_t first,
+                             int64_t keys, uint64_t& started) {
+  int64_t count = 0;
+  for (int64_t row = 0; row < end - begin; row += kUnitRows) {
+    const int64_t rows = smaller(kUnitRows, end - begin - row), at = begin + row;
+    const Range block = seen_by_block(a, at, at + rows, first, first + keys);
+    const Range top = seen_by(a, at), bottom = seen_by(a, at + rows - 1);
+    for (int64_t key = block.first / kUnitKeys * kUnitKeys; key < block.last; key += kUnitKeys) {
+      const int64_t low = first + key, high = low + kUnitKeys;
+      const uint64_t bit = uint64_t(1) << (row / kUnitRows);
+      w.units[count++] = {w.query + row * w.width,
+                          w.key + key * w.width,
+                          w.value + key * w.value_width,
+                          w.sums + row * w.value_width,
+                          w.totals + row * 16,
+                          w.shift + row,
+                          at,
+                          rows,
+                          low,
+                          !(started & bit),
+                          bottom.first > low || top.last < high || w.stop < high};
+      started |= bit;
+    }
+  }
+  return count;
+}
+
+// False where a value is not finite: the tiles cannot leave it out for the queries that do not see it.
+bool unit_blocks(const AttentionArgs& a, HalfUnits& w, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t start,
+                 int64_t stop) {
+  const int64_t shared = h / (a.heads / a.key_heads), rows = end - begin, rows32 = padded32(rows);
+  const Tiles tiles;
+  w.stop = stop;
+  pack_plain_halves(rows_of<bfloat16>(a.query, b, h, begin), a.query.row, rows, a.width, w.query, rows32);
+  for (int64_t i = 0; i < rows32 * w.value_width; i++) w.sums[i] = 0;
+  for (int64_t i = 0; i < rows32 * 16; i++) w.totals[i] = 0;
+  for (int64_t i = 0; i < rows32; i++) w.shift[i] = kInfinity<float>;
+  for (int64_t i = 0; i < 2 * w.kScores; i++) w.weights[i] = 0;
+  const Range seen = seen_by_block(a, begin, end, start, stop);
+  uint64_t started = 0;
+  for (int64_t first = start + seen.first / kUnitBlock * kUnitBlock; first < start + seen.last; first += kUnitBlock) {
+    const int64_t keys = smaller(kUnitBlock, stop - first);
+    for (int64_t key = 0; key < keys; key += kUnitKeys)
+      pack_pairs_across(rows_of<bfloat16>(a.key, b, shared, first + key), a.key.row, smaller(kUnitKeys, keys - key),
+                        a.width, w.key + key * w.width, kUnitKeys);
+    if (pack_pairs_down(rows_of<bfloat16>(a.value, b, shared, first), a.value.row, keys, a.value_width, w.value,
+                        (keys + kUnitKeys - 1) / kUnitKeys * kUnitKeys))
+      return false;
+    run_units(a, w, list_units(a, w, begin, end, first, keys, started));
+  }
+  return true;
+}
+
+void half_forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t split,
+                  void* memory) {
+  if (needs_bias(a) || a.seed) return half_forward_biased(a, b, h, begin, end, split, memory);
+  HalfUnits w(a, memory);
+  const int64_t start = split * a.split_keys, stop = smaller(start + a.split_keys, a.keys), rows = end - begin;
+  if (!unit_blocks(a, w, b, h, begin, end, start, stop))
+    return forward<float, bfloat16>(a, b, h, begin, end, split, memory);
+  for (int64_t i = 0; i < rows; i++) {
+    const float total = _mm512_reduce_add_ps(_mm512_loadu_ps(w.totals + i * 16));
+    half_result(a, b, h, begin + i, split, w.sums + i * w.value_width, -w.shift[i], total);
+  }
+}
+
+}  // namespace
+}  // namespace mk::cpu::MK_LEVEL
