@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from memkernels import _backends, _vmap
-from memkernels._compat import autocast_enabled, batched_gradient, eager_apply, plain_call
-from memkernels._op import Op
+from memkernels._compat import autocast_enabled, eager_apply, plain_call, plain_gradients
+from memkernels._op import Op, filled
 
 
 def attach(op: Op) -> None:
@@ -98,10 +98,10 @@ def _eager_function(op: Op, general: Any) -> Any:
     n_inputs = len(op.inputs)
     fixed = [i for i, o in enumerate(op.outputs) if not o.differentiable]
 
-    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor | None, ...]:
-        outputs = op.compute(*args)
+    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, ...]:
+        outputs = filled(op.compute(*args), args[0])  # as the torch op has it: checkpointing compares what two calls save
         if fixed:
-            ctx.mark_non_differentiable(*[t for i in fixed if (t := outputs[i]) is not None])
+            ctx.mark_non_differentiable(*[outputs[i] for i in fixed])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*args[:n_inputs], *[outputs[i] for i in op.saved_outputs])
         ctx.options, ctx.backend = args[n_inputs:], _backends.forced.get()
@@ -109,7 +109,7 @@ def _eager_function(op: Op, general: Any) -> Any:
 
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         saved, needed = ctx.saved_tensors, ctx.needs_input_grad  # once: some hooks hand a saved tensor out only once
-        plain = not torch.is_grad_enabled() and ctx.backend is None and plain_call((*grads, *saved)) and not batched_gradient(grads)
+        plain = not torch.is_grad_enabled() and ctx.backend is None and plain_call((*grads, *saved)) and plain_gradients(grads)
         doutputs = [grads[i] for i in op.differentiable_outputs]
         if not plain or all([g is None for g in doutputs]):
             return general(ctx, saved, grads)

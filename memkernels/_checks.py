@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any
 
 import torch
 
-from memkernels._compat import PLAIN, autocast_enabled
+from memkernels._compat import PLAIN, autocast_enabled, jit_tracing
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -123,7 +124,7 @@ class Signature:
         self.passed: dict[Any, dict[str, int]] = {}
 
     def __call__(self, *tensors: Any) -> dict[str, int]:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or jit_tracing():  # a trace names and records what checks read, the same each time
             return self.check(tensors)[0]
         key = key_of(*tensors)
         sizes = self.passed.get(key)
@@ -137,7 +138,7 @@ class Signature:
 
     def known(self, *tensors: Any) -> dict[str, int] | None:
         """The sizes if a call like this has passed before."""
-        return None if torch.compiler.is_compiling() else self.passed.get(key_of(*tensors))
+        return None if torch.compiler.is_compiling() or jit_tracing() else self.passed.get(key_of(*tensors))
 
     def check(self, tensors: tuple[Any, ...]) -> tuple[dict[str, int], bool]:
         """The sizes, and whether all floating dtypes agree."""
@@ -146,7 +147,7 @@ class Signature:
         for name, tensor in given.items():
             if tensor is not None or name not in self.optional:
                 check_tensor(op, name, tensor)
-                _check_dense(op, name, tensor)
+                check_dense(op, name, tensor)
         sizes = check_dims(op, **{name: (tensor, self.dims[name]) for name, tensor in given.items()})
         same = check_floating(op, **{name: tensor for name, tensor in given.items() if name not in self.fixed})
         for name, dtype in self.fixed.items():
@@ -154,7 +155,7 @@ class Signature:
         return sizes, same
 
 
-def _check_dense(op: str, name: str, tensor: torch.Tensor) -> None:
+def check_dense(op: str, name: str, tensor: torch.Tensor) -> None:
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "a nested tensor" if tensor.is_nested else f"layout {str(tensor.layout).removeprefix('torch.')}"
         fail(op, name, "a dense strided tensor", kind, TypeError)
@@ -175,10 +176,14 @@ def check_dtype(op: str, argument: str, tensor: torch.Tensor | None, dtype: torc
         fail(op, argument, f"device {like.device}", f"device {tensor.device}")
 
 
-def check_number(op: str, argument: str, got: Any) -> None:
-    """A Python number (or a symbolic one under torch.compile), not a tensor or text."""
-    if not isinstance(got, (int, float, torch.SymInt, torch.SymFloat)):
+def check_number(op: str, argument: str, got: Any) -> Any:
+    """A number (a symbolic one under torch.compile, NumPy's, a tensor of one element that needs no gradient), as one of Python's."""
+    if isinstance(got, (int, float, torch.SymInt, torch.SymFloat)):
+        return got
+    tensor = isinstance(got, torch.Tensor) and got.dim() == 0 and not got.requires_grad and not got.is_complex()
+    if not tensor and not isinstance(got, Real):
         fail(op, argument, "a number", type(got).__name__, TypeError)
+    return float(got)
 
 
 def check_flag(op: str, argument: str, got: Any) -> None:

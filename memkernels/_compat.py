@@ -55,8 +55,13 @@ PLAIN = {torch.Tensor: True, torch.nn.Parameter: True}  # classes of tensors tha
 _PLAIN_ARGUMENTS = frozenset({*PLAIN, type(None), bool, int, float, str})
 
 
+def jit_tracing() -> bool:
+    """True inside torch.jit.trace; public `torch.jit.is_tracing` costs three times as much."""
+    return torch._C._get_tracing_state() is not None
+
+
 def plain_call(args: tuple[Any, ...]) -> bool:
-    """True if nobody looks at or changes this call: no transform, forward-mode level, autocast, mode, profiler or tensor subclass.
+    """True if nobody looks at or changes this call: no transform, forward-mode level, autocast, mode, trace, profiler or tensor subclass.
 
     Such a call needs none of what the dispatcher does, which is half of what a small call costs.
     """
@@ -67,12 +72,13 @@ def plain_call(args: tuple[Any, ...]) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
     ) and _PLAIN_ARGUMENTS.issuperset(map(type, args))
 
 
-def batched_gradient(tensors: tuple[Any, ...]) -> bool:
-    """True inside `torch.autograd.grad(..., is_grads_batched=True)`, which hides a batch in tensors that look plain."""
-    return True in [t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors]
+def plain_gradients(tensors: tuple[Any, ...]) -> bool:
+    """False where a tensor that looks plain hides a batch (`is_grads_batched=True`) or a sign (`z.conj().imag`)."""
+    return True not in [t is not None and (t.is_neg() or torch._C._functorch.is_legacy_batchedtensor(t)) for t in tensors]
 
 
 def eager_apply(function: type[torch.autograd.Function]) -> Any:

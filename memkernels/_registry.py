@@ -28,9 +28,10 @@ class RoutedOp(Op):
             return self._routed(args)
         if _capturing is not None and _capturing == threading.get_ident():
             raise _Captured(self, args)
-        if not plain_call(args):
+        tensors = [t for t in args[: len(self.inputs)] if t is not None]
+        if not plain_call(args) or True in [t.is_neg() for t in tensors]:
             return self._routed(args)
-        if torch.is_grad_enabled() and True in [t is not None and t.requires_grad for t in args[: len(self.inputs)]]:
+        if torch.is_grad_enabled() and True in [t.requires_grad for t in tensors]:
             return self.eager_apply(*args)
         return self.compute(*args)  # type: ignore[return-value]
 
@@ -178,7 +179,7 @@ class InplaceOp:
             raise _Captured(self.of, args)
         if autocast_enabled(args[0].device.type):  # the memory keeps its dtype, the others follow it
             args = tuple(a.to(args[0].dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
-        if torch.compiler.is_compiling() or not plain_call(args):
+        if torch.compiler.is_compiling() or not plain_call(args) or True in [t.is_neg() for t in args if isinstance(t, torch.Tensor)]:
             self.op(*args)
         else:
             self.run(*args)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from memkernels._checks import Signature, check_choice, check_flag, check_number, check_tensor, fail
+from memkernels._checks import Signature, check_choice, check_dense, check_flag, check_number, check_tensor, fail
 from memkernels._registry import Arg, Out, define_op
 
 CORNERS = ("top-left", "bottom-right")
@@ -81,9 +81,9 @@ def attention(
         check_choice("attention", "causal", causal, CORNERS)
     if dims["NH"] != dims["NHk"]:
         query, key, value, shape = _heads(query, key, value, shape, enable_gqa)
-    check_number("attention", "dropout_p", dropout_p)
+    dropout_p = check_number("attention", "dropout_p", dropout_p)
     if scale is not None:
-        check_number("attention", "scale", scale)
+        scale = check_number("attention", "scale", scale)
     check_flag("attention", "is_causal", is_causal)
     if not 0.0 <= dropout_p <= 1.0:
         fail("attention", "dropout_p", "a probability", dropout_p)
@@ -102,6 +102,7 @@ def _four_dims(query, key, value):
     """Broadcasts the leading dimensions and folds them to one batch; also returns the shape that the outputs' leading sizes come from."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor("attention", name, tensor)
+        check_dense("attention", name, tensor)
         if tensor.dim() < 2:
             fail("attention", name, "at least 2 dimensions", f"shape {tuple(tensor.shape)}")
     rank = max(query.dim(), key.dim(), value.dim())
@@ -136,6 +137,7 @@ def _heads(query, key, value, shape, enable_gqa):
 def _mask(mask, query, shape):
     """The mask with four dimensions, size 1 where it broadcasts; its batch divides B, row b of B using row b // (B // batch)."""
     check_tensor("attention", "attn_mask", mask)
+    check_dense("attention", "attn_mask", mask)
     if mask.dtype != torch.bool and not mask.is_floating_point():
         fail("attention", "attn_mask", "bool or floating", str(mask.dtype).removeprefix("torch."), TypeError)
     if mask.device != query.device:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from memkernels._checks import Signature, check_flag, check_tensor, fail
-from memkernels._compat import functorch_active
+from memkernels._compat import functorch_active, plain_call
 from memkernels._registry import Arg, Out, define_op
 
 
@@ -91,10 +91,8 @@ def _pair(state):
 
 
 def _check_lengths(lengths, input):
-    """Reads the values only where that is free: on a CPU, outside of transforms and tracing."""
-    if lengths.device.type != "cpu" or torch.compiler.is_compiling() or functorch_active():
-        return
-    if type(lengths) is torch.Tensor and lengths.numel():
+    """Reads the values only where that is free: on a CPU, outside of transforms and tracing; the C++ kernel looks in any case."""
+    if not torch.compiler.is_compiling() and lengths.device.type == "cpu" and plain_call((lengths,)) and lengths.numel():
         low, high = (int(v) for v in torch.aminmax(lengths))
         if low < 0 or high > input.shape[0]:
             fail("lstm", "lengths", f"values in 0..T={input.shape[0]}", f"{low}..{high}")

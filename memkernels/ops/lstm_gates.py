@@ -27,7 +27,8 @@ def lstm_gates(gates: torch.Tensor, cell: torch.Tensor, *, peephole: torch.Tenso
         (h "B H", c "B H").
 
     Gradients:
-        To gates, cell and peephole, of any order. Backward keeps the inputs and c; gate activations are computed again.
+        To gates, cell and peephole, of any order. Backward keeps the inputs alone (h and c may be changed in place) and computes
+        activations again.
 
     Numerics:
         float16 and bfloat16 are computed in float32 and rounded once. Rows are independent of B, bit for bit.
@@ -59,7 +60,7 @@ SIGNATURE = Signature("lstm_gates", gates="B 4H", cell="B H", peephole="3 H | No
 OP = define_op(
     "lstm_gates",
     inputs=(Arg("gates"), Arg("cell"), Arg("peephole", optional=True, batch=None)),
-    outputs=(Out("h"), Out("c", save=True)),
+    outputs=(Out("h"), Out("c")),
     allocate=_allocate,
     autocast="float32",
 )

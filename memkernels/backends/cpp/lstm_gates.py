@@ -13,5 +13,5 @@ def forward(h, c, gates, cell, peephole):
     _forward(h, c, *inner_contiguous(gates, cell, peephole))
 
 
-def backward(dgates, dcell, dpeephole, dh, dc, gates, cell, peephole, c):
+def backward(dgates, dcell, dpeephole, dh, dc, gates, cell, peephole):
     _backward(dgates, dcell, dpeephole, *inner_contiguous(dh, dc, gates, cell, peephole))

@@ -13,7 +13,7 @@ def forward(h, c, gates, cell, peephole):
     _C_cuda.lstm_gates(h, c, inner_contiguous(gates), inner_contiguous(cell), inner_contiguous(peephole))
 
 
-def backward(dgates, dcell, dpeephole, dh, dc, gates, cell, peephole, c):
+def backward(dgates, dcell, dpeephole, dh, dc, gates, cell, peephole):
     sums = None if dpeephole is None else scratch(_C_cuda.lstm_gates_scratch(*cell.shape), cell)
     inputs = (inner_contiguous(t) for t in (dh, dc, gates, cell, peephole))
     _C_cuda.lstm_gates_backward(dgates, dcell, dpeephole, *inputs, sums)

@@ -24,10 +24,9 @@ def forward(gates, cell, peephole):
     return (o * torch.tanh(c)).to(gates.dtype), c.to(gates.dtype)
 
 
-def backward(dh, dc, gates, cell, peephole, c):
+def backward(dh, dc, gates, cell, peephole):
     dtype = gates.dtype
     old, p = compute(cell), compute(peephole)
-    # The new cell is computed again: the saved one is rounded, and the activations need i, f, g anyway.
     i, f, g, o, c = _activate(compute(gates), old, p)
     dh = torch.zeros_like(old) if dh is None else compute(dh)
     dc = torch.zeros_like(old) if dc is None else compute(dc)

@@ -112,7 +112,7 @@ def forward(h, c, gates, cell, peephole):
     run(_lstm_gates_fwd_kernel, grid, *tensors, *cell.shape, *gates.stride(), *cell.stride(), *strides(peephole, 2), **blocks)
 
 
-def backward(dgates, dcell, dpeephole, dh, dc, gates, cell, peephole, c):
+def backward(dgates, dcell, dpeephole, dh, dc, gates, cell, peephole):
     grid, blocks = _grid(cell)
     part = None if dpeephole is None else cell.new_empty(grid[0], 3, cell.shape[1], dtype=torch.float32)
     run(
