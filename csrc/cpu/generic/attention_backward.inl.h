@@ -30,9 +30,9 @@ struct BackwardScratch {
     dkey = carver.take<A>(kBackwardKeys * query_row);
     dvalue = carver.take<A>(kBackwardKeys * value_row);
     query = carver.take<A>(kBackwardQueries * query_row);
-    query_panels = a.width > kTile<A> ? carver.take<A>(kBackwardQueries * query_row) : query;
+    query_panels = a.width > kPanel<A> ? carver.take<A>(kBackwardQueries * query_row) : query;
     dout = carver.take<A>(kBackwardQueries * value_row);
-    dout_panels = a.value_width > kTile<A> ? carver.take<A>(kBackwardQueries * value_row) : dout;
+    dout_panels = a.value_width > kPanel<A> ? carver.take<A>(kBackwardQueries * value_row) : dout;
     scores = carver.take<A>(kBackwardQueries * kScoreRow);
     gradients = carver.take<A>(kBackwardQueries * kScoreRow);
     bias = carver.take<A>(kBackwardKeys);
@@ -219,8 +219,14 @@ __attribute__((nothrow)) void write_keys(const A* from, int64_t from_row, int64_
     });
 }
 
+// attention_few.inl.h
+MK_INLINE bool is_few(const AttentionArgs& a, const AttentionPart& part);
+template <class A, class T>
+void few_backward(const AttentionArgs& a, const AttentionPart& part, void* memory);
+
 template <class A, class T>
 void backward(const AttentionArgs& a, const AttentionPart& part, void* memory) {
+  if (is_few(a, part)) return few_backward<A, T>(a, part, memory);
   const BackwardScratch<A> w(a, memory);
   const int64_t group = a.heads / a.key_heads;
   if (part.dquery)
@@ -272,7 +278,7 @@ void finish(const AttentionArgs& a, int64_t begin, int64_t end, int64_t runs) {
 
 template <class A>
 int64_t backward_scratch(const AttentionArgs& a) {
-  return BackwardScratch<A>(a, nullptr).used;
+  return larger(BackwardScratch<A>(a, nullptr).used, few_scratch<A>(a));
 }
 
 }  // namespace

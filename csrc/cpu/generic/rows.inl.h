@@ -14,8 +14,9 @@ struct Rows {
   int64_t stride;
   const int32_t* index;  // of the `count` rows that take part
   int64_t count, width;
-  const S* ahead =
-      nullptr;  // the first row of a whole tile that comes next: read into the cache while this one is worked on
+  // The first row of a whole tile that comes next: read into the cache while this one is worked on.
+  const S* ahead = nullptr;
+  bool one_pass = false;  // only one pass over this tile fetches the next one
   MK_INLINE const S* row(int64_t i) const { return base + index[i] * stride; }
   // The first pass fetches the first half of the coming tile, the last one the other half, in the order of the
   // addresses: one pass alone would wait for the memory, and the hardware prefetcher follows.
@@ -23,6 +24,10 @@ struct Rows {
   MK_INLINE void fetch(int64_t i, int64_t column, int64_t columns) const {
     if (!ahead) return;
     constexpr int64_t kLine = 64 / int64_t(sizeof(S));
+    if (one_pass) {
+      for (int64_t j = column; j < column + columns; j += kLine) __builtin_prefetch(ahead + i * stride + j, 0, 3);
+      return;
+    }
     const int64_t half = (columns / 2 + kLine - 1) / kLine * kLine, from = i % 2 ? half : 0,
                   to = i % 2 ? columns : half;
     const S* row = ahead + (kPart * rows_half() + i / 2) * stride + column;
