@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+os.environ.setdefault("OMP_PROC_BIND", "true")  # before torch is loaded: else both threads may share a core for a whole run
+
 import torch
 
 from memkernels import bench

@@ -1,7 +1,7 @@
 """pytest-benchmark over the specs' bench sizes: `pytest benchmarks --benchmark-json=F`; each case is checked against float64 first.
 
 Every op is timed itself and as each of its peers, so `--benchmark-group-by=group` shows them side by side; extra_info holds the fraction of
-the machine's floor, the bytes moved and the size at which the result was checked.
+the machine's floor, the bytes moved, the peak memory beyond inputs and outputs and the size at which the result was checked.
 """
 
 from __future__ import annotations
@@ -41,5 +41,6 @@ def test_bench(benchmark, spec, sample, dtype, mode, who):
     benchmark.pedantic(once, args=(call, mode, "cpu", 1), rounds=5, warmup_rounds=1)
     row = case.row(mode, benchmark.stats.stats.median, who, None, "")
     about = dict(op=row.op, size=row.size, dtype=row.dtype, mode=row.mode, who=who, threads=row.threads, checked=row.checked)
+    about |= dict(extra_mb=call.extra_mb(mode, "cpu"))
     mine = dict(backend=row.backend, level=row.level) if who == "memkernels" else {}
     benchmark.extra_info.update(about, **mine, gb_s=row.gb_s, floor_fraction=row.floor)

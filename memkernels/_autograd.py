@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from functools import partial
 from typing import Any
 
 import torch
 
 from memkernels import _backends, _vmap
-from memkernels._compat import autocast_enabled, below_autograd, eager_apply, functorch_active
+from memkernels._compat import autocast_enabled, batched_gradient, eager_apply, plain_call
 from memkernels._op import Op
 
 
@@ -17,8 +16,7 @@ def attach(op: Op) -> None:
     """Make the Functions of an op whose torch ops are registered; sets `function`, `eager_apply`, and returns nothing."""
     backward_function = _backward_function(op)
     op.function = _forward_function(op, backward_function)
-    eager = type(f"{op.function.__name__}Eager", (op.function,), {"forward": staticmethod(partial(below_autograd, op.op))})
-    op.eager_apply = eager_apply(eager)
+    op.eager_apply = eager_apply(_eager_function(op))
 
 
 def vmap_rules(op: Op) -> tuple[Any, Any]:
@@ -86,13 +84,31 @@ def _forward_function(op: Op, backward_function: Any) -> Any:
     return function
 
 
+def _eager_function(op: Op) -> Any:
+    """The same Function for plain calls: it computes without the dispatcher, in one static method instead of two."""
+    n_inputs = len(op.inputs)
+    fixed = [i for i, o in enumerate(op.outputs) if not o.differentiable]
+
+    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor | None, ...]:
+        outputs = op.compute(*args)
+        if fixed:
+            ctx.mark_non_differentiable(*[t for i in fixed if (t := outputs[i]) is not None])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*args[:n_inputs], *[outputs[i] for i in op.saved_outputs])
+        ctx.options, ctx.backend = args[n_inputs:], _backends.forced.get()
+        return outputs
+
+    return _class(op, "EagerFunction", forward=forward, backward=op.function.backward)
+
+
 def _differentiate(op: Op, backward_function: Any, args: tuple[Any, ...]) -> Any:
     """First order: the backward op. Under create_graph or functorch: the Function around it, which can be differentiated again."""
     if torch.compiler.is_compiling():
         return op.backward_op(*args)
     if torch.is_grad_enabled():
         return backward_function.apply(*args)
-    return op.backward_op(*args) if functorch_active() else below_autograd(op.backward_op, *args)
+    plain = plain_call(args[:-1]) and not batched_gradient(args[: op.end_douts])
+    return op.gradients(*args) if plain else op.backward_op(*args)
 
 
 def _backward_function(op: Op) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from memkernels import _config
-from memkernels._checks import BackendError, check_choice
+from memkernels._checks import BackendError, check_choice, fail
 
 NAMES = ("cuda", "triton", "cpp", "reference")
 ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpp", "reference")}
@@ -106,19 +106,25 @@ def refusal(name: str, op: str, device: str, args: tuple[Any, ...]) -> str | Non
     return found.supports(*args)
 
 
-def choose(op: str, args: tuple[Any, ...]) -> tuple[ModuleType, bool]:
+@cache
+def _candidates(op: str, device: str) -> tuple[tuple[ModuleType, bool], ...]:
+    """The backends that may run an op on a device, best first, and whether each is the reference."""
+    found = ((kernel(name, op), name == "reference") for name in ORDER.get(device, ("reference",)))
+    return tuple((module, is_reference) for module, is_reference in found if not isinstance(module, str))
+
+
+def choose(op: str, device: str, args: tuple[Any, ...]) -> tuple[ModuleType, bool]:
     """The backend's module for a call, and whether it is the reference: the forced one or raise, else the first that does not refuse."""
-    device = args[0].device.type
     name = forced_name()
     if name is not None:
         reason = refusal(name, op, device, args)
         if reason is not None:
             raise BackendError(f"{op}: backend {name!r} cannot run this call: {reason}")
-    else:
-        for name in ORDER.get(device, ("reference",)):
-            if refusal(name, op, device, args) is None:
-                break
-    return kernel(name, op), name == "reference"  # type: ignore[return-value]
+        return kernel(name, op), name == "reference"  # type: ignore[return-value]
+    for module, is_reference in _candidates(op, device):
+        if is_reference or module.supports(*args) is None:
+            break
+    return module, is_reference
 
 
 def cpu_level(level: str | None = None) -> str | None:
@@ -131,8 +137,10 @@ def cpu_level(level: str | None = None) -> str | None:
         The level in use, or None when the C++ extension is not built.
 
     Raises:
-        ValueError: unknown level, or one this CPU does not have. BackendError: a level was given and there is no extension.
+        TypeError: not a name. ValueError: unknown level, or one this CPU does not have. BackendError: a level was given and there is no extension.
     """
+    if level is not None and not isinstance(level, str):
+        fail("cpu_level", "level", "a level's name or None", repr(level), TypeError)
     found = package("cpp")
     if isinstance(found, str):
         if level is not None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from memkernels._compat import autocast_enabled
+from memkernels._compat import PLAIN, autocast_enabled
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -52,8 +52,7 @@ def check_dims(op: str, **arguments: tuple[Any, str]) -> dict[str, int]:
     for name, (tensor, dims) in arguments.items():
         if tensor is None:
             continue
-        if not isinstance(tensor, torch.Tensor):
-            fail(op, name, "a tensor", type(tensor).__name__, TypeError)
+        check_tensor(op, name, tensor)
         terms = _terms(dims)
         shape = tensor.shape
         if len(shape) != len(terms):
@@ -75,23 +74,90 @@ def check_dims(op: str, **arguments: tuple[Any, str]) -> dict[str, int]:
     return sizes
 
 
-def check_floating(op: str, **tensors: torch.Tensor | None) -> None:
-    """All given tensors share one floating dtype and one device; under autocast float32 and the half types may mix."""
-    first = None
+def check_floating(op: str, **tensors: torch.Tensor | None) -> bool:
+    """All given tensors share one floating dtype and one device; under autocast float32 and the half types may mix; False if they do."""
+    first, same = None, True
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if tensor.layout is not torch.strided or tensor.is_nested:
-            kind = "a nested tensor" if tensor.is_nested else f"layout {str(tensor.layout).removeprefix('torch.')}"
-            fail(op, name, "a dense strided tensor", kind, TypeError)
         if first is None:
             if tensor.dtype not in FLOATS:
-                fail(op, name, "float64, float32, bfloat16 or float16", str(tensor.dtype).removeprefix("torch."), TypeError)
+                fail(op, name, "float64, float32, bfloat16 or float16", _dtype(tensor.dtype), TypeError)
             first = tensor
-        elif tensor.dtype != first.dtype and not _autocast_unifies(tensor, first):
-            fail(op, name, _dtype(first.dtype), _dtype(tensor.dtype), TypeError)
-        elif tensor.device != first.device:
+        elif tensor.dtype != first.dtype:
+            if not _autocast_unifies(tensor, first):
+                fail(op, name, _dtype(first.dtype), _dtype(tensor.dtype), TypeError)
+            same = False
+        if tensor.device != first.device:
             fail(op, name, f"device {first.device}", f"device {tensor.device}")
+    return same
+
+
+def _key(*tensors: Any) -> Any:
+    """What the checks of a call depend on, hashable; None unless all tensors are plain."""
+    try:
+        return tuple([t if t is None else (t.shape, t.dtype, t.device, t.layout, PLAIN[t.__class__]) for t in tensors])
+    except (KeyError, AttributeError, RuntimeError):  # a subclass, no tensor, a tensor without sizes
+        return None
+
+
+key_of: Callable[..., Any] = _key  # the C++ backend, once imported, puts a faster one here
+
+
+class Signature:
+    """What the tensors of an op must be: `Signature("content_read", memory="B N W", ..., mask=("B N | None", torch.bool))`.
+
+    Dims name the sizes; a tensor without a dtype of its own is floating, all such of one dtype. Calling it with the tensors, in this
+    order, returns the sizes or raises. Plain tensors with the shapes and types of a call that passed before are only looked up, which
+    is most of what checks cost.
+    """
+
+    _MOST = 4096  # calls remembered; a program with ever new shapes starts over
+
+    def __init__(self, op: str, **tensors: str | tuple[str, torch.dtype]):
+        self.op = op
+        dims = {name: what if isinstance(what, str) else what[0] for name, what in tensors.items()}
+        self.dims = {name: text.removesuffix(" | None") for name, text in dims.items()}
+        self.optional = {name for name, text in dims.items() if text.endswith(" | None")}
+        self.fixed = {name: what[1] for name, what in tensors.items() if not isinstance(what, str)}
+        self.passed: dict[Any, dict[str, int]] = {}
+
+    def __call__(self, *tensors: Any) -> dict[str, int]:
+        if torch.compiler.is_compiling():
+            return self.check(tensors)[0]
+        key = key_of(*tensors)
+        sizes = self.passed.get(key)
+        if sizes is None:
+            sizes, same = self.check(tensors)
+            if same and key is not None:
+                if len(self.passed) >= self._MOST:
+                    self.passed.clear()
+                self.passed[key] = sizes
+        return sizes
+
+    def known(self, *tensors: Any) -> dict[str, int] | None:
+        """The sizes if a call like this has passed before."""
+        return None if torch.compiler.is_compiling() else self.passed.get(key_of(*tensors))
+
+    def check(self, tensors: tuple[Any, ...]) -> tuple[dict[str, int], bool]:
+        """The sizes, and whether all floating dtypes agree."""
+        op = self.op
+        given = dict(zip(self.dims, tensors, strict=True))
+        for name, tensor in given.items():
+            if tensor is not None or name not in self.optional:
+                check_tensor(op, name, tensor)
+                _check_dense(op, name, tensor)
+        sizes = check_dims(op, **{name: (tensor, self.dims[name]) for name, tensor in given.items()})
+        same = check_floating(op, **{name: tensor for name, tensor in given.items() if name not in self.fixed})
+        for name, dtype in self.fixed.items():
+            check_dtype(op, name, given[name], dtype, tensors[0])
+        return sizes, same
+
+
+def _check_dense(op: str, name: str, tensor: torch.Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else f"layout {str(tensor.layout).removeprefix('torch.')}"
+        fail(op, name, "a dense strided tensor", kind, TypeError)
 
 
 def _autocast_unifies(tensor: torch.Tensor, first: torch.Tensor) -> bool:

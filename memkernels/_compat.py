@@ -51,20 +51,28 @@ def torch_num_threads_address() -> int:
     return _libtorch_symbol("torch_get_num_threads")
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = {torch.Tensor: True, torch.nn.Parameter: True}  # classes of tensors that nobody has overloaded
+_PLAIN_ARGUMENTS = frozenset({*PLAIN, type(None), bool, int, float, str})
 
 
-def intercepted(args: tuple[Any, ...]) -> bool:
-    """True where somebody looks at the calls: a dispatch mode is active or a tensor subclass is among the arguments."""
-    if torch._C._len_torch_dispatch_stack():
-        return True
-    return any([isinstance(a, torch.Tensor) and type(a) not in _PLAIN for a in args])
+def plain_call(args: tuple[Any, ...]) -> bool:
+    """True if nobody looks at or changes this call: no transform, forward-mode level, autocast, mode, profiler or tensor subclass.
+
+    Such a call needs none of what the dispatcher does, which is half of what a small call costs.
+    """
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._autograd._profiler_enabled()
+    ) and _PLAIN_ARGUMENTS.issuperset(map(type, args))
 
 
-def below_autograd(op: Any, *args: Any) -> Any:
-    """Call an op below the autograd keys, where no gradient is recorded: what torch.library's own wrappers do."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+def batched_gradient(tensors: tuple[Any, ...]) -> bool:
+    """True inside `torch.autograd.grad(..., is_grads_batched=True)`, which hides a batch in tensors that look plain."""
+    return True in [t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors]
 
 
 def eager_apply(function: type[torch.autograd.Function]) -> Any:

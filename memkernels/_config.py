@@ -18,3 +18,8 @@ def cpu_level() -> str | None:
 def triton_interpret() -> bool:
     """TRITON_INTERPRET: Triton kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def omp_proc_bind() -> str:
+    """OMP_PROC_BIND: whether OpenMP ties its threads to cores; read by OpenMP when torch is loaded. Empty when it is not set."""
+    return os.environ.get("OMP_PROC_BIND", "")

@@ -36,7 +36,7 @@ class Op:
 
     Args:
         name: op name. inputs, outputs: the tensors in order. options: schema text of the other arguments.
-        allocate: (*inputs, *options) -> fresh contiguous outputs. autocast: "matmul" or "float32".
+        allocate: (*inputs, *options) -> fresh contiguous outputs, None for one that is not asked for. autocast: "matmul" or "float32".
     """
 
     op: Any  # torch.ops.memkernels.<name>.default
@@ -69,7 +69,7 @@ class Op:
         """The schema of the op and of its backward."""
         inputs = [(a.name, a.optional) for a in self.inputs]
         douts = [(f"d{self.outputs[i].name}", True) for i in self.differentiable_outputs]
-        saved = [(f"saved_{o.name}", False) for o in self.saved]
+        saved = [(f"saved_{o.name}", True) for o in self.saved]
         options = f", {self.options}" if self.options else ""
         forward = f"{self.name}({_tensors(inputs)}{options}) -> {_returns(len(self.outputs))}"
         gradients = _returns(len(self.differentiable))
@@ -77,37 +77,45 @@ class Op:
         return forward, backward
 
     def run(self, *args: Any) -> Any:
-        """Forward on the backend that was chosen."""
-        module, is_reference = _backends.choose(self.name, args)
-        if is_reference:
-            return single(fresh(module.forward(*args), args))
-        outputs = self.allocate(*args)
-        module.forward(*outputs, *args)
-        return single(outputs)
+        """The torch op: forward on the backend that was chosen."""
+        return single(filled(self.compute(*args), args[0]))
 
     def run_fake(self, *args: Any) -> Any:
-        return single(self.allocate(*args))
+        return single(filled(self.allocate(*args), args[0]))
+
+    def compute(self, *args: Any) -> tuple[torch.Tensor | None, ...]:
+        """All outputs; None for one that was not asked for."""
+        module, is_reference = _backends.choose(self.name, args[0].device.type, args)
+        if is_reference:
+            return self.allocate(*args) if args[0].is_meta else fresh(module.forward(*args), args)
+        outputs = self.allocate(*args)
+        module.forward(*outputs, *args)
+        return outputs
 
     def run_backward(self, *args: Any) -> Any:
-        """Backward on the backend that was chosen; arguments as in the backward op's schema."""
-        inputs, needs = args[self.end_douts : self.end_inputs], args[-1]
-        module, is_reference = _backends.choose(self.name, (*inputs, *args[self.end_saved : -1]))
-        if is_reference:
-            return single(self._reference_gradients(module.backward(*args[:-1]), args, inputs, needs))
-        gradients = [inputs[i].new_empty(inputs[i].shape) if need else None for i, need in zip(self.differentiable, needs)]
-        saved = (t.contiguous() for t in args[self.end_inputs : self.end_saved])  # as forward made them: vmap rules hand over views
-        module.backward(*gradients, *args[: self.end_inputs], *saved, *args[self.end_saved : -1])
-        return single(tuple(inputs[0].new_empty(0) if g is None else g for g in gradients))
+        """The torch op of backward; arguments as in its schema."""
+        return single(filled(self.gradients(*args), args[self.end_douts]))
 
-    def _reference_gradients(self, found: Any, args: Any, inputs: Any, needs: Any) -> tuple[torch.Tensor, ...]:
+    def gradients(self, *args: Any) -> tuple[torch.Tensor | None, ...]:
+        """One gradient per differentiable input, None where `needs`, the last argument, says so."""
+        inputs, needs = args[self.end_douts : self.end_inputs], args[-1]
+        module, is_reference = _backends.choose(self.name, inputs[0].device.type, (*inputs, *args[self.end_saved : -1]))
+        if is_reference:
+            return self._reference_gradients(module.backward(*args[:-1]), args, inputs, needs)
+        gradients = [_like(inputs[i]) if need else None for i, need in zip(self.differentiable, needs)]
+        # Contiguous, as forward made them: vmap rules hand over views.
+        saved = [t if t is None else t.contiguous() for t in args[self.end_inputs : self.end_saved]]
+        module.backward(*gradients, *args[: self.end_inputs], *saved, *args[self.end_saved : -1])
+        return tuple(gradients)
+
+    def _reference_gradients(self, found: Any, args: Any, inputs: Any, needs: Any) -> tuple[torch.Tensor | None, ...]:
         tensors = [inputs[i] for i in self.differentiable]
-        kept = (g.to(t.dtype).expand(t.shape) if need else inputs[0].new_empty(0) for g, t, need in zip(found, tensors, needs))
-        return fresh(tuple(kept), args)
+        kept = iter(fresh(tuple(g.to(t.dtype).expand(t.shape) for g, t, need in zip(found, tensors, needs) if need), args))
+        return tuple(next(kept) if need else None for need in needs)
 
     def run_backward_fake(self, *args: Any) -> Any:
         inputs, needs = args[self.end_douts : self.end_inputs], args[-1]
-        shapes = ((inputs[i].shape, inputs[i]) if need else ((0,), inputs[0]) for i, need in zip(self.differentiable, needs))
-        return single(tuple(like.new_empty(shape) for shape, like in shapes))
+        return single(filled(tuple(_like(inputs[i]) if need else None for i, need in zip(self.differentiable, needs)), inputs[0]))
 
     def pure_backward(self, doutputs: Any, inputs: Any, options: Any, needs: Any) -> tuple[torch.Tensor, ...]:
         """The reference gradient as a function of upstream gradients and inputs alone: saved outputs are computed again."""
@@ -123,6 +131,15 @@ def _tensors(names: list[tuple[str, bool]]) -> str:
 
 def _returns(n: int) -> str:
     return "Tensor" if n == 1 else f"({', '.join(['Tensor'] * n)})"
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def filled(outputs: tuple[torch.Tensor | None, ...], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Torch ops return tensors only: an empty one stands for None."""
+    return tuple(like.new_empty(0) if t is None else t for t in outputs)
 
 
 def single(outputs: tuple[Any, ...]) -> Any:

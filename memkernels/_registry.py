@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from memkernels import _autograd, _backends
-from memkernels._compat import autocast_enabled, below_autograd, forward_ad_active, functorch_active, intercepted
+from memkernels._compat import autocast_enabled, forward_ad_active, functorch_active, plain_call
 from memkernels._op import Arg, Op, Out
 
 __all__ = ["OPS", "Arg", "Out", "capture", "define_inplace", "define_op", "explain"]
@@ -24,8 +24,17 @@ class RoutedOp(Op):
     """Call it with all inputs and options, positionally; it returns the tuple of all outputs."""
 
     def __call__(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        if torch.compiler.is_compiling():
+            return self._routed(args)
         if _capturing is not None and _capturing == threading.get_ident():
             raise _Captured(self, args)
+        if not plain_call(args):
+            return self._routed(args)
+        if torch.is_grad_enabled() and True in [t is not None and t.requires_grad for t in args[: len(self.inputs)]]:
+            return self.eager_apply(*args)
+        return self.compute(*args)  # type: ignore[return-value]
+
+    def _routed(self, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         device = args[0].device.type
         if autocast_enabled(device):
             with torch.autocast(device, enabled=False):
@@ -41,12 +50,7 @@ class RoutedOp(Op):
             return self.function.apply(*args)
         if forward_ad_active():
             return tuple(self.reference.forward(*args))
-        if torch.compiler.is_compiling() or intercepted(args):
-            return self.op(*args)
-        # Plain eager tensors: the same Function and the same op, entered below the autograd key, which saves half the cost of a call.
-        if torch.is_grad_enabled() and any([isinstance(a, torch.Tensor) and a.requires_grad for a in args]):
-            return self.eager_apply(*args)
-        return self.op(*args) if torch.is_inference_mode_enabled() else below_autograd(self.op, *args)
+        return self.op(*args)
 
 
 class _Captured(Exception):
@@ -161,7 +165,7 @@ class InplaceOp:
         self.op = _define(name, f"{name}(Tensor(a!) {first.name}{rest}) -> ()", self.run, lambda *args: None)
 
     def run(self, *args: Any) -> None:
-        module, is_reference = _backends.choose(self.of.name, args)
+        module, is_reference = _backends.choose(self.of.name, args[0].device.type, args)
         if is_reference:
             args[0].copy_(module.forward(*args)[0])
             return
@@ -174,7 +178,10 @@ class InplaceOp:
             raise _Captured(self.of, args)
         if autocast_enabled(args[0].device.type):  # the memory keeps its dtype, the others follow it
             args = tuple(a.to(args[0].dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
-        self.op(*args)
+        if torch.compiler.is_compiling() or not plain_call(args):
+            self.op(*args)
+        else:
+            self.run(*args)
 
 
 def define_inplace(name: str, of: RoutedOp) -> InplaceOp:

@@ -30,10 +30,11 @@ def backward_arguments(op: _registry.RoutedOp, args: tuple[Any, ...], outputs: A
     """Arguments of the backward op: random upstream gradients, inputs, saved outputs, options, every gradient asked for."""
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     values = [
-        torch.randn(t.shape, dtype=torch.float64, generator=inputs.generator("flat", seed, i)).to(t.dtype) for i, t in enumerate(outputs)
+        None if t is None else torch.randn(t.shape, dtype=torch.float64, generator=inputs.generator("flat", seed, i)).to(t.dtype)
+        for i, t in enumerate(outputs)
     ]
     douts = [g for g, o in zip(values, op.outputs) if o.differentiable]
-    saved = [t.detach() for t, o in zip(outputs, op.outputs) if o.save]
+    saved = [None if t is None else t.detach() for t, o in zip(outputs, op.outputs) if o.save]
     tensors, options = args[: len(op.inputs)], args[len(op.inputs) :]
     return [*douts, *(None if t is None else t.detach() for t in tensors), *saved, *options, floats(op, args)]
 
@@ -41,12 +42,13 @@ def backward_arguments(op: _registry.RoutedOp, args: tuple[Any, ...], outputs: A
 @contextmanager
 def plain_torch() -> Iterator[None]:
     """Inside, every op is its reference's forward in plain torch: no op, no Function, no vmap rule."""
-    routed = _registry.RoutedOp._route
+    routed, plain_call = _registry.RoutedOp._route, _registry.plain_call
+    _registry.plain_call = lambda args: False
     _registry.RoutedOp._route = lambda self, args: tuple(_backends.reference(self.name).forward(*args))  # type: ignore[method-assign]
     try:
         yield
     finally:
-        _registry.RoutedOp._route = routed  # type: ignore[method-assign]
+        _registry.RoutedOp._route, _registry.plain_call = routed, plain_call  # type: ignore[method-assign]
 
 
 def of_tensors(case: Case, given: Tensors, forced: bool = True) -> tuple[Callable[..., tuple[torch.Tensor, ...]], list[torch.Tensor]]:

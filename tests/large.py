@@ -1,7 +1,8 @@
-"""Inputs and upstream gradients whose rows lie more than 2^31 elements apart, in 16 GiB that stay untouched: no 32-bit offset survives."""
+"""Inputs and upstream gradients with rows more than 2^31 elements apart, in 2^32 that stay untouched: no 32-bit offset survives."""
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from functools import cache
 
@@ -11,11 +12,14 @@ from cases import Case, select
 from memkernels.testing import compare, inputs
 
 ELEMENTS = 2**32
+MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.11 on
 
 
 @cache
 def space(dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(ELEMENTS, dtype=dtype)
+    """Zeros that take memory only where they are written; unreserved, or the 32 GiB of int64 beside those of other dtypes are refused."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    return torch.frombuffer(mmap.mmap(-1, ELEMENTS * dtype.itemsize, flags=flags), dtype=dtype)
 
 
 def far(t: torch.Tensor, axis: int, place: str) -> torch.Tensor:

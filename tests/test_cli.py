@@ -127,9 +127,9 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):
     config, settings = dict(hidden=16, embedding=8, slots=4, width=4, dropout=0.2), Settings(window=16, batch=4)
 
     def finish(trainer, steps):
-        for _ in trainer.run(Limit(steps=14)):
-            if trainer.step == steps:
-                break
+        for _ in trainer.run(Limit(steps)):
+            pass
+        assert trainer.step == steps
         return trainer
 
     whole = finish(Trainer.start(TEXT, config, settings), 14)
@@ -140,6 +140,21 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert whole.evaluate() == resumed.evaluate()
+
+
+def test_the_rate_rises_and_falls():
+    """With the step; or with the seconds of training to a twentieth, and stays there."""
+    config = dict(hidden=16, embedding=8, slots=4, width=4)
+    trainer = Trainer.start(TEXT, config, Settings(window=16, rate=1.0, warmup=10))
+    assert trainer.rate() == pytest.approx(0.1)
+    trainer.step = 1500
+    assert trainer.rate() == pytest.approx(0.5)
+    timed = Trainer.start(TEXT, config, Settings(window=16, rate=1.0, warmup=10, decay_seconds=8.0))
+    timed.step = 1500
+    assert timed.rate() == pytest.approx(1.0)
+    for seconds, rate in ((4.0, 0.525), (8.0, 0.05), (80.0, 0.05)):
+        timed.seconds = seconds
+        assert timed.rate() == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])

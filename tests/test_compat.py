@@ -1,5 +1,6 @@
 """The private names of torch that the package relies on are there and mean what we think."""
 
+import pytest
 import torch
 
 from memkernels import _compat
@@ -32,15 +33,40 @@ def test_forward_ad_is_seen_inside_a_level_only():
     assert not _compat.forward_ad_active()
 
 
-def test_subclasses_and_modes_intercept():
+def test_a_plain_call_is_one_that_nobody_looks_at():
     class Sub(torch.Tensor):
         pass
 
     plain = torch.ones(2)
-    assert not _compat.intercepted((plain, None, torch.nn.Parameter(plain), 1.0))
-    assert _compat.intercepted((plain.as_subclass(Sub),))
-    with torch.utils._python_dispatch.TorchDispatchMode():
-        assert _compat.intercepted((plain,))
+    arguments = (plain, None, torch.nn.Parameter(plain), 1.0, "text", [1])
+    assert _compat.plain_call(arguments[:-1])
+    assert not _compat.plain_call(arguments)
+    assert not _compat.plain_call((plain.as_subclass(Sub),))
+    assert not _compat.plain_call((plain, torch.empty(1, device="meta").as_subclass(Sub)))
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        torch.utils._python_dispatch.TorchDispatchMode,
+        torch.overrides.TorchFunctionMode,
+        lambda: torch.device("cpu"),
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.forward_ad.dual_level,
+        lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
+    ],
+)
+def test_no_call_is_plain_under_a_mode(context):
+    plain = torch.ones(2)
+    with context():
+        assert not _compat.plain_call((plain,))
+    assert _compat.plain_call((plain,))
+
+
+def test_no_call_is_plain_inside_a_transform():
+    seen = []
+    torch.vmap(lambda x: seen.append(_compat.plain_call(())) or x)(torch.ones(2))
+    assert seen == [False]
 
 
 def test_autocast_is_asked_of_every_device():
@@ -54,11 +80,6 @@ def test_eager_apply_records_the_gradient():
     x = torch.ones(2, requires_grad=True)
     _compat.eager_apply(Double)(x).sum().backward()
     assert x.grad.tolist() == [2.0, 2.0]
-
-
-def test_below_autograd_records_none():
-    x = torch.ones(2, requires_grad=True)
-    assert not _compat.below_autograd(torch.ops.aten.mul.Tensor, x, x).requires_grad
 
 
 def test_addresses_are_there():

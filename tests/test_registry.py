@@ -88,3 +88,8 @@ def test_options_of_the_wrong_type(options, message):
 def test_tensors_that_are_not_dense():
     with pytest.raises(TypeError, match="memory_read: memory: expected a dense strided tensor, got layout sparse_coo"):
         mk.memory_read(torch.ones(1, 2, 3).to_sparse(), torch.ones(1, 1, 2))
+
+
+def test_a_level_is_a_name():
+    with pytest.raises(TypeError, match="cpu_level: level: expected a level's name or None, got 3"):
+        mk.cpu_level(3)

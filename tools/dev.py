@@ -210,6 +210,8 @@ def main() -> None:
         "docs": ["tools/docs.py"],
         "gpu": ["tools/gpu.py"],
     }
+    if word == "bench":  # read when torch is loaded: without it the kernel may leave all threads on one core for a whole run
+        environment.setdefault("OMP_PROC_BIND", "true")
     if word in commands:
         sys.exit(subprocess.run([python, *commands[word], *rest], cwd=ROOT, env=environment).returncode)
 

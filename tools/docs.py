@@ -84,8 +84,13 @@ def measured_on(environment: dict[str, Any]) -> str:
         f"{environment['cpu']}, kernels at level `{environment['cpu_level']}`, {environment['threads']} threads, "
         f"load average {environment['load']}, torch {environment['torch']}, {environment['date'][:10]}, "
         f"commit {environment['commit'][:10]} ({state}). Medians of interleaved runs; every row's result was compared with float64 first. "
-        "Above 1 is faster than the peer."
+        "Above 1 is faster than the peer. Extra MB: peak memory of one call beyond its inputs and outputs (gradients are outputs)."
     )
+
+
+def extra(row: dict[str, Any]) -> str:
+    """Two cells: peak megabytes of a call beyond its inputs and outputs, and the peer's."""
+    return " | ".join("-" if (value := row.get(name)) is None else f"{value:.1f}" for name in ("extra_mb", "peer_extra_mb"))
 
 
 def speed() -> str:
@@ -94,12 +99,12 @@ def speed() -> str:
     lines = [measured_on(environment)]
     against = [row for row in rows if row["bar"] not in ("us", "read") and row["ratio"] is not None]
     if against:
-        lines += ["", "| op | size | dtype | pass | ms | peer | peer ms | times faster |", "|---|---|---|---|---|---|---|---|"]
+        lines += ["", "| op | size | dtype | pass | ms | peer | peer ms | times faster | extra MB | peer's |", "|---|" + "---|" * 9]
     for row in against:
         peer = PEERS.get(row["peer"], row["peer"]) if row["op"] != "lstm" or row["peer"] != "eager" else "LSTMCell loop"
         faster = f"**{row['ratio']:.2f}**" if row["ratio"] >= 1 else f"{row['ratio']:.2f}"
         what = f"| {row['op']} | {row['size']} | {row['dtype']} | {row['mode']} "
-        lines.append(f"{what}| {row['ms']:.3g} | {peer} | {row['peer_ms']:.3g} | {faster} |")
+        lines.append(f"{what}| {row['ms']:.3g} | {peer} | {row['peer_ms']:.3g} | {faster} | {extra(row)} |")
     calls = [row for row in rows if row["bar"] == "us"]
     if calls:
         shown = ", ".join(f"{r['op']} {r['measured']:.0f}" for r in calls if r["mode"] == "forward")
@@ -116,7 +121,7 @@ def targets() -> str:
         return lines[0]
     ceilings = ", ".join(f"{name} {value:.0f}" for name, value in environment["ceilings"].items())
     lines += ["", f"Ceilings measured in the same process: {ceilings}.", ""]
-    lines += ["| target | against | ms | GB/s | of floor | needed | measured | | checked |", "|---|---|---|---|---|---|---|---|---|"]
+    lines += ["| target | against | ms | GB/s | of floor | needed | measured | | extra MB | peer's | checked |", "|---|" + "---|" * 10]
     for row in rows:
         needed = ("at most " if row["bar"] == "us" else "at least ") + format(row["needed"], ".3g")
         got = "-" if row["measured"] is None else format(row["measured"], ".3g")
@@ -124,7 +129,7 @@ def targets() -> str:
         floor = "-" if row["bar"] == "us" else f"{row['floor']:.0%}"
         lines.append(
             f"| {row['target']} | {PEERS.get(row['bar'], row['bar'])} | {row['ms']:.3g} | {row['gb_s']:.1f} | {floor} | {needed} | {got} "
-            f"| {verdict} | {row['checked']} |"
+            f"| {verdict} | {extra(row)} | {row['checked']} |"
         )
     lines += ["", f"{sum(row['reached'] for row in rows)} of {len(rows)} reached."]
     return "\n".join(lines)

@@ -79,7 +79,7 @@ Span chunk_of(const LstmRows& rows, int64_t steps, int64_t i, bool backwards) {
   return backwards ? Span{rows.T - end, rows.T - begin} : Span{begin, end};
 }
 
-void plan_forward(LstmForward& f, const LstmFormat& format, int64_t steps, Scratch& scratch) {
+void plan_forward(LstmForward& f, const LstmFormat& format, int64_t steps, int ranks, Scratch& scratch) {
   const int64_t panel = 4 * format.lanes;
   f.panels = tiles_of(f.H, format.lanes);
   f.k_input = round_up(f.I, format.k_multiple), f.k_hidden = round_up(f.H, format.k_multiple);
@@ -89,15 +89,21 @@ void plan_forward(LstmForward& f, const LstmFormat& format, int64_t steps, Scrat
   const bool one_stride = f.rows.T == 1 || f.rows.B == 1 || f.input_t == f.rows.B * f.input_b;
   const bool whole = f.I % format.k_multiple == 0 && f.rows.B * steps % format.row_multiple == 0 &&
                      f.rows.B * f.rows.T % format.row_multiple == 0;
+  // Weights that stay in cache from step to step are worth more than their reuse within a chunk. The terms of z are
+  // added in the same order either way.
+  f.fused = f.panels * panel * (f.k_input + f.k_hidden) * format.pack_bytes <= ranks * format.fused_bytes &&
+            f.I % format.k_multiple == 0 && f.rows.B % format.row_multiple == 0;
   f.ld_x = f.rows.B == 1 ? f.input_t : f.input_b;
-  if (format.gather || !one_stride || !whole) {
+  if (f.fused) {
+    // The input is read where it lies.
+  } else if (format.gather || !one_stride || !whole) {
     f.ld_x = f.k_input;
     f.x = scratch.take<char>(f.chunk * f.ld_x * format.pack_bytes);
   }
   f.packed_ih = scratch.take<char>(f.panels * f.k_input * panel * format.pack_bytes);
   f.packed_hh = scratch.take<char>(f.panels * f.k_hidden * panel * format.pack_bytes);
   f.bias = scratch.take<char>(f.panels * panel * format.sum_bytes);
-  f.projected = scratch.take<char>(f.panels * f.chunk * panel * format.sum_bytes);
+  if (!f.fused) f.projected = scratch.take<char>(f.panels * f.chunk * panel * format.sum_bytes);
   for (void*& hidden : f.hidden) hidden = scratch.take<char>(hidden_rows * f.ld_hidden * format.pack_bytes);
   f.carry = scratch.take<char>(f.rows.B * f.ld_hidden * format.sum_bytes);
 }
@@ -115,8 +121,10 @@ void run_forward(const LstmForward& f, const LstmKernels& kernels, int dtype, in
     const int64_t count = (chunk.end - chunk.begin) * B;
     if (f.x) kernels.gather[dtype](f, chunk, share(count, rank, size));
     barrier.wait();
-    kernels.project[dtype](f, chunk, share(f.panels * tiles_of(count, format.row_tile), rank, size));
-    barrier.wait();
+    if (!f.fused) {
+      kernels.project[dtype](f, chunk, share(f.panels * tiles_of(count, format.row_tile), rank, size));
+      barrier.wait();
+    }
     for (int64_t s = 0; s < chunk.end - chunk.begin; s++, parity ^= 1) {
       const int64_t at = f.rows.reverse ? chunk.end - chunk.begin - 1 - s : s;
       kernels.step[dtype](f, chunk.begin + at, at * B, parity, step_units);
@@ -146,12 +154,14 @@ void forward(const TensorView& output, const TensorView& h_n, const TensorView& 
   pybind11::gil_scoped_release nogil;
   if (B == 0 || f.H == 0) return;
   Scratch scratch;
-  // The input part of z for a chunk should stay in the L2 cache; no result depends on where chunks end.
-  constexpr int64_t kProjectedBytes = 1 << 20;
-  const int64_t rows = std::clamp<int64_t>(kProjectedBytes / (4 * f.H * format.sum_bytes), 64, 512);
+  // The input part of z for a chunk should stay in the L2 cache. Products of 16-bit operands are so fast that reading
+  // the weights again for every chunk costs more than that. No result depends on where chunks end.
+  const int64_t projected_bytes = int64_t(format.pack_bytes == 2 ? 4 : 1) << 20;
+  const int64_t rows = std::clamp<int64_t>(projected_bytes / (4 * f.H * format.sum_bytes), 64, 512);
   const int64_t steps = std::clamp<int64_t>(rows / B, 1, std::max<int64_t>(T, 1));
-  plan_forward(f, format, steps, scratch);
-  team(ranks_for(B, f.H, f.panels * tiles_of(B, format.row_tile)),
+  const int ranks = ranks_for(B, f.H, tiles_of(f.H, format.lanes) * tiles_of(B, format.row_tile));
+  plan_forward(f, format, steps, ranks, scratch);
+  team(ranks,
        [&](int rank, int size, Barrier& barrier) { run_forward(f, kernels, dtype, steps, rank, size, barrier); });
 }
 
@@ -186,9 +196,9 @@ void run_products(const LstmBackward& f, const LstmKernels& kernels, int dtype, 
                   void* operand, int rank, int size, Barrier& barrier) {
   const LstmFormat& format = kernels.format[dtype];
   const int64_t count = (chunk.end - chunk.begin) * f.rows.B, panel = 2 * format.lanes, gates = 4 * f.H;
-  if (kernels.transpose[dtype]) {
-    const Span blocks = share(tiles_of(gates, 32), rank, size);
-    kernels.transpose[dtype](f, dz, count, {blocks.begin * 32, std::min(blocks.end * 32, gates)});
+  const int64_t panels = (f.sum_ih ? tiles_of(f.I, panel) : 0) + (f.sum_hh ? tiles_of(f.H, panel) : 0);
+  if (kernels.arrange[dtype]) {
+    kernels.arrange[dtype](f, chunk, dz, operand, share(tiles_of(gates, 32) + panels, rank, size));
     barrier.wait();
   }
   if (f.dinput)
@@ -197,7 +207,6 @@ void run_products(const LstmBackward& f, const LstmKernels& kernels, int dtype, 
     const Span blocks = share(tiles_of(gates, 64), rank, size);
     kernels.bias_backward[dtype](f, chunk, dz, {blocks.begin * 64, std::min(blocks.end * 64, gates)});
   }
-  const int64_t panels = (f.sum_ih ? tiles_of(f.I, panel) : 0) + (f.sum_hh ? tiles_of(f.H, panel) : 0);
   kernels.weight_backward[dtype](f, chunk, dz, operand, share(panels * tiles_of(gates, format.gate_tile), rank, size));
 }
 
@@ -298,7 +307,10 @@ void backward(const Gradients& to, const Upstream& from, const Inputs& in, const
   Scratch scratch;
   char* operand = nullptr;
   plan_backward(f, format, dtype, steps, ranks, scratch, operand);
-  if (kernels.transpose[dtype]) f.transposed = scratch.take<char>(round_up(4 * f.H, 32) * f.chunk * format.pack_bytes);
+  if (kernels.arrange[dtype]) {
+    f.transposed = scratch.take<char>(round_up(4 * f.H, 32) * f.chunk * format.pack_bytes);
+    f.operand = scratch.take<char>((round_up(f.I, 32) + round_up(f.H, 32)) * f.chunk * format.pack_bytes);
+  }
   team(ranks, [&](int rank, int size, Barrier& barrier) {
     run_backward(f, kernels, dtype, steps, operand, rank, size, barrier);
   });

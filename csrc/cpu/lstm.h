@@ -20,6 +20,7 @@ struct LstmFormat {
   int64_t gate_tile;       // rows of W of a weight gradient unit at most
   int64_t row_multiple;    // rows that an operand must have in memory: operand tiles are loaded whole
   bool gather;             // the input is always copied into operand form
+  int64_t fused_bytes;     // packed weights of a rank up to which a step takes the input part of z along
 };
 
 struct Span {
@@ -57,6 +58,7 @@ struct LstmForward {
   void* x;          // P [chunk][ld_x], or null: the input itself is the operand
   void* hidden[2];  // P [B][ld_hidden]: state entering a step, even and odd steps
   void* carry;      // A [B][ld_hidden]: c entering the next step
+  bool fused;       // a step adds the input part of z itself: neither `projected` nor `x` is used
 };
 
 struct LstmBackward {
@@ -73,7 +75,9 @@ struct LstmBackward {
   void* dz[2];                                  // P [chunk][ld_gates], even and odd chunks
   void *dh, *dc;                                // A [B][ld_hidden]: gradients that flow to the step before
   void *sum_ih, *sum_hh, *sum_bias;  // A [4H][I], [4H][H], [4H]: of the chunks so far; the outputs themselves if T is A
-  void* transposed;                  // P: dz of a chunk as left operand of the weight gradients (AMX)
+  // P, where the kernels have `arrange`: dz of a chunk as left operand of the weight gradients, and [panels][chunk][2
+  // lanes], x and hidden states as right operand.
+  void *transposed, *operand;
   MK_INLINE bool first_chunk(Span steps) const { return rows.reverse ? steps.begin == 0 : steps.end == rows.T; }
 };
 
@@ -89,7 +93,8 @@ struct LstmKernels {
   void (*start_backward[kFloatTypes])(const LstmBackward&, Span rows);
   void (*gates_backward[kFloatTypes])(const LstmBackward&, int64_t t, void* dz, Span units);  // dz of step t
   void (*state_backward[kFloatTypes])(const LstmBackward&, int64_t t, const void* dz, Span units);
-  void (*transpose[kFloatTypes])(const LstmBackward&, const void* dz, int64_t rows, Span columns);  // null: not needed
+  // Brings the operands of the weight gradients into order; null: not needed.
+  void (*arrange[kFloatTypes])(const LstmBackward&, Span steps, const void* dz, void* scratch, Span units);
   void (*input_backward[kFloatTypes])(const LstmBackward&, Span steps, const void* dz, Span units);
   void (*bias_backward[kFloatTypes])(const LstmBackward&, Span steps, const void* dz, Span columns);
   void (*weight_backward[kFloatTypes])(const LstmBackward&, Span steps, const void* dz, void* scratch, Span units);

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import memkernels
+from memkernels import _config
 
 
 def _git(*arguments: str) -> str:
@@ -58,10 +59,18 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "cpu": cpu_model(),
         "cpu_level": memkernels.cpu_level(),
         "threads": torch.get_num_threads(),
+        "omp_proc_bind": _config.omp_proc_bind(),
         "load": round(os.getloadavg()[0], 1),  # what else ran: above the number of threads the times are not this machine's best
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "ceilings": ceilings(device, torch.get_num_threads()),
     }
+
+
+def binding_note() -> str:
+    """What to tell a reader of CPU times when threads may move between cores, else an empty text."""
+    if torch.get_num_threads() == 1 or _config.omp_proc_bind().lower() not in ("", "false"):
+        return ""
+    return "note: OMP_PROC_BIND=true is not set, so threads may share a core for a whole run and every time, the peers' too, doubles"
 
 
 def synchronize(device: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from memkernels.bench.environment import environment
 from memkernels.bench.row import Row
 
-HEAD = ("op", "size", "dtype", "mode", "ms", "peer", "peer ms", "ratio", "GB/s", "of floor")
+HEAD = ("op", "size", "dtype", "mode", "ms", "peer", "peer ms", "ratio", "GB/s", "of floor", "extra MB", "peer extra MB")
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -20,7 +20,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         return "-" if value is None else format(value, digits)
 
     head = (row.op, row.size, row.dtype, row.mode, number(row.ms, ".3g"), row.peer)
-    return (*head, number(row.peer_ms, ".3g"), number(row.ratio, ".2f"), number(row.gb_s, ".1f"), number(row.floor, ".0%"))
+    speed = (number(row.peer_ms, ".3g"), number(row.ratio, ".2f"), number(row.gb_s, ".1f"), number(row.floor, ".0%"))
+    return (*head, *speed, number(row.extra_mb, ".1f"), number(row.peer_extra_mb, ".1f"))
 
 
 def table(rows: Sequence[Row], markdown: bool = False) -> str:

@@ -18,6 +18,8 @@ class Row:
         floor: time floor (bytes at the measured copy bandwidth, flops at the measured matrix rate) over the time, 1.0 is the floor.
         checked: "float64" or "float64 at N=4096": the size at which the output and gradients were compared before timing.
         note: empty, or why a number is missing.
+        extra_mb, peer_extra_mb: peak memory of one call beyond its inputs and outputs (gradients are outputs), in 1e6 bytes; None where the
+            system does not tell.
     """
 
     op: str
@@ -36,3 +38,5 @@ class Row:
     floor: float | None
     checked: str
     note: str = ""
+    extra_mb: float | None = None
+    peer_extra_mb: float | None = None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import memkernels
+from memkernels.bench import memory
 from memkernels.bench.environment import floor_seconds, synchronize
 from memkernels.bench.peers import Invoke, invoke, peer
 from memkernels.bench.row import Row
@@ -83,32 +84,68 @@ def run(
     return rows
 
 
+class _Recorded(Exception):
+    """Carries the arguments that a spec's call makes of inputs and options."""
+
+
+def _direct(spec: OpSpec, function: Invoke, inputs: Tensors, options: Mapping[str, Any]) -> Callable[[], Any]:
+    """The call without the making of its arguments, which would weigh as much as a small op."""
+    if not (isinstance(function, partial) and function.func is spec.call):
+        return lambda: function(dict(inputs), dict(options))
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        raise _Recorded(args, kwargs)
+
+    try:
+        spec.call(record, dict(inputs), dict(options))
+    except _Recorded as found:
+        return partial(function.args[0], *found.args[0], **found.args[1])
+    raise AssertionError(f"{spec.name}: its call calls nothing")
+
+
 class Call:
     """One function on one set of inputs, with the upstream gradients that its backward gets."""
 
     def __init__(self, spec: OpSpec, function: Invoke, sample: Sample, inputs: Tensors, backend: str | None = None):
-        self.function, self.options, self.backend = function, dict(sample.options), backend
+        self.backend = backend
         names = differentiable(spec, inputs)
-        self.inputs = inputs
-        self.leaves = {n: t.detach().requires_grad_() if t is not None and n in names else t for n, t in inputs.items()}
-        self.wanted = [t for n in names if (t := self.leaves[n]) is not None]
+        leaves = {n: t.detach().requires_grad_() if t is not None and n in names else t for n, t in inputs.items()}
+        self.wanted = [t for n in names if (t := leaves[n]) is not None]
         self.upstream: list[torch.Tensor] = []
+        self.inputs = list(inputs.values())
+        self.infer = _direct(spec, function, inputs, sample.options)
+        self.record = _direct(spec, function, leaves, sample.options)
 
     def _forced(self) -> Any:
         return memkernels.backend(self.backend) if self.backend else nullcontext()
 
     def forward(self) -> Any:
         with self._forced():
-            return self.function(dict(self.inputs), dict(self.options))
+            return self.infer()
 
     def train(self) -> list[torch.Tensor]:
         with self._forced():
-            return [t for t in tensors_of(self.function(dict(self.leaves), dict(self.options))) if t.requires_grad]
+            return [t for t in tensors_of(self.record()) if t.requires_grad]
 
-    def gradients(self, outputs: list[torch.Tensor]) -> None:
+    def gradients(self, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
         if not self.upstream:
             self.upstream = [g for g in upstream(outputs, outputs[0].dtype) if g is not None]
-        torch.autograd.grad(outputs, self.wanted, self.upstream, allow_unused=True)
+        return [g for g in torch.autograd.grad(outputs, self.wanted, self.upstream, allow_unused=True) if g is not None]
+
+    def extra_mb(self, mode: str, device: str) -> float | None:
+        """Peak megabytes of one run beyond inputs and outputs; after `once`, which makes the upstream gradients."""
+        graph = self.train() if mode == "backward" else None
+
+        def run() -> list[torch.Tensor]:
+            if mode == "forward":
+                with torch.inference_mode():
+                    return tensors_of(self.forward())
+            outputs = graph or self.train()
+            return outputs if mode == "training forward" else [*outputs, *self.gradients(outputs)]
+
+        given = [*self.inputs, *self.upstream, *(graph or ())]
+        found = memory.extra_bytes(run, given, device)
+        return None if found is None else found * 1e-6
 
 
 @dataclass
@@ -150,8 +187,10 @@ class Case:
                     del ready[name]
             mine, *theirs = interleaved([ours, *ready.values()], mode, self.device, seconds)
             times = dict(zip(ready, theirs, strict=True))
+            extra, extras = ours.extra_mb(mode, self.device), {name: call.extra_mb(mode, self.device) for name, call in ready.items()}
             for name in others or ("",):
-                yield self.row(mode, mine, name, times.get(name), notes.get(name, ""))
+                found = self.row(mode, mine, name, times.get(name), notes.get(name, ""))
+                yield replace(found, extra_mb=extra, peer_extra_mb=extras.get(name))
 
     def row(self, mode: str, mine: float, name: str, theirs: float | None, note: str) -> Row:
         d, item = self.sample.dims, self.dtype.itemsize

@@ -109,6 +109,7 @@ def bench(
     import torch
 
     from memkernels import bench
+    from memkernels.bench.environment import binding_note
     from memkernels.cli.files import writable_folder
     from memkernels.cli.speed import measure
 
@@ -121,6 +122,8 @@ def bench(
     options = dict(quick=not full, dtypes=kinds, peers=peer, backend=backend, device=device, threads=threads)
     rows, failures = measure(console, ops, **options)
     print(bench.table(rows))
+    if device == "cpu" and (note := binding_note()):
+        print(note)
     if json_path is not None:
         bench.write_json(json_path, rows)
     if plot is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def run(
     """Everything in order; returns the exit code. Without `threads`, training uses torch's number or one, whichever is faster."""
     text = read_texts(text_files) if text_files else python_documentation()
     source = ", ".join(map(str, text_files)) if text_files else "Python's documentation (pydoc_data.topics)"
-    trainer = Trainer.start(text, CONFIG | {"model": model}, SETTINGS)
+    trainer = Trainer.start(text, CONFIG | {"model": model}, replace(SETTINGS, decay_seconds=seconds))
     writable_folder(out)
     begin = time.monotonic()
     _head(console, "1. What is built")

@@ -1,4 +1,4 @@
-"""`memkernels train` and `generate`: progress, checkpoints, stopping."""
+"""`memkernels train`: progress, checkpoints, stopping."""
 
 from __future__ import annotations
 

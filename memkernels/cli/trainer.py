@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from memkernels.cli.errors import UserError
-from memkernels.models.memory_lm import MemoryLM, MemoryLMConfig
+from memkernels.models.memory_lm import MemoryLM
 from memkernels.models.vocabulary import Vocabulary
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -22,7 +22,11 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train; stored in the checkpoint and used again when it is resumed."""
+    """How to train; stored in the checkpoint and used again when it is resumed.
+
+    The learning rate rises to `rate` over `warmup` steps. Then it falls with the step as 1 / sqrt(1 + step / 500); or, with
+    `decay_seconds`, along half a cosine to a twentieth over so many seconds of training.
+    """
 
     window: int = 128
     batch: int = 32
@@ -30,6 +34,7 @@ class Settings:
     warmup: int = 30
     held_out: float = 0.1
     seed: int = 0
+    decay_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,8 @@ class Limit:
 class Trainer:
     """A model, its optimizer, the text, and where training stands.
 
-    The batch of a step follows from the seed and the step alone, so a resumed run (optimizer, step and random state come from the
-    checkpoint) goes on exactly as if it had never stopped, if it is limited by steps.
+    The batch and the learning rate of a step follow from the settings and the step alone (without `decay_seconds`), so a resumed run
+    (optimizer, step and random state come from the checkpoint) goes on exactly as if it had never stopped.
     """
 
     def __init__(self, model: MemoryLM, text: str, settings: Settings) -> None:
@@ -126,13 +131,21 @@ class Trainer:
         starts = torch.randint(len(self.train_tokens) - s.window, (s.batch, 1), generator=generator)
         return self.train_tokens[starts + torch.arange(s.window + 1)]
 
+    def rate(self) -> float:
+        """The learning rate of the current step; where a call of `run` stops has no part in it."""
+        s = self.settings
+        if s.decay_seconds:
+            falling = 0.05 + 0.95 * (1 + math.cos(math.pi * min(1.0, self.seconds / s.decay_seconds))) / 2
+        else:
+            falling = (1 + self.step / 500) ** -0.5
+        return s.rate * min(1.0, (self.step + 1) / s.warmup) * falling
+
     def run(self, limit: Limit) -> Iterator[float]:
         """Trains until the limit; yields the bits per character of every step's batch. Stop by not asking for the next one."""
-        while (progress := limit.progress(self.step, self.seconds)) < 1:
+        while limit.progress(self.step, self.seconds) < 1:
             begin = time.perf_counter()
-            warm = min(1.0, (self.step + 1) / self.settings.warmup)
             for group in self.optimizer.param_groups:
-                group["lr"] = self.settings.rate * warm * (0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2)
+                group["lr"] = self.rate()
             loss = self.model.train_step(self.batch(), self.optimizer)
             self.step += 1
             self.seconds += time.perf_counter() - begin
@@ -145,7 +158,3 @@ class Trainer:
         length = max(2, most // 8)
         starts = [i * (len(self.held_out) - length) // 7 for i in range(8)]
         return sum(self.model.evaluate(self.held_out[s : s + length], self.settings.window) for s in starts) / 8
-
-
-def config_fields() -> tuple[str, ...]:
-    return tuple(MemoryLMConfig.__dataclass_fields__)

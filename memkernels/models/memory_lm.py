@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memkernels._checks import check_choice, check_number, check_tensor, fail
 from memkernels.models import checkpoint
 from memkernels.models.vocabulary import UNKNOWN, Vocabulary
-from memkernels.nn.external_memory import ExternalMemory
+from memkernels.nn._arguments import check_integers, check_probability, check_sizes
+from memkernels.nn.external_memory import MODES, ExternalMemory
 from memkernels.nn.lstm import LSTM
 from memkernels.ops.attention import attention
 
@@ -34,6 +36,13 @@ class MemoryLMConfig:
     read_heads: int = 4
     mode: str = "content"
     dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice("MemoryLM", "model", self.model, MODELS)
+        check_choice("MemoryLM", "mode", self.mode, MODES)
+        sizes = dict(embedding=self.embedding, hidden=self.hidden, heads=self.heads, context=self.context)
+        check_sizes("MemoryLM", **sizes, slots=self.slots, width=self.width, read_heads=self.read_heads)
+        check_probability("MemoryLM", "dropout", self.dropout)
 
 
 class CausalAttention(nn.Module):
@@ -68,7 +77,7 @@ class MemoryLM(nn.Module):
         model: "attention" or "memory".
         sizes: the fields of `MemoryLMConfig`.
 
-    Raises: ValueError for an unknown model or sizes that do not fit.
+    Raises: ValueError for an unknown model or sizes that do not fit; TypeError for an argument of another type.
 
     Example:
         >>> model = MemoryLM(Vocabulary.of("hello world"), model="memory", hidden=16)
@@ -81,8 +90,11 @@ class MemoryLM(nn.Module):
 
     def __init__(self, vocabulary: Vocabulary, model: str = "memory", **sizes: Any) -> None:
         super().__init__()
-        if model not in MODELS:
-            raise ValueError(f"MemoryLM: model: expected one of {', '.join(map(repr, MODELS))}, got {model!r}")
+        if not isinstance(vocabulary, Vocabulary):
+            fail("MemoryLM", "vocabulary", "a Vocabulary", type(vocabulary).__name__, TypeError)
+        known = [f.name for f in dataclasses.fields(MemoryLMConfig)]
+        if strange := [name for name in sizes if name not in known]:
+            fail("MemoryLM", "sizes", f"names among {', '.join(known)}", repr(strange[0]), TypeError)
         self.vocabulary, self.config = vocabulary, MemoryLMConfig(model, **sizes)
         c = self.config
         self.embedding = nn.Embedding(len(vocabulary), c.embedding)
@@ -95,6 +107,9 @@ class MemoryLM(nn.Module):
 
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Logits "B T V" of the next token after each of `tokens` "B T" int64, and the state after them."""
+        _check_tokens("MemoryLM", tokens, 2, "[B T]")
+        if state is not None and not (isinstance(state, tuple) and len(state) == 3):
+            fail("MemoryLM", "state", "what the last call returned, or None", type(state).__name__, TypeError)
         first, middle, last = (None, None, None) if state is None else state
         x, first = self.lstm(self.embedding(tokens), first)
         x = F.dropout(x, self.config.dropout, self.training)
@@ -126,8 +141,10 @@ class MemoryLM(nn.Module):
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, window: int = 128, batch: int = 32) -> float:
         """Bits per character over `tokens` "L" (L >= 2): every token but the first is predicted once, from within its window of steps."""
-        if tokens.dim() != 1 or len(tokens) < 2:
-            raise ValueError(f"MemoryLM.evaluate: tokens: expected at least 2 tokens in one dimension, got shape {tuple(tokens.shape)}")
+        _check_tokens("MemoryLM.evaluate", tokens, 1, "[L]")
+        check_sizes("MemoryLM.evaluate", window=window, batch=batch)
+        if len(tokens) < 2:
+            raise ValueError(f"MemoryLM.evaluate: tokens: expected at least 2 tokens, got {len(tokens)}")
         training = self.training
         self.eval()
         whole = (len(tokens) - 1) // window
@@ -150,7 +167,10 @@ class MemoryLM(nn.Module):
 
         Returns: the continuation, without the prompt; never contains the unknown token.
         """
-        if temperature < 0 or not 0 < top_p <= 1 or length < 0:
+        check_integers("MemoryLM.generate", length=length, **({} if seed is None else {"seed": seed}))
+        check_number("MemoryLM.generate", "temperature", temperature)
+        check_number("MemoryLM.generate", "top_p", top_p)
+        if not (0 <= temperature < math.inf and 0 < top_p <= 1 and length >= 0):
             got = f"temperature={temperature}, top_p={top_p}, length={length}"
             raise ValueError(f"MemoryLM.generate: expected temperature >= 0, 0 < top_p <= 1 and length >= 0, got {got}")
         if len(self.vocabulary) < 2:
@@ -198,6 +218,14 @@ class MemoryLM(nn.Module):
             raise ValueError(f"{path}: {name}: expected shape {expected.get(name)}, got {got.get(name)}")
         model.load_state_dict(weights)
         return model.to(device), tensors, header.get("training")
+
+
+def _check_tokens(owner: str, tokens: Any, rank: int, dims: str) -> None:
+    check_tensor(owner, "tokens", tokens)
+    if tokens.dim() != rank:
+        fail(owner, "tokens", f"{rank} dimensions {dims}", f"shape {tuple(tokens.shape)}")
+    if tokens.dtype not in (torch.int64, torch.int32):
+        fail(owner, "tokens", "int64", tokens.dtype, TypeError)
 
 
 def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:

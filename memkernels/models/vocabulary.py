@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ class Vocabulary:
     """
 
     def __init__(self, characters: Iterable[str]) -> None:
+        if not isinstance(characters, Iterable):
+            raise TypeError(f"Vocabulary: characters: expected characters, got {type(characters).__name__}")
         self.characters = tuple(characters)
         if any(not isinstance(c, str) or len(c) != 1 for c in self.characters) or len(set(self.characters)) != len(self.characters):
             raise ValueError("Vocabulary: characters: expected distinct single characters")
@@ -33,7 +36,7 @@ class Vocabulary:
     @classmethod
     def of(cls, text: str) -> Vocabulary:
         """The vocabulary of all characters of a text, in code point order."""
-        return cls(sorted(set(text)))
+        return cls(sorted(set(_text("of", text))))
 
     def __len__(self) -> int:
         return len(self.characters) + 1
@@ -46,9 +49,19 @@ class Vocabulary:
 
     def encode(self, text: str) -> torch.Tensor:
         """Tokens of a text, int64, one a character."""
-        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        points = np.frombuffer(_text("encode", text).encode("utf-32-le", "surrogatepass"), dtype="<u4")
         return torch.from_numpy(self._tokens[points])
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of tokens; token 0 becomes U+FFFD."""
-        return "".join(_REPLACEMENT if t == UNKNOWN else self.characters[t - 1] for t in map(int, tokens))
+        known = (_REPLACEMENT, *self.characters)
+        numbers = [int(t) for t in tokens]
+        if wrong := [t for t in numbers if not 0 <= t < len(known)]:
+            raise IndexError(f"Vocabulary.decode: tokens: expected 0 to {len(known) - 1}, got {wrong[0]}")
+        return "".join(known[t] for t in numbers)
+
+
+def _text(method: str, got: Any) -> str:
+    if not isinstance(got, str):
+        raise TypeError(f"Vocabulary.{method}: text: expected a str, got {type(got).__name__}")
+    return got

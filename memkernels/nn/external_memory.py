@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memkernels._checks import check_choice, check_flag, check_floating, check_tensor, fail
+from memkernels.nn._arguments import check_sizes
 from memkernels.ops.content_address import content_address
 from memkernels.ops.content_read import content_read
 from memkernels.ops.memory_read import memory_read
@@ -54,7 +56,8 @@ class ExternalMemory(nn.Module):
         device, dtype: of the parameters.
 
     Numerics: sharpening is done in log space, so the weights keep their mass for any sharpness and never become NaN.
-    Raises: ValueError for an unknown mode or similarity, and for an input or state of another size.
+    Raises: ValueError for an unknown mode or similarity, a size that is not positive, and for an input or state of another size;
+        TypeError for an argument of another type.
     Source: Graves, Wayne and Danihelka 2014 (arXiv 1410.5401), equations 2 to 9.
 
     Example:
@@ -82,18 +85,16 @@ class ExternalMemory(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        for name, got, choices in (("mode", mode, MODES), ("similarity", similarity, SIMILARITIES)):
-            if got not in choices:
-                raise ValueError(f"ExternalMemory: {name}: expected one of {', '.join(map(repr, choices))}, got {got!r}")
+        check_choice("ExternalMemory", "mode", mode, MODES)
+        check_choice("ExternalMemory", "similarity", similarity, SIMILARITIES)
+        output_size = input_size if output_size is None else output_size
         sizes = dict(input_size=input_size, slots=slots, width=width, read_heads=read_heads, write_heads=write_heads)
-        for name, size in sizes.items():
-            if size <= 0:
-                raise ValueError(f"ExternalMemory: {name}: expected a positive integer, got {size}")
-        if shift < 0:
-            raise ValueError(f"ExternalMemory: shift: expected at least 0, got {shift}")
+        check_sizes("ExternalMemory", **sizes, output_size=output_size)
+        check_sizes("ExternalMemory", 0, shift=shift)
+        check_flag("ExternalMemory", "batch_first", batch_first)
         self.input_size, self.slots, self.width, self.mode = input_size, slots, width, mode
         self.read_heads, self.write_heads, self.similarity, self.shift = read_heads, write_heads, similarity, shift
-        self.output_size, self.batch_first = output_size or input_size, batch_first
+        self.output_size, self.batch_first = output_size, batch_first
         factory = {"device": device, "dtype": dtype}
         heads = read_heads + write_heads
         # Keys and strengths of all heads, erase and add of the write heads; then the write gates, or gate, shift and sharpness.
@@ -136,21 +137,39 @@ class ExternalMemory(nn.Module):
 
         Gradients: to the input, the state and all parameters.
         """
+        check_tensor("ExternalMemory", "input", input)
         if input.dim() != 3 or input.shape[-1] != self.input_size:
             dims = "B T I" if self.batch_first else "T B I"
             raise ValueError(f"ExternalMemory: input: expected [{dims}] with I={self.input_size}, got shape {tuple(input.shape)}")
         x = input.transpose(0, 1) if self.batch_first else input
         batch = x.shape[1]
-        state = self.initial_state(batch) if state is None else ExternalMemoryState(*state)
-        if state.memory.shape != (batch, self.slots, self.width):
-            expected = (batch, self.slots, self.width)
-            raise ValueError(f"ExternalMemory: state: expected memory of shape {expected}, got {tuple(state.memory.shape)}")
+        check_floating("ExternalMemory", parameters=self.interface.weight, input=input)
+        state = self.initial_state(batch) if state is None else self._checked(state, batch)
         # All that is linear in the input is computed for all steps at once; the parameters stay float32 under autocast.
         parts = self.interface(x).to(state.memory.dtype).split(self._sizes, -1)
         reads, state = (self._content if self.mode == "content" else self._ntm)(parts, state)
         stacked = torch.stack(reads).flatten(2) if reads else x.new_zeros(0, batch, self.read_heads * self.width)
         output = self.output(torch.cat([x, stacked.to(x.dtype)], -1))
         return output.transpose(0, 1) if self.batch_first else output, state
+
+    def _checked(self, state: Any, batch: int) -> ExternalMemoryState:
+        """The state that a caller passes, or one clear error."""
+        if not isinstance(state, (tuple, list)) or len(state) not in (1, 2):
+            fail("ExternalMemory", "state", "an ExternalMemoryState or None", type(state).__name__, TypeError)
+        found = ExternalMemoryState(*state)
+        expected = {"memory": (batch, self.slots, self.width)}
+        if self.mode == "ntm":
+            expected["weights"] = (batch, self.read_heads + self.write_heads, self.slots)
+        for name, shape in expected.items():
+            part = getattr(found, name)
+            if part is None:
+                fail("ExternalMemory", "state", f"{name} in mode {self.mode!r}", None)
+            check_tensor("ExternalMemory", f"state.{name}", part)
+            if part.shape != shape:
+                fail("ExternalMemory", "state", f"{name} of shape {shape}", tuple(part.shape))
+            if not part.is_floating_point():
+                fail("ExternalMemory", f"state.{name}", "a floating dtype", part.dtype, TypeError)
+        return found
 
     def _content(self, parts: tuple[Tensor, ...], state: ExternalMemoryState) -> tuple[list[Tensor], ExternalMemoryState]:
         heads = (self.read_heads, self.write_heads)
@@ -176,8 +195,7 @@ class ExternalMemory(nn.Module):
         shifts = torch.softmax(parts[5].unflatten(-1, (-1, 2 * self.shift + 1)), -1)
         scalars = 1 + F.softplus(parts[1]), torch.sigmoid(parts[4]), 1 + F.softplus(parts[6])
         memory, weights, reads = state.memory, state.weights, []
-        if weights is None:
-            raise ValueError("ExternalMemory: state: expected weights in mode 'ntm', got None")
+        assert weights is not None
         for key, e, a, shift, strength, gate, sharpen in _steps(keys, erase, add, shifts, *scalars):
             content = content_address(memory, key, strength, similarity=self.similarity)
             weights = _location_address(content, weights, gate, shift, sharpen)

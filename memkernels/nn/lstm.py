@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from memkernels._checks import check_number
+from memkernels.nn._arguments import check_integers
 from memkernels.ops.lstm import lstm
 from memkernels.ops.lstm_gates import lstm_gates
 
@@ -54,6 +56,8 @@ class LSTM(torch.nn.RNNBase):
         device=None,
         dtype=None,
     ) -> None:
+        check_integers("LSTM", num_layers=num_layers, proj_size=proj_size)
+        check_number("LSTM", "dropout", dropout)
         super().__init__("LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype)
 
     def flatten_parameters(self) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memkernels.nn._arguments import check_sizes
 from memkernels.ops.lstm_gates import lstm_gates
 
 
@@ -26,6 +27,10 @@ class LSTMCell(torch.nn.LSTMCell):
         >>> h.shape
         torch.Size([3, 20])
     """
+
+    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None) -> None:
+        check_sizes("LSTMCell", 0, input_size=input_size, hidden_size=hidden_size)
+        super().__init__(input_size, hidden_size, bias, device, dtype)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """One step.

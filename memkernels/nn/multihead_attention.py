@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memkernels.nn._arguments import check_integers, check_probability, check_sizes
 from memkernels.ops.attention import attention
 
 
@@ -41,6 +42,25 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         >>> output.shape, weights
         (torch.Size([2, 5, 16]), None)
     """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        check_integers("MultiheadAttention", embed_dim=embed_dim, num_heads=num_heads)
+        check_sizes("MultiheadAttention", 0, **{n: size for n, size in (("kdim", kdim), ("vdim", vdim)) if size is not None})
+        check_probability("MultiheadAttention", "dropout", dropout)
+        super().__init__(embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
 
     def forward(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from memkernels._checks import check_choice, check_dims, check_flag, check_floating, check_number, check_tensor, fail
+from memkernels._checks import Signature, check_choice, check_flag, check_number, check_tensor, fail
 from memkernels._registry import Arg, Out, define_op
 
 CORNERS = ("top-left", "bottom-right")
@@ -71,16 +71,14 @@ def attention(
         >>> mk.attention(query, key, torch.tensor([[5.0], [7.0]]), is_causal=True)
         tensor([[5.]])
     """
-    if not (query.__class__ is key.__class__ is value.__class__ is torch.Tensor):
-        for name, tensor in (("query", query), ("key", key), ("value", value)):
-            check_tensor("attention", name, tensor)
-    shape = query.shape
-    plain = len(shape) == len(key.shape) == len(value.shape) == 4
-    if not (plain and key.shape[:2] == value.shape[:2] and key.shape[0] == shape[0]):
+    dims = SIGNATURE.known(query, key, value)
+    if dims is not None:
+        shape = query.shape
+    else:
         query, key, value, shape = _four_dims(query, key, value)
-    dims = check_dims("attention", query=(query, "B NH Q D"), key=(key, "B NHk K D"), value=(value, "B NHk K V"))
-    check_floating("attention", query=query, key=key, value=value)
-    check_choice("attention", "causal", causal, CORNERS)
+        dims = SIGNATURE(query, key, value)
+    if causal not in CORNERS:
+        check_choice("attention", "causal", causal, CORNERS)
     if dims["NH"] != dims["NHk"]:
         query, key, value, shape = _heads(query, key, value, shape, enable_gqa)
     check_number("attention", "dropout_p", dropout_p)
@@ -103,9 +101,12 @@ def attention(
 def _four_dims(query, key, value):
     """Broadcasts the leading dimensions and folds them to one batch; also returns the shape that the outputs' leading sizes come from."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_tensor("attention", name, tensor)
         if tensor.dim() < 2:
             fail("attention", name, "at least 2 dimensions", f"shape {tuple(tensor.shape)}")
     rank = max(query.dim(), key.dim(), value.dim())
+    if rank == 4 == query.dim() and query.shape[0] == key.shape[0] and key.shape[:2] == value.shape[:2]:
+        return query, key, value, query.shape
     try:
         lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     except RuntimeError:
@@ -164,9 +165,11 @@ def _window(window):
 
 def _allocate(query, key, value, attn_mask, seed, scale, dropout_p, left, right, causal):
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(*query.shape[:3], value.shape[3]), query.new_empty(query.shape[:3], dtype=wide)
+    batch, heads, queries, _ = query.shape
+    return query.new_empty((batch, heads, queries, value.shape[3])), query.new_empty((batch, heads, queries), dtype=wide)
 
 
+SIGNATURE = Signature("attention", query="B NH Q D", key="B NHk K D", value="B NHk K V")
 OP = define_op(
     "attention",
     inputs=(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from memkernels._checks import check_choice, check_dims, check_dtype, check_floating
+from memkernels._checks import Signature, check_choice
 from memkernels._registry import Arg, Out, define_op
 
 SIMILARITIES = ("cosine", "dot", "l2")
@@ -53,19 +53,20 @@ def content_address(
         >>> mk.content_address(memory, key, torch.tensor([[10.0]])).round(decimals=3)
         tensor([[[1., 0.]]])
     """
-    check_dims("content_address", memory=(memory, "B N W"), key=(key, "B R W"), strength=(strength, "B R"), mask=(mask, "B N"))
-    check_floating("content_address", memory=memory, key=key, strength=strength)
-    check_dtype("content_address", "mask", mask, torch.bool, memory)
-    check_choice("content_address", "similarity", similarity, SIMILARITIES)
+    SIGNATURE(memory, key, strength, mask)
+    if similarity not in SIMILARITIES:
+        check_choice("content_address", "similarity", similarity, SIMILARITIES)
     weights, _ = OP(memory, key, strength, mask, similarity)
     return weights
 
 
 def _allocate(memory, key, strength, mask, similarity):
     wide = torch.float64 if memory.dtype == torch.float64 else torch.float32
-    return memory.new_empty(*key.shape[:2], memory.shape[1]), memory.new_empty(key.shape[:2], dtype=wide)
+    batch, heads, _ = key.shape
+    return memory.new_empty((batch, heads, memory.shape[1])), memory.new_empty((batch, heads), dtype=wide)
 
 
+SIGNATURE = Signature("content_address", memory="B N W", key="B R W", strength="B R", mask=("B N | None", torch.bool))
 OP = define_op(
     "content_address",
     inputs=(Arg("memory"), Arg("key"), Arg("strength"), Arg("mask", differentiable=False, optional=True)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from memkernels._checks import check_choice, check_dims, check_dtype, check_floating
+from memkernels._checks import Signature, check_choice
 from memkernels._registry import Arg, Out, define_op
 
 SIMILARITIES = ("cosine", "dot", "l2")
@@ -65,24 +65,24 @@ def content_read(
         >>> mk.content_read(memory, key, torch.tensor([[20.0]]), value=value).round(decimals=3)
         tensor([[[5.]]])
     """
-    check_dims(
-        "content_read", memory=(memory, "B N W"), key=(key, "B R W"), strength=(strength, "B R"), value=(value, "B N V"), mask=(mask, "B N")
-    )
-    check_floating("content_read", memory=memory, key=key, strength=strength, value=value)
-    check_dtype("content_read", "mask", mask, torch.bool, memory)
-    check_choice("content_read", "similarity", similarity, SIMILARITIES)
+    SIGNATURE(memory, key, strength, value, mask)
+    if similarity not in SIMILARITIES:
+        check_choice("content_read", "similarity", similarity, SIMILARITIES)
     read, weights, _, _ = OP(memory, key, strength, value, mask, similarity, bool(return_weights))
     return (read, weights) if return_weights else read
 
 
 def _allocate(memory, key, strength, value, mask, similarity, return_weights):
     wide = torch.float64 if memory.dtype == torch.float64 else torch.float32
-    heads, read_width = key.shape[:2], (memory if value is None else value).shape[2]
-    weights = memory.new_empty(*heads, memory.shape[1]) if return_weights else memory.new_empty(0)
-    total = memory.new_empty(*heads, read_width, dtype=wide)
-    return memory.new_empty(*heads, read_width), weights, memory.new_empty(heads, dtype=wide), total
+    batch, heads, width = key.shape
+    shape = (batch, heads, width if value is None else value.shape[2])
+    weights = memory.new_empty((batch, heads, memory.shape[1])) if return_weights else None
+    return memory.new_empty(shape), weights, memory.new_empty((batch, heads), dtype=wide), memory.new_empty(shape, dtype=wide)
 
 
+SIGNATURE = Signature(
+    "content_read", memory="B N W", key="B R W", strength="B R", value="B N V | None", mask=("B N | None", torch.bool)
+)  # fmt: skip
 # `total` is the read before it is rounded: backward needs read . dread to more digits than a bfloat16 read has.
 OP = define_op(
     "content_read",

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from memkernels._checks import check_dims, check_dtype, check_flag, check_floating, fail
+from memkernels._checks import Signature, check_flag, check_tensor, fail
 from memkernels._compat import functorch_active
 from memkernels._registry import Arg, Out, define_op
 
@@ -68,33 +68,31 @@ def lstm(
         >>> torch.allclose(output, layer(x)[0], atol=1e-6)
         True
     """
-    check_dims("lstm", input=(input, "T B I"), weight_hh=(weight_hh, "4H H"), weight_ih=(weight_ih, "4H I"),
-               bias_ih=(bias_ih, "4H"), bias_hh=(bias_hh, "4H"), reset=(reset, "T B"), lengths=(lengths, "B"))  # fmt: skip
-    if state is None:
-        h0 = c0 = input.new_zeros(input.shape[1], weight_hh.shape[1])
-    else:
-        if not isinstance(state, (tuple, list)) or len(state) != 2:
-            fail("lstm", "state", "a pair (h0, c0) or None", type(state).__name__, TypeError)
-        h0, c0 = state
-        check_dims("lstm", input=(input, "T B I"), weight_hh=(weight_hh, "4H H"), h0=(h0, "B H"), c0=(c0, "B H"))
-    floating = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)
-    check_floating("lstm", **dict(zip(_FLOATING, floating, strict=True)))
-    check_dtype("lstm", "reset", reset, torch.bool, input)
-    check_dtype("lstm", "lengths", lengths, torch.int64, input)
-    _check_lengths(lengths, input)
+    h0, c0 = (None, None) if state is None else _pair(state)
+    sizes = SIGNATURE(input, weight_hh, weight_ih, bias_ih, bias_hh, reset, lengths, h0, c0)
+    if h0 is None:
+        h0 = c0 = input.new_zeros((sizes["B"], sizes["H"]))
+    if lengths is not None:
+        _check_lengths(lengths, input)
     check_flag("lstm", "reverse", reverse)
     check_flag("lstm", "return_cells", return_cells)
-    training = functorch_active() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floating))
+    floating = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)
+    training = functorch_active() or (torch.is_grad_enabled() and True in [t is not None and t.requires_grad for t in floating])
     output, h_n, c_n, cells, _ = OP(*floating, reset, lengths, reverse, return_cells, training)
     return (output, (h_n, c_n), cells) if return_cells else (output, (h_n, c_n))
 
 
-_FLOATING = ("input", "h0", "c0", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
+def _pair(state):
+    if not isinstance(state, (tuple, list)) or len(state) != 2:
+        fail("lstm", "state", "a pair (h0, c0) or None", type(state).__name__, TypeError)
+    for name, tensor in zip(("h0", "c0"), state, strict=True):
+        check_tensor("lstm", name, tensor)
+    return state
 
 
 def _check_lengths(lengths, input):
     """Reads the values only where that is free: on a CPU, outside of transforms and tracing."""
-    if lengths is None or lengths.device.type != "cpu" or torch.compiler.is_compiling() or functorch_active():
+    if lengths.device.type != "cpu" or torch.compiler.is_compiling() or functorch_active():
         return
     if type(lengths) is torch.Tensor and lengths.numel():
         low, high = (int(v) for v in torch.aminmax(lengths))
@@ -105,17 +103,19 @@ def _check_lengths(lengths, input):
 def _allocate(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, reset, lengths, reverse, return_cells, training):
     steps, batch, _ = input.shape
     hidden = weight_hh.shape[1]
-    cells = (steps, batch, hidden) if training or return_cells else (0,)
-    gates = (steps, batch, 4 * hidden) if training else (0,)
     return (
-        input.new_empty(steps, batch, hidden),
-        input.new_empty(batch, hidden),
-        input.new_empty(batch, hidden),
-        input.new_empty(cells),
-        input.new_empty(gates),
+        input.new_empty((steps, batch, hidden)),
+        torch.empty_like(h0, memory_format=torch.contiguous_format),
+        torch.empty_like(c0, memory_format=torch.contiguous_format),
+        input.new_empty((steps, batch, hidden)) if training or return_cells else None,
+        input.new_empty((steps, batch, 4 * hidden)) if training else None,
     )
 
 
+SIGNATURE = Signature(
+    "lstm", input="T B I", weight_hh="4H H", weight_ih="4H I", bias_ih="4H | None", bias_hh="4H | None",
+    reset=("T B | None", torch.bool), lengths=("B | None", torch.int64), h0="B H | None", c0="B H | None",
+)  # fmt: skip
 OP = define_op(
     "lstm",
     inputs=(

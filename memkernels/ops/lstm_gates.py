@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from memkernels._checks import check_dims, check_floating
+from memkernels._checks import Signature
 from memkernels._registry import Arg, Out, define_op
 
 
@@ -45,16 +45,17 @@ def lstm_gates(gates: torch.Tensor, cell: torch.Tensor, *, peephole: torch.Tenso
         >>> c
         tensor([[0.5000, 0.5000]])
     """
-    check_dims("lstm_gates", gates=(gates, "B 4H"), cell=(cell, "B H"), peephole=(peephole, "3 H"))
-    check_floating("lstm_gates", gates=gates, cell=cell, peephole=peephole)
+    SIGNATURE(gates, cell, peephole)
     h, c = OP(gates, cell, peephole)
     return h, c
 
 
 def _allocate(gates, cell, peephole):
-    return cell.new_empty(cell.shape), cell.new_empty(cell.shape)
+    shape = cell.shape
+    return cell.new_empty(shape), cell.new_empty(shape)
 
 
+SIGNATURE = Signature("lstm_gates", gates="B 4H", cell="B H", peephole="3 H | None")
 OP = define_op(
     "lstm_gates",
     inputs=(Arg("gates"), Arg("cell"), Arg("peephole", optional=True, batch=None)),

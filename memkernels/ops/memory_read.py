@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from memkernels._checks import check_dims, check_floating
+from memkernels._checks import Signature
 from memkernels._registry import Arg, Out, define_op
 
 
@@ -41,14 +41,14 @@ def memory_read(memory: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         >>> mk.memory_read(memory, torch.tensor([[[0.5, 0.5]]]))
         tensor([[[2., 3.]]])
     """
-    check_dims("memory_read", memory=(memory, "B N W"), weights=(weights, "B R N"))
-    check_floating("memory_read", memory=memory, weights=weights)
+    SIGNATURE(memory, weights)
     (read,) = OP(memory, weights)
     return read
 
 
 def _allocate(memory, weights):
-    return (memory.new_empty(memory.shape[0], weights.shape[1], memory.shape[2]),)
+    return (memory.new_empty((memory.shape[0], weights.shape[1], memory.shape[2])),)
 
 
+SIGNATURE = Signature("memory_read", memory="B N W", weights="B R N")
 OP = define_op("memory_read", inputs=(Arg("memory"), Arg("weights")), outputs=(Out("read"),), allocate=_allocate, autocast="float32")

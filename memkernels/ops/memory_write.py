@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from memkernels._checks import check_dims, check_floating, fail
+from memkernels._checks import Signature, fail
 from memkernels._compat import forward_ad_active, functorch_active
 from memkernels._registry import Arg, Out, define_inplace, define_op
 
@@ -45,7 +45,7 @@ def memory_write(memory: torch.Tensor, weights: torch.Tensor, erase: torch.Tenso
         tensor([[[5., 5.],
                  [1., 1.]]])
     """
-    _check("memory_write", memory, weights, erase, add)
+    SIGNATURE(memory, weights, erase, add)
     (written,) = OP(memory, weights, erase, add)
     return written
 
@@ -87,7 +87,7 @@ def memory_write_(memory: torch.Tensor, weights: torch.Tensor, erase: torch.Tens
         >>> memory[0, 0]
         tensor([5., 5.])
     """
-    _check("memory_write_", memory, weights, erase, add)
+    SIGNATURE_INPLACE(memory, weights, erase, add)
     for name, tensor in dict(memory=memory, weights=weights, erase=erase, add=add).items():
         if torch.is_grad_enabled() and tensor.requires_grad:
             raise RuntimeError(
@@ -119,15 +119,12 @@ def _apart(tensor, memory):
     return tensor.clone()
 
 
-def _check(op, memory, weights, erase, add):
-    check_dims(op, memory=(memory, "B N W"), weights=(weights, "B H N"), erase=(erase, "B H W"), add=(add, "B H W"))
-    check_floating(op, memory=memory, weights=weights, erase=erase, add=add)
-
-
 def _allocate(memory, weights, erase, add):
-    return (memory.new_empty(memory.shape),)
+    return (torch.empty_like(memory, memory_format=torch.contiguous_format),)
 
 
+_DIMS = dict(memory="B N W", weights="B H N", erase="B H W", add="B H W")
+SIGNATURE, SIGNATURE_INPLACE = Signature("memory_write", **_DIMS), Signature("memory_write_", **_DIMS)
 OP = define_op(
     "memory_write",
     inputs=(Arg("memory"), Arg("weights"), Arg("erase"), Arg("add")),

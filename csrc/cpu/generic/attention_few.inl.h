@@ -83,7 +83,7 @@ template <class A, class T>
 Rows<T> tile_of_rows(const AttentionTensor& t, const FewScratch<A>& w, int64_t b, int64_t h, int64_t first,
                      int64_t count, int64_t width, bool more) {
   const T* rows = rows_of<T>(t, b, h, first);
-  return {rows, t.row, w.index, count, width, more ? rows + kTile * t.row : nullptr, true};
+  return {rows, t.row, w.index, count, width, more ? rows + kAhead * kTile * t.row : nullptr, true};
 }
 
 template <class A, class T>
@@ -99,7 +99,7 @@ void few_forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, in
   const Range seen = seen_by_block(a, begin, end, start, stop);
   for (int64_t first = start + seen.first / kTile * kTile; first < start + seen.last; first += kTile) {
     const int64_t count = smaller(kTile, stop - first);
-    const bool more = first + 2 * kTile <= stop;
+    const bool more = first + (kAhead + 1) * kTile <= stop;
     dot_rows<T, Dot::plain>(tile_of_rows<A, T>(a.key, w, b, shared, first, count, a.width, more), n, w.query, w.scores);
     for (int64_t i = 0; i < n; i++) {
       A* s = w.scores + i * kTile;
@@ -164,7 +164,7 @@ void few_backward(const AttentionArgs& a, const AttentionPart& part, void* memor
   const int64_t row = (part.b * a.key_heads + part.h) * a.keys;
   for (int64_t first = part.first; first < part.last; first += kTile) {
     const int64_t count = smaller(kTile, part.last - first);
-    const bool more = first + 2 * kTile <= part.last;
+    const bool more = first + (kAhead + 1) * kTile <= part.last;
     Rows<T> keys = tile_of_rows<A, T>(a.key, w, part.b, part.h, first, count, a.width, more);
     const Rows<T> values = tile_of_rows<A, T>(a.value, w, part.b, part.h, first, count, a.value_width, more);
     dot_rows<T, Dot::plain>(keys, n, w.query, w.scores);

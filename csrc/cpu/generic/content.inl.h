@@ -149,8 +149,9 @@ void content_forward(const ContentArgs& a, int64_t b, int64_t begin, int64_t end
   const int64_t value_n = a.value ? a.value_n : a.memory_n;
   for (int64_t n = begin; n < end; n += a.tile) {
     const int64_t rows = end - n < a.tile ? end - n : a.tile, count = list_rows(a, b, n, rows, t.index);
-    const bool more = n + 2 * a.tile <= end;
-    const S *next = memory + (n + a.tile) * a.memory_n, *next_value = value + (n + a.tile) * value_n;
+    const bool more = n + (kAhead + 1) * a.tile <= a.rows;  // of the next task too: it mostly follows on this thread
+    const int64_t coming = n + kAhead * a.tile;
+    const S *next = memory + coming * a.memory_n, *next_value = value + coming * value_n;
     similarities(a, Rows<S>{memory + n * a.memory_n, a.memory_n, t.index, count, a.width, more ? next : nullptr}, t);
     for (int64_t r = 0; r < a.heads; r++) {
       if (a.logits) {

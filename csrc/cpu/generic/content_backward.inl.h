@@ -158,9 +158,9 @@ void content_backward(const ContentArgs& a, int64_t b, int64_t begin, int64_t en
   const bool shrinks = a.similarity != Similarity::dot;
   for (int64_t n = begin; n < end; n += a.tile) {
     const int64_t rows = end - n < a.tile ? end - n : a.tile, count = list_rows(a, b, n, rows, t.index);
-    const bool more = n + 2 * a.tile <= end;
-    const S* next = more ? memory + (n + a.tile) * a.memory_n : nullptr;
-    const S* next_value = more && a.value ? value + (n + a.tile) * value_n : nullptr;
+    const bool more = n + (kAhead + 1) * a.tile <= a.rows;
+    const S* next = more ? memory + (n + kAhead * a.tile) * a.memory_n : nullptr;
+    const S* next_value = more && a.value ? value + (n + kAhead * a.tile) * value_n : nullptr;
     const Rows<S> tile{memory + n * a.memory_n, a.memory_n, t.index, count, a.width, next};
     const Rows<S> values{value + n * value_n, value_n, t.index, count, a.value_width, next_value};
     similarities(a, tile, t);

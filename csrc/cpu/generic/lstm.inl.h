@@ -128,8 +128,17 @@ void start(const LstmForward& f, Span rows) {
 
 template <class T>
 constexpr LstmFormat format_of(int64_t chunk_rows, bool gather) {
-  return {Vec<acc_t<T>>::kLanes, sizeof(acc_t<T>), sizeof(acc_t<T>), 1, chunk_rows,
-          tile_rows(4),          tile_rows(2),     tile_rows(2),     1, gather};
+  return {Vec<acc_t<T>>::kLanes,
+          sizeof(acc_t<T>),
+          sizeof(acc_t<T>),
+          1,
+          chunk_rows,
+          tile_rows(4),
+          tile_rows(2),
+          tile_rows(2),
+          1,
+          gather,
+          0};
 }
 
 }  // namespace

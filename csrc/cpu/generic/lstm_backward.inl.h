@@ -56,13 +56,40 @@ void start_backward(const LstmBackward& f, Span span) {
 
 // dz of step t in one panel of two vectors; P is what dz is kept in.
 template <class T, class P>
-void panel_gradients(const LstmBackward& f, int64_t t, P* dz, Span rows, int64_t p) {
-  constexpr int64_t kLanes = Vec<acc_t<T>>::kLanes;
-  const int64_t first = p * 2 * kLanes;
-  for (int64_t b = rows.begin; b < rows.end; b++)
-    for_each_vec<Vec<acc_t<T>>>(smaller(2 * kLanes, f.H - first), [&](int64_t i, auto part) {
-      gradient_row<T, P>(f, dz + b * f.ld_gates + first + i, t, b, first + i, part);
-    });
+void panel_gradients(const LstmBackward& f, int64_t t, P* dz, Span span, int64_t p) {
+  using V = Vec<acc_t<T>>;
+  const LstmRows& rows = f.rows;
+  const int64_t first = p * 2 * V::kLanes, units = smaller(2 * V::kLanes, f.H - first), width = f.H;
+  if (rows.lengths || rows.reset || span.begin == span.end) {
+    for (int64_t b = span.begin; b < span.end; b++) {
+      const auto row = gradient_row<T, P>(f, dz, t, b, first);
+      const bool active = rows.active(t, b);
+      for_each_vec<V>(units, [&](int64_t i, auto part) {
+        if (active) return gradient_values(row, i, width, part);
+        for (int g = 0; g < 4; g++) store(V::zero(), row.dz + g * width + i, part);
+      });
+    }
+    return;
+  }
+  // All rows take the step: nothing to ask row by row, and pointers that no store can change for all the compiler
+  // knows.
+  auto row = gradient_row<T, P>(f, dz, t, span.begin, first);
+  const int64_t ld = f.ld_hidden, ld_dz = f.ld_gates, old_b = t == rows.first(0) ? f.c0_b : width;
+  const int64_t doutput_b = f.doutput ? f.doutput_b : 0, dcells_b = f.dcells ? f.dcells_b : 0;
+  // Runs of a few lines, far apart: no hardware prefetcher finds what the next call reads.
+  const bool more = t != rows.first(0);
+  const int64_t after = more ? rows.previous(t) : t, back = (after - t) * rows.B * width;
+  const int64_t old_back = more && after != rows.first(0) ? back : 0;
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t b = span.begin; b < span.end; b++) {
+    for (int64_t i = 0; more && i < units; i += kLine) {
+      for (int64_t g = 0; g < 4; g++) __builtin_prefetch(row.gates + 4 * back + g * width + i);
+      __builtin_prefetch(row.old + old_back + i);
+    }
+    for_each_vec<V>(units, [&](int64_t i, auto part) { gradient_values(row, i, width, part); });
+    row.gates += 4 * width, row.cells += width, row.old += old_b, row.doutput += doutput_b, row.dcells += dcells_b;
+    row.carry_h += ld, row.carry_c += ld, row.dz += ld_dz;
+  }
 }
 
 template <class T>

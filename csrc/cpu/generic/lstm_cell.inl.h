@@ -35,6 +35,18 @@ MK_INLINE void cell_skip(const LstmForward& f, int64_t row, int64_t b, int64_t j
       .store(element<P>(f.hidden[1 - parity], b * f.ld_hidden + j));
 }
 
+// New c and h of one vector of units, from z of its gates and the old c; the gates where training needs them.
+template <class T, class Part>
+MK_INLINE void cell_values(const acc_t<T>* z, Vec<acc_t<T>>& c, Vec<acc_t<T>>& h, T* gates, int64_t width, Part part) {
+  using V = Vec<acc_t<T>>;
+  const V i = sigmoid_for<T>(V::load(z)), forget = sigmoid_for<T>(V::load(z + V::kLanes));
+  const V g = tanh_for<T>(V::load(z + 2 * V::kLanes)), o = sigmoid_for<T>(V::load(z + 3 * V::kLanes));
+  c = fma(forget, c, i * g), h = o * tanh_for<T>(c);
+  if (!gates) return;
+  store(i, gates, part), store(forget, gates + width, part);
+  store(g, gates + 2 * width, part), store(o, gates + 3 * width, part);
+}
+
 template <class T, class P, class Part>
 MK_INLINE void cell_row(const LstmForward& f, const acc_t<T>* z, int64_t t, int64_t b, int64_t j, int64_t parity,
                         Part part) {
@@ -43,17 +55,11 @@ MK_INLINE void cell_row(const LstmForward& f, const acc_t<T>* z, int64_t t, int6
   const LstmRows& rows = f.rows;
   const int64_t row = t * rows.B + b, at = row * f.H + j;
   if (!rows.active(t, b)) return cell_skip<T, P>(f, row, b, j, parity, part);
-  constexpr bool kExact = sizeof(T) > 2;
   A* carry = element<A>(f.carry, b * f.ld_hidden + j);
-  const V i = gate_sigmoid(V::load(z)), forget = gate_sigmoid(V::load(z + V::kLanes));
-  const V g = gate_tanh<kExact>(V::load(z + 2 * V::kLanes)), o = gate_sigmoid(V::load(z + 3 * V::kLanes));
-  const V c = fma(forget, V::load(carry), i * g), h = o * gate_tanh<kExact>(c);
+  V c = V::load(carry), h;
+  cell_values<T>(z, c, h, f.gates ? element<T>(f.gates, row * 4 * f.H + j) : nullptr, f.H, part);
   store(h, element<T>(f.output, at), part);
   if (f.cells) store(c, element<T>(f.cells, at), part);
-  if (f.gates) {
-    T* out = element<T>(f.gates, row * 4 * f.H + j);
-    store(i, out, part), store(forget, out + f.H, part), store(g, out + 2 * f.H, part), store(o, out + 3 * f.H, part);
-  }
   if (t == rows.last(b)) {
     store(h, element<T>(f.h_n, b * f.H + j), part);
     store(c, element<T>(f.c_n, b * f.H + j), part);
@@ -63,12 +69,37 @@ MK_INLINE void cell_row(const LstmForward& f, const acc_t<T>* z, int64_t t, int6
   entering(rows, rows.next(t), b, h).store(element<P>(f.hidden[1 - parity], b * f.ld_hidden + j));
 }
 
+// Rows [begin, end) of whole panels that are all alive, keep their state and have a step to come: nothing to ask row by
+// row.
+template <class T, class P>
+MK_INLINE void open_rows(const LstmForward& f, const acc_t<T>* z, int64_t t, Span b, int64_t j, int64_t parity) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  // Copies: a store through the pointers could change f for all that the compiler knows.
+  const int64_t width = f.H, ld = f.ld_hidden, at = (t * f.rows.B + b.begin) * width + j;
+  A* carry = element<A>(f.carry, b.begin * ld + j);
+  P* hidden = element<P>(f.hidden[1 - parity], b.begin * ld + j);
+  T* output = element<T>(f.output, at);
+  T* cells = f.cells ? element<T>(f.cells, at) : nullptr;
+  T* gates = f.gates ? element<T>(f.gates, at + 3 * (at - j)) : nullptr;
+  for (int64_t r = b.begin; r < b.end; r++, z += 4 * V::kLanes, carry += ld, hidden += ld, output += width) {
+    V c = V::load(carry), h;
+    cell_values<T>(z, c, h, gates, width, Full{});
+    c.store(carry), h.store(hidden), h.store(output);
+    if (cells) c.store(cells), cells += width;
+    if (gates) gates += 4 * width;
+  }
+}
+
 // Rows [begin, end) of panel p; z holds them from `begin` on.
 template <class T, class P>
 MK_INLINE void cell_rows(const LstmForward& f, const acc_t<T>* z, int64_t t, Span b, int64_t p, int64_t parity) {
   constexpr int64_t kLanes = Vec<acc_t<T>>::kLanes;
   const int64_t j = p * kLanes, left = f.H - j;
-  if (left >= kLanes)
+  const bool open = !f.rows.lengths && !f.rows.reset && t != f.rows.last(0);
+  if (left >= kLanes && open)
+    open_rows<T, P>(f, z, t, b, j, parity);
+  else if (left >= kLanes)
     for (int64_t r = b.begin; r < b.end; r++, z += 4 * kLanes) cell_row<T, P>(f, z, t, r, j, parity, Full{});
   else
     for (int64_t r = b.begin; r < b.end; r++, z += 4 * kLanes) cell_row<T, P>(f, z, t, r, j, parity, Tail{left});
@@ -99,36 +130,53 @@ void lstm_start(const LstmForward& f, Span span) {
   }
 }
 
-// z -> gradients of one row of `lanes` units at step t, from dh and dc that arrive from the step after.
+// What one row of a step back reads and writes, from its unit j on.
+template <class T, class P>
+struct GradientRow {
+  const T *gates, *cells, *old;  // old: c that entered the step; null: zero, and nothing flows further back
+  const T *doutput, *dcells;     // may be null
+  acc_t<T>*carry_h, *carry_c;
+  P* dz;
+};
+
+// dz of one vector of units `i` on, from dh and dc that arrive from the step after.
 template <class T, class P, class Part>
-MK_INLINE void gradient_row(const LstmBackward& f, P* dz, int64_t t, int64_t b, int64_t j, Part part) {
+MK_INLINE void gradient_values(const GradientRow<T, P>& row, int64_t i_at, int64_t width, Part part) {
   using A = acc_t<T>;
   using V = Vec<A>;
-  constexpr bool kExact = sizeof(T) > 2;
-  const LstmRows& rows = f.rows;
-  if (!rows.active(t, b)) {
-    for (int g = 0; g < 4; g++) store(V::zero(), dz + g * f.H, part);
-    return;
-  }
-  const int64_t row = t * rows.B + b;
-  const T* gate = element<T>(f.gates, row * 4 * f.H + j);
-  const V i = load<V>(gate, part), forget = load<V>(gate + f.H, part), g = load<V>(gate + 2 * f.H, part);
-  const V o = load<V>(gate + 3 * f.H, part), one = V::set1(A(1));
-  V old = V::zero();
-  if (!rows.resets(t, b))
-    old = t == rows.first(b) ? load<V>(element<T>(f.c0, b * f.c0_b + j), part)
-                             : load<V>(element<T>(f.cells, (rows.previous(t) * rows.B + b) * f.H + j), part);
-  A *carry_h = element<A>(f.dh, b * f.ld_hidden + j), *carry_c = element<A>(f.dc, b * f.ld_hidden + j);
-  V dh = V::load(carry_h), dc = V::load(carry_c);
-  if (f.doutput) dh = dh + load<V>(element<T>(f.doutput, t * f.doutput_t + b * f.doutput_b + j), part);
-  if (f.dcells) dc = dc + load<V>(element<T>(f.dcells, t * f.dcells_t + b * f.dcells_b + j), part);
-  const V tanh_c = gate_tanh<kExact>(load<V>(element<T>(f.cells, row * f.H + j), part));
+  const T* gate = row.gates + i_at;
+  const V i = load<V>(gate, part), forget = load<V>(gate + width, part), g = load<V>(gate + 2 * width, part);
+  const V o = load<V>(gate + 3 * width, part), one = V::set1(A(1));
+  const V old = row.old ? load<V>(row.old + i_at, part) : V::zero();
+  V dh = V::load(row.carry_h + i_at), dc = V::load(row.carry_c + i_at);
+  if (row.doutput) dh = dh + load<V>(row.doutput + i_at, part);
+  if (row.dcells) dc = dc + load<V>(row.dcells + i_at, part);
+  const V tanh_c = tanh_for<T>(load<V>(row.cells + i_at, part));
   dc = fma(dh * o, one - tanh_c * tanh_c, dc);
+  P* dz = row.dz + i_at;
   store(dc * g * i * (one - i), dz, part);
-  store(dc * old * forget * (one - forget), dz + f.H, part);
-  store(dc * i * (one - g * g), dz + 2 * f.H, part);
-  store(dh * tanh_c * o * (one - o), dz + 3 * f.H, part);
-  (rows.resets(t, b) ? V::zero() : dc * forget).store(carry_c);
+  store(dc * old * forget * (one - forget), dz + width, part);
+  store(dc * i * (one - g * g), dz + 2 * width, part);
+  store(dh * tanh_c * o * (one - o), dz + 3 * width, part);
+  (row.old ? dc * forget : V::zero()).store(row.carry_c + i_at);
+}
+
+template <class T, class P>
+MK_INLINE GradientRow<T, P> gradient_row(const LstmBackward& f, P* dz, int64_t t, int64_t b, int64_t j) {
+  using A = acc_t<T>;
+  const LstmRows& rows = f.rows;
+  const int64_t at = (t * rows.B + b) * f.H + j;
+  const T* old = rows.resets(t, b)    ? nullptr
+                 : t == rows.first(b) ? element<T>(f.c0, b * f.c0_b + j)
+                                      : element<T>(f.cells, (rows.previous(t) * rows.B + b) * f.H + j);
+  return {element<T>(f.gates, at + 3 * (at - j)),
+          element<T>(f.cells, at),
+          old,
+          f.doutput ? element<T>(f.doutput, t * f.doutput_t + b * f.doutput_b + j) : nullptr,
+          f.dcells ? element<T>(f.dcells, t * f.dcells_t + b * f.dcells_b + j) : nullptr,
+          element<A>(f.dh, b * f.ld_hidden + j),
+          element<A>(f.dc, b * f.ld_hidden + j),
+          dz + b * f.ld_gates + j};
 }
 
 // dh that flows to the step before, from the product dz W_hh of one row of a panel.

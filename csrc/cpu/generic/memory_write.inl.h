@@ -20,7 +20,7 @@ struct WriteRows {
   const S *memory, *d;
   S *written, *dmemory;
   int64_t memory_n, d_n, written_n, width, rows;
-  bool more;  // a whole tile follows: fetched a column at a time, because the hardware does not follow columns
+  bool more;  // a whole tile follows
 };
 
 // weights[h][i] of a tile in the accumulation type, heads kWriteTile apart.
@@ -102,8 +102,36 @@ void memory_write_forward(const MemoryWriteArgs& a, int64_t b, int64_t begin, in
   }
 }
 
-// N vectors of columns from j on, H heads in registers. lanes[h][i][kLanes] gathers dweights over the columns of the
-// tile.
+// Reads the coming tile of both inputs and of dmemory into the cache in the order of the addresses, so that the
+// hardware prefetcher follows: each pass over columns takes its share of the rows, a piece as wide as itself at each of
+// its rows.
+template <class S>
+struct Fetch {
+  const S *memory, *d, *dmemory;
+  int64_t column, width, memory_skip, d_skip;
+
+  MK_INLINE Fetch(const WriteRows<S>& t, int64_t j) : width(t.width) {
+    const int64_t row = j * kWriteTile / t.width + kWriteTile;
+    column = j * kWriteTile % t.width;
+    memory = t.memory + row * t.memory_n + column, d = t.d + row * t.d_n + column;
+    dmemory = t.dmemory ? t.dmemory + row * t.width + column : nullptr;
+    memory_skip = t.memory_n - t.width, d_skip = t.d_n - t.width;
+  }
+  MK_INLINE void next(int64_t n) {
+    constexpr int64_t kLine = 64 / int64_t(sizeof(S));
+    for (int64_t k = 0; k < n; k += kLine) {
+      __builtin_prefetch(memory + k);
+      __builtin_prefetch(d + k);
+      if (dmemory) __builtin_prefetch(dmemory + k, 1);
+    }
+    column += n, memory += n, d += n;
+    if (dmemory) dmemory += n;
+    if (column >= width) column -= width, memory += memory_skip, d += d_skip;
+  }
+};
+
+// N vectors of columns from j on, H heads in registers; `erase` is negated. lanes[h][i][kLanes] gathers dweights over
+// the columns of the tile.
 template <class S, int H, int N, class Part>
 MK_INLINE void gradient_columns(const WriteRows<S>& t, int64_t j, const acc_t<S>* w, const acc_t<S>* erase,
                                 const acc_t<S>* add, acc_t<S>* derase, acc_t<S>* dadd, acc_t<S>* lanes, Part part) {
@@ -117,42 +145,34 @@ MK_INLINE void gradient_columns(const WriteRows<S>& t, int64_t j, const acc_t<S>
       e[h][l] = load<V>(erase + at, part), a[h][l] = load<V>(add + at, part);
       de[h][l] = da[h][l] = V::zero();
     }
+  Fetch<S> fetch(t, j);
   for (int64_t i = 0; i < t.rows; i++) {
-    V weight[H], minus[H], dw[H];
-    for (int h = 0; h < H; h++) {
-      weight[h] = V::set1(w[h * kWriteTile + i]), minus[h] = V::set1(-w[h * kWriteTile + i]);
-      dw[h] = V::load(lanes + (h * kWriteTile + i) * L);
-    }
+    if (t.more) fetch.next(N * L);
     for (int l = 0; l < N; l++) {
-      if (t.more) {
-        __builtin_prefetch(t.memory + (i + kWriteTile) * t.memory_n + j + l * L);
-        __builtin_prefetch(t.d + (i + kWriteTile) * t.d_n + j + l * L);
-      }
-      const V d = load<V>(t.d + i * t.d_n + j + l * L, part), m = load<V>(t.memory + i * t.memory_n + j + l * L, part),
-              dm = d * m;
+      const V d = load<V>(t.d + i * t.d_n + j + l * L, part), m = load<V>(t.memory + i * t.memory_n + j + l * L, part);
       V kept[H], before[H];
       V product = one;
       for (int h = 0; h < H; h++) {
-        kept[h] = fma(minus[h], e[h][l], one);
+        kept[h] = fma(V::set1(w[h * kWriteTile + i]), e[h][l], one);
         before[h] = product;
-        product = product * kept[h];
+        product = h ? product * kept[h] : kept[h];
       }
       if (t.dmemory) store(d * product, t.dmemory + i * t.width + j + l * L, part);
-      V after = dm;
+      V after = d * m;
       for (int h = H - 1; h >= 0; h--) {
-        const V u = before[h] * after;
-        after = after * kept[h];
-        de[h][l] = fma(minus[h], u, de[h][l]);
-        da[h][l] = fma(weight[h], d, da[h][l]);
-        dw[h] = fma(d, a[h][l], dw[h]) - u * e[h][l];
+        const V u = h ? before[h] * after : after, weight = V::set1(w[h * kWriteTile + i]);
+        if (h) after = after * kept[h];
+        de[h][l] = fma(weight, u, de[h][l]);
+        da[h][l] = fma(weight, d, da[h][l]);
+        acc_t<S>* sum = lanes + (h * kWriteTile + i) * L;
+        fma(u, e[h][l], fma(d, a[h][l], V::load(sum))).store(sum);
       }
     }
-    for (int h = 0; h < H; h++) dw[h].store(lanes + (h * kWriteTile + i) * L);
   }
   for (int h = 0; h < H; h++)
     for (int l = 0; l < N; l++) {
       const int64_t at = h * t.width + j + l * L;
-      store(load<V>(derase + at, part) + de[h][l], derase + at, part);
+      store(load<V>(derase + at, part) - de[h][l], derase + at, part);
       store(load<V>(dadd + at, part) + da[h][l], dadd + at, part);
     }
 }
@@ -172,7 +192,7 @@ void gradient_columns_many(const WriteRows<S>& t, int64_t heads, int64_t j, cons
     const V d = load<V>(t.d + i * t.d_n + j, part), m = load<V>(t.memory + i * t.memory_n + j, part);
     V product = one;
     for (int64_t h = 0; h < heads; h++) {
-      const V kept = fma(V::set1(-w[h * kWriteTile + i]), load<V>(erase + h * t.width + j, part), one);
+      const V kept = fma(V::set1(w[h * kWriteTile + i]), load<V>(erase + h * t.width + j, part), one);
       kept.store(factors + h * L);
       product.store(factors + (heads + h) * L);
       product = product * kept;
@@ -186,7 +206,7 @@ void gradient_columns_many(const WriteRows<S>& t, int64_t heads, int64_t j, cons
       (V::load(de + h * L) - weight * u).store(de + h * L);
       fma(weight, d, V::load(da + h * L)).store(da + h * L);
       acc_t<S>* sum = lanes + (h * kWriteTile + i) * L;
-      (fma(d, load<V>(add + at, part), V::load(sum)) - u * load<V>(erase + at, part)).store(sum);
+      fma(u, load<V>(erase + at, part), fma(d, load<V>(add + at, part), V::load(sum))).store(sum);
     }
   }
   for (int64_t h = 0; h < heads; h++) {
@@ -226,6 +246,7 @@ void memory_write_backward(const MemoryWriteArgs& a, int64_t b, int64_t begin, i
   A *lanes = w + a.heads * kWriteTile, *factors = lanes + a.heads * kWriteTile * L;
   for (int64_t i = 0; i < 2 * a.heads * a.width; i++) derase[i] = 0;
   widen_heads<S>(a.erase, a.erase_b, a.erase_h, a, b, erase);
+  for (int64_t i = 0; i < a.heads * a.width; i++) erase[i] = -erase[i];
   widen_heads<S>(a.add, a.add_b, a.add_h, a, b, add);
   for (int64_t n = begin; n < end; n += kWriteTile) {
     const int64_t rows = end - n < kWriteTile ? end - n : kWriteTile;

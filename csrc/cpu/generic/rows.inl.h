@@ -7,6 +7,7 @@ namespace mk::cpu::MK_LEVEL {
 namespace {
 
 constexpr int64_t kTile = 64;  // most rows a tile has; a multiple of every vector length
+constexpr int64_t kAhead = 4;  // tiles from the one worked on to the one fetched: less does not hide the memory
 
 template <class S>
 struct Rows {
@@ -14,24 +15,23 @@ struct Rows {
   int64_t stride;
   const int32_t* index;  // of the `count` rows that take part
   int64_t count, width;
-  // The first row of a whole tile that comes next: read into the cache while this one is worked on.
-  const S* ahead = nullptr;
-  bool one_pass = false;  // only one pass over this tile fetches the next one
+const S* ahead = nullptr;  // the first row of a whole tile kAhead tiles further, read into the L2 cache meanwhile
+  bool one_pass = false;     // only one pass over this tile fetches that one
   MK_INLINE const S* row(int64_t i) const { return base + index[i] * stride; }
-  // The first pass fetches the first half of the coming tile, the last one the other half, in the order of the
+  // The first pass fetches the first half of that tile, the last one the other half, in the order of the
   // addresses: one pass alone would wait for the memory, and the hardware prefetcher follows.
   template <int kPart>
   MK_INLINE void fetch(int64_t i, int64_t column, int64_t columns) const {
     if (!ahead) return;
     constexpr int64_t kLine = 64 / int64_t(sizeof(S));
     if (one_pass) {
-      for (int64_t j = column; j < column + columns; j += kLine) __builtin_prefetch(ahead + i * stride + j, 0, 3);
+      for (int64_t j = column; j < column + columns; j += kLine) __builtin_prefetch(ahead + i * stride + j, 0, 2);
       return;
     }
     const int64_t half = (columns / 2 + kLine - 1) / kLine * kLine, from = i % 2 ? half : 0,
                   to = i % 2 ? columns : half;
     const S* row = ahead + (kPart * rows_half() + i / 2) * stride + column;
-    for (int64_t j = from; j < to; j += kLine) __builtin_prefetch(row + j, 0, 3);
+    for (int64_t j = from; j < to; j += kLine) __builtin_prefetch(row + j, 0, 2);
   }
   MK_INLINE int64_t rows_half() const { return count / 2; }
 };

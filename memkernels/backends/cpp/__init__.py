@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from memkernels import _C, _compat, _config
+from memkernels import _C, _checks, _compat, _config
 
 _C.bind(_compat.dlpack_exchange_api(), _compat.torch_parallel_for_address(), _compat.torch_num_threads_address())
+_C.bind_tensor_classes(*_compat.PLAIN)
+_checks.key_of = _C.tensor_key
 if (_level := _config.cpu_level()) is not None:
     _C.set_cpu_level(_level)
 

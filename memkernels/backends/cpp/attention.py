@@ -1,7 +1,8 @@
 """attention on the CPU (csrc/cpu/attention.cpp)."""
 
-from memkernels import _C
-from memkernels.backends._layout import inner_contiguous
+from memkernels._C import attention as _forward
+from memkernels._C import attention_backward as _backward
+from memkernels._C import inner_contiguous
 
 
 def supports(query, key, value, attn_mask, seed, scale, dropout_p, left, right, causal):
@@ -9,14 +10,13 @@ def supports(query, key, value, attn_mask, seed, scale, dropout_p, left, right, 
 
 
 def forward(out, lse, query, key, value, attn_mask, seed, *options):
-    inputs = [inner_contiguous(t) for t in (query, key, value, attn_mask)]
-    _C.attention(out, lse, *inputs, seed, *_numbers(query, key, *options))
+    _forward(out, lse, *inner_contiguous(query, key, value, attn_mask), seed, *_numbers(query, key, *options))
 
 
 def backward(dquery, dkey, dvalue, dattn_mask, dout, dlse, query, key, value, attn_mask, seed, out, lse, *options):
-    inputs = [inner_contiguous(t) for t in (query, key, value, attn_mask)]
-    gradients = dquery, dkey, dvalue, dattn_mask, inner_contiguous(dout), dlse
-    _C.attention_backward(*gradients, *inputs, seed, inner_contiguous(out), lse, *_numbers(query, key, *options))
+    tensors = inner_contiguous(dout, query, key, value, attn_mask, out)
+    dout, inputs, out = tensors[0], tensors[1:-1], tensors[-1]
+    _backward(dquery, dkey, dvalue, dattn_mask, dout, dlse, *inputs, seed, out, lse, *_numbers(query, key, *options))
 
 
 def _numbers(query, key, scale, dropout_p, left, right, causal):

@@ -1,7 +1,8 @@
 """content_address on the CPU (csrc/cpu/content.cpp)."""
 
-from memkernels import _C
-from memkernels.backends._layout import inner_contiguous
+from memkernels._C import content_address as _forward
+from memkernels._C import content_address_backward as _backward
+from memkernels._C import inner_contiguous
 
 
 def supports(memory, key, strength, mask, similarity):
@@ -9,9 +10,9 @@ def supports(memory, key, strength, mask, similarity):
 
 
 def forward(weights, lse, memory, key, strength, mask, similarity):
-    _C.content_address(weights, lse, *(inner_contiguous(t) for t in (memory, key, strength, mask)), similarity)
+    _forward(weights, lse, *inner_contiguous(memory, key, strength, mask), similarity)
 
 
 def backward(dmemory, dkey, dstrength, dweights, memory, key, strength, mask, weights, lse, similarity):
-    inputs = (inner_contiguous(t) for t in (dweights, memory, key, strength, mask))
-    _C.content_address_backward(dmemory, dkey, dstrength, *inputs, lse, similarity)
+    inputs = inner_contiguous(dweights, memory, key, strength, mask)
+    _backward(dmemory, dkey, dstrength, *inputs, lse, similarity)

@@ -1,7 +1,8 @@
 """content_read on the CPU (csrc/cpu/content.cpp)."""
 
-from memkernels import _C
-from memkernels.backends._layout import inner_contiguous
+from memkernels._C import content_read as _forward
+from memkernels._C import content_read_backward as _backward
+from memkernels._C import inner_contiguous
 
 
 def supports(memory, key, strength, value, mask, similarity, return_weights):
@@ -9,12 +10,12 @@ def supports(memory, key, strength, value, mask, similarity, return_weights):
 
 
 def forward(read, weights, lse, total, memory, key, strength, value, mask, similarity, return_weights):
-    inputs = (inner_contiguous(t) for t in (memory, key, strength, value, mask))
-    _C.content_read(read, weights, lse, total, *inputs, similarity, return_weights)
+    inputs = inner_contiguous(memory, key, strength, value, mask)
+    _forward(read, weights, lse, total, *inputs, similarity, return_weights)
 
 
 def backward(
     dmemory, dkey, dstrength, dvalue, dread, dweights, memory, key, strength, value, mask, weights, lse, total, similarity, return_weights
 ):
-    inputs = (inner_contiguous(t) for t in (dread, dweights if return_weights else None, memory, key, strength, value, mask))
-    _C.content_read_backward(dmemory, dkey, dstrength, dvalue, *inputs, lse, total, similarity)
+    inputs = inner_contiguous(dread, dweights if return_weights else None, memory, key, strength, value, mask)
+    _backward(dmemory, dkey, dstrength, dvalue, *inputs, lse, total, similarity)

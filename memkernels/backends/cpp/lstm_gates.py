@@ -1,7 +1,8 @@
 """lstm_gates on the CPU (csrc/cpu/lstm_gates.cpp)."""
 
-from memkernels import _C
-from memkernels.backends._layout import inner_contiguous as inner
+from memkernels._C import inner_contiguous
+from memkernels._C import lstm_gates as _forward
+from memkernels._C import lstm_gates_backward as _backward
 
 
 def supports(gates, cell, peephole):
@@ -9,8 +10,8 @@ def supports(gates, cell, peephole):
 
 
 def forward(h, c, gates, cell, peephole):
-    _C.lstm_gates(h, c, inner(gates), inner(cell), inner(peephole))
+    _forward(h, c, *inner_contiguous(gates, cell, peephole))
 
 
 def backward(dgates, dcell, dpeephole, dh, dc, gates, cell, peephole, c):
-    _C.lstm_gates_backward(dgates, dcell, dpeephole, inner(dh), inner(dc), inner(gates), inner(cell), inner(peephole))
+    _backward(dgates, dcell, dpeephole, *inner_contiguous(dh, dc, gates, cell, peephole))

@@ -1,7 +1,8 @@
 """memory_read on the CPU (csrc/cpu/memory_read.cpp)."""
 
-from memkernels import _C
-from memkernels.backends._layout import inner_contiguous
+from memkernels._C import inner_contiguous
+from memkernels._C import memory_read as _forward
+from memkernels._C import memory_read_backward as _backward
 
 
 def supports(memory, weights):
@@ -9,8 +10,8 @@ def supports(memory, weights):
 
 
 def forward(read, memory, weights):
-    _C.memory_read(read, inner_contiguous(memory), inner_contiguous(weights))
+    _forward(read, *inner_contiguous(memory, weights))
 
 
 def backward(dmemory, dweights, dread, memory, weights):
-    _C.memory_read_backward(dmemory, dweights, inner_contiguous(dread), inner_contiguous(memory), inner_contiguous(weights))
+    _backward(dmemory, dweights, *inner_contiguous(dread, memory, weights))

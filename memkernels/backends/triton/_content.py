@@ -44,6 +44,25 @@ def _similar(memory, key, key_ptr, key_stride_r, key_stride_w, R, W, key_norm, S
 
 
 @triton.jit
+def _load_heads(key_ptr, strength_ptr, r, w, R, W, key_stride_r, key_stride_w, strength_stride_r, SIMILARITY: tl.constexpr):
+    """Keys "heads x columns", their strengths and their norms."""
+    key = tl.load(key_ptr + r[:, None] * key_stride_r + w[None, :] * key_stride_w, mask=(r < R)[:, None] & (w < W)[None, :], other=0.0)
+    key = key.to(tl.float32)
+    strength = tl.load(strength_ptr + r * strength_stride_r, mask=r < R, other=0.0).to(tl.float32)
+    norm = tl.full([key.shape[0]], 1.0, tl.float32)
+    if SIMILARITY == "cosine":
+        norm = tl.sqrt(tl.sum(key * key, 1) + EPS)
+    return key, strength, norm
+
+
+@triton.jit
+def _load_rows(pointer, n, columns, seen, width, stride_n, stride_column):
+    """A tile of rows, zero where a row is not seen."""
+    place = n[:, None] * stride_n + columns[None, :] * stride_column
+    return tl.load(pointer + place, mask=seen[:, None] & (columns < width)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _content_fwd_kernel(
     maximum_ptr, sum_ptr, part_ptr, logit_ptr, memory_ptr, key_ptr, strength_ptr, value_ptr, mask_ptr, B, N, R, W, V, splits, chunk,
     memory_stride_b, memory_stride_n, memory_stride_w, key_stride_b, key_stride_r, key_stride_w, strength_stride_b, strength_stride_r,
@@ -53,12 +72,8 @@ def _content_fwd_kernel(
     b, split = tl.program_id(0).to(tl.int64) // splits, tl.program_id(0).to(tl.int64) % splits
     r, w, v = lanes(BLOCK_R), lanes(BLOCK_W), lanes(BLOCK_V)
     key_ptr += b * key_stride_b
-    key = tl.load(key_ptr + r[:, None] * key_stride_r + w[None, :] * key_stride_w, mask=(r < R)[:, None] & (w < W)[None, :], other=0.0)
-    key = key.to(tl.float32)
-    strength = tl.load(strength_ptr + b * strength_stride_b + r * strength_stride_r, mask=r < R, other=0.0).to(tl.float32)
-    key_norm = tl.full([BLOCK_R], 1.0, tl.float32)
-    if SIMILARITY == "cosine":
-        key_norm = tl.sqrt(tl.sum(key * key, 1) + EPS)
+    strength_ptr += b * strength_stride_b
+    key, strength, key_norm = _load_heads(key_ptr, strength_ptr, r, w, R, W, key_stride_r, key_stride_w, strength_stride_r, SIMILARITY)
     top, total = tl.full([BLOCK_R], float("-inf"), tl.float32), tl.zeros([BLOCK_R], tl.float32)
     read = tl.zeros([BLOCK_V, BLOCK_R], tl.float32)
     for first in range(split * chunk, tl.minimum((split + 1) * chunk, N), BLOCK_N):
@@ -66,8 +81,7 @@ def _content_fwd_kernel(
         seen = n < N
         if mask_ptr is not None:
             seen = seen & (tl.load(mask_ptr + b * mask_stride_b + n * mask_stride_n, mask=seen, other=0) != 0)
-        place = b * memory_stride_b + n[:, None] * memory_stride_n + w[None, :] * memory_stride_w
-        memory = tl.load(memory_ptr + place, mask=seen[:, None] & (w < W)[None, :], other=0.0).to(tl.float32)
+        memory = _load_rows(memory_ptr + b * memory_stride_b, n, w, seen, W, memory_stride_n, memory_stride_w)
         similar, _ = _similar(memory, key, key_ptr, key_stride_r, key_stride_w, R, W, key_norm, SIMILARITY, PRECISION)
         logit = tl.where(seen[:, None], similar * strength[None, :], float("-inf"))
         if logit_ptr is not None:
@@ -80,8 +94,7 @@ def _content_fwd_kernel(
         if part_ptr is not None:
             value = memory
             if value_ptr is not None:
-                place = b * value_stride_b + n[:, None] * value_stride_n + v[None, :] * value_stride_v
-                value = tl.load(value_ptr + place, mask=seen[:, None] & (v < V)[None, :], other=0.0).to(tl.float32)
+                value = _load_rows(value_ptr + b * value_stride_b, n, v, seen, V, value_stride_n, value_stride_v)
             read = tl.dot(tl.trans(value), weights, read * shrink[None, :], input_precision=PRECISION)
     head = (split * B + b) * R + r
     store(maximum_ptr + head, top, mask=r < R)
@@ -135,13 +148,9 @@ def _content_bwd_kernel(
     b, split = tl.program_id(0).to(tl.int64) // splits, tl.program_id(0).to(tl.int64) % splits
     r, w, v = lanes(BLOCK_R), lanes(BLOCK_W), lanes(BLOCK_V)
     key_ptr += b * key_stride_b
-    key = tl.load(key_ptr + r[:, None] * key_stride_r + w[None, :] * key_stride_w, mask=(r < R)[:, None] & (w < W)[None, :], other=0.0)
-    key = key.to(tl.float32)
-    strength = tl.load(strength_ptr + b * strength_stride_b + r * strength_stride_r, mask=r < R, other=0.0).to(tl.float32)
+    strength_ptr += b * strength_stride_b
+    key, strength, key_norm = _load_heads(key_ptr, strength_ptr, r, w, R, W, key_stride_r, key_stride_w, strength_stride_r, SIMILARITY)
     lse = tl.load(lse_ptr + b * R + r, mask=r < R, other=float("inf"))
-    key_norm = tl.full([BLOCK_R], 1.0, tl.float32)
-    if SIMILARITY == "cosine":
-        key_norm = tl.sqrt(tl.sum(key * key, 1) + EPS)
     if dread_ptr is not None:
         dread_ptr += b * dread_stride_b + r[:, None] * dread_stride_r + v[None, :] * dread_stride_v
         dread = tl.load(dread_ptr, mask=(r < R)[:, None] & (v < V)[None, :], other=0.0).to(tl.float32)
@@ -158,8 +167,7 @@ def _content_bwd_kernel(
         seen = n < N
         if mask_ptr is not None:
             seen = seen & (tl.load(mask_ptr + b * mask_stride_b + n * mask_stride_n, mask=seen, other=0) != 0)
-        place = b * memory_stride_b + n[:, None] * memory_stride_n + w[None, :] * memory_stride_w
-        memory = tl.load(memory_ptr + place, mask=seen[:, None] & (w < W)[None, :], other=0.0).to(tl.float32)
+        memory = _load_rows(memory_ptr + b * memory_stride_b, n, w, seen, W, memory_stride_n, memory_stride_w)
         similar, norm = _similar(memory, key, key_ptr, key_stride_r, key_stride_w, R, W, key_norm, SIMILARITY, PRECISION)
         weights = tl.where(seen[:, None], tl.exp(similar * strength[None, :] - lse[None, :]), 0.0)
         gradient = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
@@ -169,8 +177,7 @@ def _content_bwd_kernel(
         if dread_ptr is not None:
             value = memory
             if value_ptr is not None:
-                place = b * value_stride_b + n[:, None] * value_stride_n + v[None, :] * value_stride_v
-                value = tl.load(value_ptr + place, mask=seen[:, None] & (v < V)[None, :], other=0.0).to(tl.float32)
+                value = _load_rows(value_ptr + b * value_stride_b, n, v, seen, V, value_stride_n, value_stride_v)
             gradient = tl.dot(value, tl.trans(dread), gradient, input_precision=PRECISION)
         if delta_part_ptr is not None:
             dstrength += tl.sum(tl.where(seen[:, None], weights * gradient, 0.0), 0)

@@ -10,7 +10,7 @@ def supports(memory, key, strength, value, mask, similarity, return_weights):
 
 
 def forward(read, weights, lse, total, memory, key, strength, value, mask, similarity, return_weights):
-    _content.forward(read, total, weights if return_weights else None, lse, memory, key, strength, value, mask, similarity)
+    _content.forward(read, total, weights, lse, memory, key, strength, value, mask, similarity)
 
 
 def backward(

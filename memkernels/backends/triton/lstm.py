@@ -183,7 +183,6 @@ def forward(
     h_state = input.new_empty(2, batch, hidden)
     h_state[0].copy_(h0)
     c_state = c0.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    cells, gates = cells if training or return_cells else None, gates if training else None
     tensors = (
         output, cells, gates, h_state, c_state, projected, weight_hh, reset, lengths
     )  # fmt: skip

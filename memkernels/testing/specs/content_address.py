@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from memkernels.ops.content_address import content_address
 from memkernels.testing.spec import ErrorCase, Input, OpSpec, Sample, mostly
+from memkernels.testing.twists import READ_SIZES, all_masked, nan_where_masked, sharp, wrong_similarity, zero_rows
 
 
 def _eager(memory, key, strength, similarity="cosine", mask=None):
@@ -18,41 +19,12 @@ def _eager(memory, key, strength, similarity="cosine", mask=None):
     return torch.softmax(score if mask is None else score.masked_fill(~mask[:, None], -torch.inf), -1)
 
 
-def _close_mask(inputs):
-    """The first row of the batch attends to nothing; what is masked is NaN."""
-    mask = inputs["mask"].clone()
-    mask[0] = False
-    memory = inputs["memory"].clone()
-    memory.masked_fill_(~mask[..., None], float("nan"))
-    return {**inputs, "mask": mask, "memory": memory}
-
-
-def _all_masked(inputs):
-    mask = inputs["mask"].clone()
-    mask[0] = False
-    return {**inputs, "mask": mask}
-
-
-def _zero_rows(inputs):
-    memory, key = inputs["memory"].clone(), inputs["key"].clone()
-    memory[:, 0], key[:, 0] = 0, 0
-    return {**inputs, "memory": memory, "key": key}
-
-
-def _sharp(inputs):
-    return {**inputs, "strength": inputs["strength"] * 1000}
-
-
 def _wrong_width(inputs, options):
     inputs["key"] = inputs["key"].new_zeros(2, 3, 6)
 
 
 def _wrong_mask(inputs, options):
     inputs["mask"] = inputs["memory"].new_ones(2, 5)
-
-
-def _wrong_similarity(inputs, options):
-    options["similarity"] = "cos"
 
 
 def _wrong_dtype(inputs, options):
@@ -73,18 +45,12 @@ SPEC = OpSpec(
         Sample("dot", dict(B=2, N=5, W=4, R=3), dict(similarity="dot")),
         Sample("l2", dict(B=2, N=5, W=4, R=3), dict(similarity="l2")),
         Sample("masked", dict(B=2, N=9, W=4, R=3), present=("mask",)),
-        Sample("all_masked", dict(B=2, N=5, W=4, R=2), present=("mask",), twist=_all_masked),
-        Sample("all_masked_l2", dict(B=2, N=5, W=4, R=2), dict(similarity="l2"), present=("mask",), twist=_all_masked),
-        Sample("masked_nan", dict(B=4, N=19, W=8, R=5), present=("mask",), twist=_close_mask, hard=True),
-        Sample("zero_rows", dict(B=4, N=17, W=6, R=5), twist=_zero_rows),
-        Sample("sharp", dict(B=2, N=7, W=5, R=2), twist=_sharp, hard=True),
-        Sample("one", dict(B=1, N=1, W=1, R=1)),
-        Sample("odd", dict(B=3, N=37, W=19, R=2)),
-        Sample("wide", dict(B=2, N=67, W=65, R=5)),
-        Sample("no_batch", dict(B=0, N=5, W=4, R=3)),
-        Sample("no_rows", dict(B=2, N=0, W=4, R=3)),
-        Sample("no_width", dict(B=2, N=5, W=0, R=3)),
-        Sample("no_heads", dict(B=2, N=5, W=4, R=0)),
+        Sample("all_masked", dict(B=2, N=5, W=4, R=2), present=("mask",), twist=all_masked),
+        Sample("all_masked_l2", dict(B=2, N=5, W=4, R=2), dict(similarity="l2"), present=("mask",), twist=all_masked),
+        Sample("masked_nan", dict(B=4, N=19, W=8, R=5), present=("mask",), twist=nan_where_masked, hard=True),
+        Sample("zero_rows", dict(B=4, N=17, W=6, R=5), twist=zero_rows),
+        Sample("sharp", dict(B=2, N=7, W=5, R=2), twist=sharp, hard=True),
+        *READ_SIZES,
     ),
     bench=(Sample("B4_N65536", dict(B=4, N=65536, W=64, R=4)), Sample("B32_N128", dict(B=32, N=128, W=64, R=4))),
     peers={"eager": _eager},
@@ -94,7 +60,7 @@ SPEC = OpSpec(
     errors=(
         ErrorCase("width", _wrong_width, ValueError, r"content_address: key: expected .*W=4.*got .*6"),
         ErrorCase("mask", _wrong_mask, TypeError, r"content_address: mask: expected bool, got float64"),
-        ErrorCase("similarity", _wrong_similarity, ValueError, r"content_address: similarity: expected .*'cosine'.*got 'cos'"),
+        ErrorCase("similarity", wrong_similarity, ValueError, r"content_address: similarity: expected .*'cosine'.*got 'cos'"),
         ErrorCase("dtype", _wrong_dtype, TypeError, r"content_address: strength: expected .*float64.*got .*int64"),
     ),
     rows=(("memory", 0), ("key", 0), ("strength", 0)),

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from memkernels.ops.content_read import content_read
 from memkernels.testing.spec import ErrorCase, Input, OpSpec, Sample, mostly
+from memkernels.testing.twists import all_masked, nan_where_masked, sharp, wrong_similarity, zero_rows
 
 
 def _eager(memory, key, strength, value=None, similarity="cosine", mask=None, return_weights=False):
@@ -20,36 +21,8 @@ def _eager(memory, key, strength, value=None, similarity="cosine", mask=None, re
     return (read, weights) if return_weights else read
 
 
-def _nan_where_masked(inputs):
-    """The first row of the batch attends to nothing; what is masked is NaN."""
-    mask = inputs["mask"].clone()
-    mask[0] = False
-    hidden = {name: inputs[name].masked_fill(~mask[..., None], float("nan")) for name in ("memory", "value")}
-    return {**inputs, "mask": mask, **hidden}
-
-
-def _all_masked(inputs):
-    mask = inputs["mask"].clone()
-    mask[0] = False
-    return {**inputs, "mask": mask}
-
-
-def _zero_rows(inputs):
-    memory, key = inputs["memory"].clone(), inputs["key"].clone()
-    memory[:, 0], key[:, 0] = 0, 0
-    return {**inputs, "memory": memory, "key": key}
-
-
-def _sharp(inputs):
-    return {**inputs, "strength": inputs["strength"] * 1000}
-
-
 def _wrong_value(inputs, options):
     inputs["value"] = inputs["memory"].new_zeros(2, 6, 3)
-
-
-def _wrong_similarity(inputs, options):
-    options["similarity"] = "cos"
 
 
 def _wrong_dtype(inputs, options):
@@ -75,11 +48,11 @@ SPEC = OpSpec(
         Sample("weights", SMALL, dict(return_weights=True)),
         Sample("everything", dict(B=2, N=9, W=4, R=3, V=3), dict(similarity="l2", return_weights=True), ("value", "mask")),
         Sample("masked", dict(B=2, N=9, W=4, R=3, V=4), present=("mask",)),
-        Sample("all_masked", SMALL, dict(return_weights=True), ("mask",), _all_masked),
-        Sample("all_masked_l2", SMALL, dict(similarity="l2"), ("mask", "value"), _all_masked),
-        Sample("masked_nan", dict(B=4, N=19, W=8, R=5, V=7), dict(return_weights=True), ("mask", "value"), _nan_where_masked, hard=True),
-        Sample("zero_rows", dict(B=4, N=17, W=6, R=5, V=6), twist=_zero_rows),
-        Sample("sharp", dict(B=2, N=7, W=5, R=2, V=5), twist=_sharp, hard=True),
+        Sample("all_masked", SMALL, dict(return_weights=True), ("mask",), all_masked),
+        Sample("all_masked_l2", SMALL, dict(similarity="l2"), ("mask", "value"), all_masked),
+        Sample("masked_nan", dict(B=4, N=19, W=8, R=5, V=7), dict(return_weights=True), ("mask", "value"), nan_where_masked, hard=True),
+        Sample("zero_rows", dict(B=4, N=17, W=6, R=5, V=6), twist=zero_rows),
+        Sample("sharp", dict(B=2, N=7, W=5, R=2, V=5), twist=sharp, hard=True),
         Sample("one", dict(B=1, N=1, W=1, R=1, V=1)),
         Sample("odd", dict(B=3, N=37, W=19, R=2, V=19)),
         Sample("wide", dict(B=2, N=67, W=65, R=5, V=33), present=("value",)),
@@ -100,7 +73,7 @@ SPEC = OpSpec(
     flops=lambda d: 2 * d["B"] * (2 * d["R"] + 1) * d["N"] * d["W"],
     errors=(
         ErrorCase("value", _wrong_value, ValueError, r"content_read: value: expected .*N=5.*got .*6"),
-        ErrorCase("similarity", _wrong_similarity, ValueError, r"content_read: similarity: expected .*'cosine'.*got 'cos'"),
+        ErrorCase("similarity", wrong_similarity, ValueError, r"content_read: similarity: expected .*'cosine'.*got 'cos'"),
         ErrorCase("dtype", _wrong_dtype, TypeError, r"content_read: key: expected .*float64.*got .*int64"),
     ),
     rows=(("memory", 0), ("key", 0), ("strength", 0)),

@@ -39,8 +39,8 @@ def _saturate(tensors):
     return {"input": tensors["input"] * 60}
 
 
-def _eager(input, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, reset=None, lengths=None, reverse=False, return_cells=False):
-    h, c = h0, c0
+def _eager(input, state, weight_ih, weight_hh, bias_ih=None, bias_hh=None, reset=None, lengths=None, reverse=False, return_cells=False):
+    h, c = state
     out: list[Any] = [None] * len(input)
     cells: list[Any] = [None] * len(input)
     for t in reversed(range(len(input))) if reverse else range(len(input)):
@@ -54,22 +54,22 @@ def _eager(input, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, rese
             on = (t < lengths)[:, None]
             h, c = torch.where(on, h_new, h), torch.where(on, c_new, c)
             out[t], cells[t] = torch.where(on, h_new, 0), torch.where(on, c_new, 0)
-    empty = input.new_zeros(0, *h0.shape)
+    empty = input.new_zeros(0, *h.shape)
     result = (torch.stack(out) if out else empty, (h, c))
     return (*result, torch.stack(cells) if cells else empty) if return_cells else result
 
 
-def _torch(input, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, **options):
+def _torch(input, state, weight_ih, weight_hh, bias_ih=None, bias_hh=None, **options):
     """What torch.nn.LSTM calls; for the bench sizes, which have neither resets nor lengths."""
     weights = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh) if w is not None]
-    output, h_n, c_n = torch.lstm(input, [h0[None], c0[None]], weights, bias_ih is not None, 1, 0.0, torch.is_grad_enabled(), False, False)
+    output, h_n, c_n = torch.lstm(
+        input, [s[None] for s in state], weights, bias_ih is not None, 1, 0.0, torch.is_grad_enabled(), False, False
+    )
     return output, (h_n[0], c_n[0])
 
 
 def _call(function, inputs, options):
     rest = {k: v for k, v in inputs.items() if k not in ("input", "h0", "c0")}
-    if function in (_eager, _torch):
-        return function(inputs["input"], inputs["h0"], inputs["c0"], **rest, **options)
     return function(inputs["input"], (inputs["h0"], inputs["c0"]), **rest, **options)
 
 

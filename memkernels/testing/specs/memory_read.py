@@ -6,6 +6,7 @@ import torch
 
 from memkernels.ops.memory_read import memory_read
 from memkernels.testing.spec import ErrorCase, Input, OpSpec, Sample, distribution
+from memkernels.testing.twists import READ_SIZES
 
 
 def _eager(memory, weights):
@@ -26,13 +27,7 @@ SPEC = OpSpec(
     inputs={"memory": Input("B N W"), "weights": Input("B R N", distribution)},
     samples=(
         Sample("typical", dict(B=2, N=5, W=4, R=3)),
-        Sample("one", dict(B=1, N=1, W=1, R=1)),
-        Sample("odd", dict(B=3, N=37, W=19, R=2)),
-        Sample("wide", dict(B=2, N=67, W=65, R=5)),
-        Sample("no_batch", dict(B=0, N=5, W=4, R=3)),
-        Sample("no_rows", dict(B=2, N=0, W=4, R=3)),
-        Sample("no_width", dict(B=2, N=5, W=0, R=3)),
-        Sample("no_heads", dict(B=2, N=5, W=4, R=0)),
+        *READ_SIZES,
     ),
     bench=(Sample("B4_N65536", dict(B=4, N=65536, W=64, R=4)), Sample("B32_N128", dict(B=32, N=128, W=64, R=4))),
     peers={"eager": _eager},

@@ -1,0 +1,31 @@
+"""Checks of constructor arguments that torch.nn's own constructors leave to chance."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+from typing import Any
+
+from memkernels._checks import fail
+
+
+def check_integers(owner: str, **arguments: Any) -> None:
+    """Integers, and not True or False."""
+    for name, got in arguments.items():
+        if isinstance(got, bool) or not isinstance(got, Integral):
+            fail(owner, name, "an integer", repr(got), TypeError)
+
+
+def check_sizes(owner: str, least: int = 1, **arguments: Any) -> None:
+    """Integers of at least `least`."""
+    check_integers(owner, **arguments)
+    for name, got in arguments.items():
+        if got < least:
+            fail(owner, name, "a positive integer" if least == 1 else f"at least {least}", got)
+
+
+def check_probability(owner: str, argument: str, got: Any) -> None:
+    """A number from 0 to 1."""
+    if isinstance(got, bool) or not isinstance(got, Real):
+        fail(owner, argument, "a number in [0, 1]", repr(got), TypeError)
+    if not 0 <= got <= 1:
+        fail(owner, argument, "a number in [0, 1]", got)

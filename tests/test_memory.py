@@ -1,0 +1,107 @@
+"""Peak memory: content_read never holds a second copy of the memory, attention needs O(Q), lstm saves no more than torch.nn.LSTM."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import memkernels as mk
+from memkernels.bench.memory import extra_bytes
+from memkernels.bench.peers import invoke
+from memkernels.bench.runner import Call, once
+from memkernels.testing.inputs import draw
+from memkernels.testing.spec import Sample, specs
+
+MB = 1e6
+MODES = ("forward", "training forward", "fwd+bwd")
+needs_extension = pytest.mark.skipif(mk.backends()["cpp"] is not None, reason="plain torch holds what it holds: no C++ extension")
+
+
+def extra(op: str, dtype: torch.dtype, mode: str, dims: dict[str, int], present: tuple[str, ...] = (), **options) -> float:
+    spec, sample = specs()[op], Sample("memory", dims, options, present)
+    call = Call(spec, invoke(spec), sample, draw(spec, sample, dtype))
+    once(call, mode, "cpu", 1)
+    found = call.extra_mb(mode, "cpu")
+    if found is None:
+        pytest.skip("this system does not tell the peak of resident memory")
+    return found * MB
+
+
+@pytest.mark.parametrize("size", [8, 16, 24])
+def test_the_measure_sees_what_a_call_needs(size):
+    """Temporaries count, in a call of any size and also the second time; what was given and what is returned do not."""
+    given = torch.ones(4 << 20)
+
+    def run():
+        wide = torch.ones(size << 18)
+        return [given[1:], wide.add_(1).sum(), torch.ones(1 << 20)]
+
+    run()  # its code is in memory now
+    for _ in range(2):
+        found = extra_bytes(run, [given])
+        if found is None:
+            pytest.skip("this system does not tell the peak of resident memory")
+        assert abs(found - (size << 20)) < 1.5 * MB
+
+
+@needs_extension
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("similarity", ["cosine", "l2"])
+def test_content_read_holds_no_second_memory(similarity, dtype, mode):
+    dims = dict(B=4, N=16384, W=64, R=4, V=64)
+    memory = dims["B"] * dims["N"] * dims["W"] * dtype.itemsize
+    assert extra("content_read", dtype, mode, dims, similarity=similarity) < memory / 4
+
+
+@needs_extension
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n_queries", "n_keys", "causal"), [(4096, 4096, False), (4096, 4096, True), (4, 32768, False)])
+def test_attention_needs_memory_for_its_queries_only(n_queries, n_keys, causal, dtype, mode):
+    """A few tiles, and a few times the queries in float32; a score matrix would be 67 and 134 MB here, a copy of the long keys 17 MB."""
+    dims = dict(B=1, NH=2, NHk=2, Q=n_queries, K=n_keys, D=64, V=64)
+    queries = dims["NH"] * n_queries * dims["D"] * 4
+    assert extra("attention", dtype, mode, dims, is_causal=causal) < 2 * MB + 5 * queries
+
+
+def saved_bytes(run, known) -> int:
+    """Bytes of all storages that `run` saves for backward, those of `known` tensors apart."""
+    storages = {}
+
+    def pack(t):
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        kept.append(t)  # an address counts once only while its storage lives
+        return t
+
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        results = run()
+    for t in known:
+        storages.pop(t.untyped_storage().data_ptr(), None)
+    assert results is not None
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_lstm_saves_no_more_than_torch(bidirectional, layers, dtype):
+    torch.manual_seed(0)
+    options = dict(num_layers=layers, bidirectional=bidirectional, dtype=dtype)
+    theirs, ours = torch.nn.LSTM(48, 64, **options), mk.nn.LSTM(48, 64, **options)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(32, 8, 48, dtype=dtype, requires_grad=True)
+    mine, needed = (saved_bytes(lambda m=m: m(x), [x, *m.parameters()]) for m in (ours, theirs))
+    assert 0 < mine <= needed
+
+
+@needs_extension
+def test_lstm_peak_is_at_most_torchs():
+    """The whole of forward and backward, where hooks see nothing: oneDNN's workspace, our packed weights."""
+    dims = dict(T=128, B=16, I=256, H=256)
+    mine = extra("lstm", torch.float32, "fwd+bwd", dims, ("bias_ih", "bias_hh"))
+    spec, sample = specs()["lstm"], Sample("memory", dims, {}, ("bias_ih", "bias_hh"))
+    call = Call(spec, lambda inputs, options: spec.call(spec.peers["torch"], inputs, options), sample, draw(spec, sample, torch.float32))
+    once(call, "fwd+bwd", "cpu", 1)
+    assert mine <= call.extra_mb("fwd+bwd", "cpu") * MB
