@@ -220,13 +220,13 @@ __attribute__((nothrow)) void write_keys(const A* from, int64_t from_row, int64_
 }
 
 // attention_few.inl.h
-MK_INLINE bool is_few(const AttentionArgs& a, const AttentionPart& part);
+MK_INLINE bool is_few(const AttentionArgs& a);
 template <class A, class T>
 void few_backward(const AttentionArgs& a, const AttentionPart& part, void* memory);
 
 template <class A, class T>
 void backward(const AttentionArgs& a, const AttentionPart& part, void* memory) {
-  if (is_few(a, part)) return few_backward<A, T>(a, part, memory);
+  if (is_few(a)) return few_backward<A, T>(a, part, memory);
   const BackwardScratch<A> w(a, memory);
   const int64_t group = a.heads / a.key_heads;
   if (part.dquery)

@@ -124,12 +124,11 @@ void few_forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, in
   }
 }
 
-// Whether a part is few rows over keys that no query sees only one block of.
-MK_INLINE bool is_few(const AttentionArgs& a, const AttentionPart& part) {
-  const int64_t n = a.heads / a.key_heads * (part.end - part.begin);
-  if (n > kFewRows || !a.dout.data || !part.dquery || !part.dkv || !a.dkey || !a.dvalue || part.dmask || part.add_dmask)
-    return false;
-  for (int64_t query = part.begin; query < part.end; query++)
+// Few rows over keys of which no query sees only one block. Whatever gradients are wanted: the path decides their bits.
+// Those of a mask are left to the blocks.
+MK_INLINE bool is_few(const AttentionArgs& a) {
+  if (a.heads / a.key_heads * a.queries > kFewRows || !a.dout.data || (a.mask && !a.mask_boolean)) return false;
+  for (int64_t query = 0; query < a.queries; query++)
     if (in_one_block(seen_by(a, query))) return false;
   return true;
 }
@@ -144,6 +143,18 @@ void few_gradients(const AttentionArgs& a, const AttentionPart& part, const FewS
     const A factor = few_scores<A, T>(a, w, part.b, h, query, first, count, s);
     gradient_row(s, g, {0, count}, factor, w.base[r], w.total[r], a.seed ? w.kept : nullptr);
   }
+}
+
+// dkey and dvalue of `count` rows from `row` of [B][NH][K].
+template <class A, class T>
+void write_tile(const AttentionArgs& a, const FewScratch<A>& w, int64_t n, int64_t row, int64_t count) {
+  if (a.dvalue)
+    mix_rows<T>({nullptr, 0, w.index, count, a.value_width}, n, {w.scores, w.dout}, {}, nullptr,
+                static_cast<T*>(a.dvalue) + row * a.value_width);
+  if (!a.dkey) return;
+  // The scale comes after the sum, as one more rounding of each product would show.
+  mix_rows<A>({nullptr, 0, w.index, count, a.width}, n, {w.gradients, w.query}, {}, nullptr, w.dkey);
+  write_keys(w.dkey, a.width, count, a.width, A(a.scale), static_cast<T*>(a.dkey) + row * a.width);
 }
 
 template <class A, class T>
@@ -170,14 +181,12 @@ void few_backward(const AttentionArgs& a, const AttentionPart& part, void* memor
     dot_rows<T, Dot::plain>(keys, n, w.query, w.scores);
     dot_rows<T, Dot::plain>(values, n, w.dout, w.gradients);
     few_gradients<A, T>(a, part, w, first, count);
-    mix_rows(values, n, {w.scores, w.dout}, {}, nullptr, static_cast<T*>(a.dvalue) + (row + first) * a.value_width);
-    // The scale comes after the sum, as one more rounding of each product would show.
-    mix_rows<A>({nullptr, 0, w.index, count, a.width}, n, {w.gradients, w.query}, {}, nullptr, w.dkey);
-    write_keys(w.dkey, a.width, count, a.width, A(a.scale), static_cast<T*>(a.dkey) + (row + first) * a.width);
+    if (part.dkv) write_tile<A, T>(a, w, n, row + first, count);
+    if (!part.dquery) continue;
     keys.ahead = nullptr;
     add_tile(keys, n, w.gradients, w.piece, w.sums);
   }
-  for (int64_t r = 0; r < n; r++) {
+  for (int64_t r = 0; part.dquery && r < n; r++) {
     const int64_t at = row_index(a, part.b, part.h * group + r / queries, part.begin + r % queries);
     A* sums = static_cast<A*>(a.dquery_sums) + (part.run * a.batch * a.heads * a.queries + at) * padded<A>(a.width);
     for (int64_t j = 0; j < a.width; j++) sums[j] = w.sums[r * a.width + j];

@@ -15,7 +15,7 @@ struct Rows {
   int64_t stride;
   const int32_t* index;  // of the `count` rows that take part
   int64_t count, width;
-const S* ahead = nullptr;  // the first row of a whole tile kAhead tiles further, read into the L2 cache meanwhile
+  const S* ahead = nullptr;  // the first row of a whole tile kAhead tiles further, read into the L2 cache meanwhile
   bool one_pass = false;     // only one pass over this tile fetches that one
   MK_INLINE const S* row(int64_t i) const { return base + index[i] * stride; }
   // The first pass fetches the first half of that tile, the last one the other half, in the order of the
