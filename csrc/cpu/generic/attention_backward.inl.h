@@ -111,13 +111,15 @@ void load_keys(const AttentionArgs& a, const BackwardScratch<A>& w, int64_t b, i
   pack_transposed(rows_of<T>(a.value, b, shared, first), a.value.row, keys, a.value_width, w.value_columns);
 }
 
-// A row of scores and of dout . value becomes a row of weights (times what dropout kept) and of ds.
+// A row of scores and of dout . value becomes a row of weights (times what dropout kept) and of ds; a weight is
+// unit power(score - base).
 template <class A>
-MK_INLINE void gradient_row(A* s, A* g, Range block, A factor, A base, A delta, const A* kept) {
+MK_INLINE void gradient_row(A* s, A* g, Range block, A factor, A base, A delta, const A* kept, A unit = 1) {
   using V = Vec<A>;
   const V f = V::set1(factor), shift = V::set1(-base), less = V::set1(delta);
   for (int64_t k = block.first / kLanes<A> * kLanes<A>; k < block.last; k += kLanes<A>) {
-    const V weight = power(fma(V::load(s + k), f, shift)), keep = kept ? V::load(kept + k) : V::set1(A(1));
+    const V weight = power(fma(V::load(s + k), f, shift)) * V::set1(unit);
+    const V keep = kept ? V::load(kept + k) : V::set1(A(1));
     const V gradient = weight * (V::load(g + k) * keep - less);
     select(weight == V::zero(), V::zero(), gradient).store(g + k);  // 0 also where the value is not finite
     (weight * keep).store(s + k);

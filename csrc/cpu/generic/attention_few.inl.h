@@ -12,7 +12,7 @@ namespace {
 // Numbers of query i of head h lie at row (h - first head) * queries + i; sums and vectors are packed by the width.
 template <class A>
 struct FewScratch {
-  A *query, *dkey, *dout, *sums, *piece, *base, *total, *scores, *gradients, *bias, *kept;
+  A *query, *dkey, *dout, *sums, *piece, *base, *total, *unit, *scores, *gradients, *bias, *kept;
   int32_t* index;
   int64_t used;
 
@@ -22,7 +22,7 @@ struct FewScratch {
     query = carver.take<A>(kFewRows * a.width), dkey = carver.take<A>(kTile * a.width);
     dout = carver.take<A>(kFewRows * a.value_width);
     sums = carver.take<A>(kFewRows * widest), piece = carver.take<A>(kFewRows * widest);
-    base = carver.take<A>(kFewRows), total = carver.take<A>(kFewRows);
+    base = carver.take<A>(kFewRows), total = carver.take<A>(kFewRows), unit = carver.take<A>(kFewRows);
     scores = carver.take<A>(kFewRows * kTile), gradients = carver.take<A>(kFewRows * kTile);
     bias = carver.take<A>(kTile), kept = carver.take<A>(kTile);
     index = carver.take<int32_t>(kTile);
@@ -133,6 +133,17 @@ MK_INLINE bool is_few(const AttentionArgs& a) {
   return true;
 }
 
+// The log-sum-exp as base and unit, e^-lse = unit power(-base): with the whole powers of 2 in the unit, score - base is
+// about as small as the score, and so is its rounding error. More than 2^64 could overflow what the unit multiplies.
+template <class A>
+void split_base(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, A& base, A& unit) {
+  const A lse = static_cast<const A*>(a.lse.data)[b * a.lse.b + h * a.lse.h + query * a.lse.row];
+  const double exact = double(lse) * (sizeof(A) == 4 ? 1.4426950408889634074 : 1.0);
+  const int64_t whole = sizeof(A) == 4 && exact > 0 ? int64_t(exact < 64 ? exact : 64) : 0;
+  base = lse == -kInfinity<A> ? kInfinity<A> : A(exact - double(whole));
+  unit = A(1) / A(uint64_t(1) << (whole / 2)) / A(uint64_t(1) << (whole - whole / 2));
+}
+
 template <class A, class T>
 void few_gradients(const AttentionArgs& a, const AttentionPart& part, const FewScratch<A>& w, int64_t first,
                    int64_t count) {
@@ -141,7 +152,7 @@ void few_gradients(const AttentionArgs& a, const AttentionPart& part, const FewS
     const int64_t h = part.h * (n / queries) + r / queries, query = part.begin + r % queries;
     A *s = w.scores + r * kTile, *g = w.gradients + r * kTile;
     const A factor = few_scores<A, T>(a, w, part.b, h, query, first, count, s);
-    gradient_row(s, g, {0, count}, factor, w.base[r], w.total[r], a.seed ? w.kept : nullptr);
+    gradient_row(s, g, {0, count}, factor, w.base[r], w.total[r], a.seed ? w.kept : nullptr, w.unit[r]);
   }
 }
 
@@ -167,7 +178,7 @@ void few_backward(const AttentionArgs& a, const AttentionPart& part, void* memor
     widen_rows(rows_of<T>(a.dout, part.b, h, part.begin), a.dout.row, queries, a.value_width,
                w.dout + to * a.value_width);
     for (int64_t i = 0; i < queries; i++) {
-      w.base[to + i] = static_cast<const A*>(a.rows_base)[row + i];
+      split_base<A>(a, part.b, h, part.begin + i, w.base[to + i], w.unit[to + i]);
       w.total[to + i] = static_cast<const A*>(a.rows_delta)[row + i];
     }
   }
