@@ -12,14 +12,14 @@ namespace {
 // Numbers of query i of head h lie at row (h - first head) * queries + i; sums and vectors are packed by the width.
 template <class A>
 struct FewScratch {
-  A *query, *dkey, *dout, *sums, *piece, *base, *total, *unit, *scores, *gradients, *bias, *kept;
+  A *query, *dout, *sums, *piece, *base, *total, *unit, *scores, *gradients, *bias, *kept;
   int32_t* index;
   int64_t used;
 
   FewScratch(const AttentionArgs& a, void* memory) {
     Carver carver(memory);
     const int64_t widest = larger(a.width, a.value_width);
-    query = carver.take<A>(kFewRows * a.width), dkey = carver.take<A>(kTile * a.width);
+    query = carver.take<A>(kFewRows * a.width);
     dout = carver.take<A>(kFewRows * a.value_width);
     sums = carver.take<A>(kFewRows * widest), piece = carver.take<A>(kFewRows * widest);
     base = carver.take<A>(kFewRows), total = carver.take<A>(kFewRows), unit = carver.take<A>(kFewRows);
@@ -156,16 +156,35 @@ void few_gradients(const AttentionArgs& a, const AttentionPart& part, const FewS
   }
 }
 
-// dkey and dvalue of `count` rows from `row` of [B][NH][K].
+// out row i = factor * sum_r weights[r][i] vector r, the sum before the factor, rounded once.
 template <class A, class T>
-void write_tile(const AttentionArgs& a, const FewScratch<A>& w, int64_t n, int64_t row, int64_t count) {
-  if (a.dvalue)
-    mix_rows<T>({nullptr, 0, w.index, count, a.value_width}, n, {w.scores, w.dout}, {}, nullptr,
-                static_cast<T*>(a.dvalue) + row * a.value_width);
-  if (!a.dkey) return;
-  // The scale comes after the sum, as one more rounding of each product would show.
-  mix_rows<A>({nullptr, 0, w.index, count, a.width}, n, {w.gradients, w.query}, {}, nullptr, w.dkey);
-  write_keys(w.dkey, a.width, count, a.width, A(a.scale), static_cast<T*>(a.dkey) + row * a.width);
+void write_tile(int64_t n, int64_t count, int64_t width, const A* weights, const A* vectors, A factor, T* out) {
+  using V = Vec<A>;
+  const auto columns = [&](int64_t i, int64_t j, auto part, auto rows, auto vecs) {
+    constexpr int R = decltype(rows)::value, N = decltype(vecs)::value;
+    V sum[R][N];
+    for (int m = 0; m < R; m++)
+      for (int l = 0; l < N; l++) sum[m][l] = V::zero();
+    for (int64_t r = 0; r < n; r++) {
+      V x[N];
+      for (int l = 0; l < N; l++) x[l] = load<V>(vectors + r * width + j + l * V::kLanes, part);
+      for (int m = 0; m < R; m++) {
+        const V weight = V::set1(weights[r * kTile + i + m]);
+        for (int l = 0; l < N; l++) sum[m][l] = fma(weight, x[l], sum[m][l]);
+      }
+    }
+    for (int m = 0; m < R; m++)
+      for (int l = 0; l < N; l++) store(sum[m][l] * V::set1(factor), out + (i + m) * width + j + l * V::kLanes, part);
+  };
+  const auto rows_at = [&](int64_t i, auto rows) {
+    int64_t j = 0;
+    for (; j + 4 * V::kLanes <= width; j += 4 * V::kLanes) columns(i, j, Full{}, rows, Count<4>{});
+    for (; j + V::kLanes <= width; j += V::kLanes) columns(i, j, Full{}, rows, Count<1>{});
+    if (j < width) columns(i, j, Tail{width - j}, rows, Count<1>{});
+  };
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) rows_at(i, Count<4>{});
+  for (; i < count; i++) rows_at(i, Count<1>{});
 }
 
 template <class A, class T>
@@ -192,7 +211,12 @@ void few_backward(const AttentionArgs& a, const AttentionPart& part, void* memor
     dot_rows<T, Dot::plain>(keys, n, w.query, w.scores);
     dot_rows<T, Dot::plain>(values, n, w.dout, w.gradients);
     few_gradients<A, T>(a, part, w, first, count);
-    if (part.dkv) write_tile<A, T>(a, w, n, row + first, count);
+    if (part.dkv && a.dvalue)
+      write_tile<A>(n, count, a.value_width, w.scores, w.dout, A(1),
+                    static_cast<T*>(a.dvalue) + (row + first) * a.value_width);
+    if (part.dkv && a.dkey)
+      write_tile<A>(n, count, a.width, w.gradients, w.query, A(a.scale),
+                    static_cast<T*>(a.dkey) + (row + first) * a.width);
     if (!part.dquery) continue;
     keys.ahead = nullptr;
     add_tile(keys, n, w.gradients, w.piece, w.sums);
