@@ -14,9 +14,9 @@ from memkernels._op import Op
 
 def attach(op: Op) -> None:
     """Make the Functions of an op whose torch ops are registered; sets `function`, `eager_apply`, and returns nothing."""
-    backward_function = _backward_function(op)
-    op.function = _forward_function(op, backward_function)
-    op.eager_apply = eager_apply(_eager_function(op))
+    general = _general_backward(op)
+    op.function = _forward_function(op, general)
+    op.eager_apply = eager_apply(_eager_function(op, general))
 
 
 def vmap_rules(op: Op) -> tuple[Any, Any]:
@@ -50,7 +50,7 @@ def _backward_rule(op: Op, call: Any) -> Any:
     return _vmap.rule(call, [*douts, *(a.batch for a in op.inputs), *(o.batch for o in op.saved)], out_axes, sums_over_batch)
 
 
-def _forward_function(op: Op, backward_function: Any) -> Any:
+def _forward_function(op: Op, general: Any) -> Any:
     n_inputs = len(op.inputs)
     fixed = tuple(i for i, o in enumerate(op.outputs) if not o.differentiable)
 
@@ -66,9 +66,20 @@ def _forward_function(op: Op, backward_function: Any) -> Any:
         ctx.options, ctx.backend = inputs[n_inputs:], _backends.forced.get()
 
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        return general(ctx, ctx.saved_tensors, grads)
+
+    function = _class(op, "Function", forward=forward, setup_context=setup_context, backward=backward)
+    function.vmap = staticmethod(_forward_rule(op, lambda *args: function.apply(*args)))
+    return function
+
+
+def _general_backward(op: Op) -> Any:
+    backward_function = _backward_function(op)
+
+    def backward(ctx: Any, saved: tuple[Any, ...], grads: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
         doutputs = [grads[i] for i in op.differentiable_outputs]
-        result: list[Any] = [None] * (n_inputs + len(ctx.options))
-        saved, needed = ctx.saved_tensors, ctx.needs_input_grad
+        result: list[Any] = [None] * (len(op.inputs) + len(ctx.options))
+        needed = ctx.needs_input_grad
         needs = [bool(needed[i]) and saved[i] is not None for i in op.differentiable]
         if all(g is None for g in doutputs) or True not in needs:
             return tuple(result)
@@ -79,13 +90,11 @@ def _forward_function(op: Op, backward_function: Any) -> Any:
                 result[i] = gradient
         return tuple(result)
 
-    function = _class(op, "Function", forward=forward, setup_context=setup_context, backward=backward)
-    function.vmap = staticmethod(_forward_rule(op, lambda *args: function.apply(*args)))
-    return function
+    return backward
 
 
-def _eager_function(op: Op) -> Any:
-    """The same Function for plain calls: it computes without the dispatcher, in one static method instead of two."""
+def _eager_function(op: Op, general: Any) -> Any:
+    """The same Function for plain calls: it computes without the dispatcher and without what only other calls need."""
     n_inputs = len(op.inputs)
     fixed = [i for i, o in enumerate(op.outputs) if not o.differentiable]
 
@@ -98,7 +107,20 @@ def _eager_function(op: Op) -> Any:
         ctx.options, ctx.backend = args[n_inputs:], _backends.forced.get()
         return outputs
 
-    return _class(op, "EagerFunction", forward=forward, backward=op.function.backward)
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad  # once: some hooks hand a saved tensor out only once
+        plain = not torch.is_grad_enabled() and ctx.backend is None and plain_call((*grads, *saved)) and not batched_gradient(grads)
+        doutputs = [grads[i] for i in op.differentiable_outputs]
+        if not plain or all([g is None for g in doutputs]):
+            return general(ctx, saved, grads)
+        needs = [needed[i] for i in op.differentiable]
+        found = op.gradients(doutputs, saved[:n_inputs], saved[n_inputs:], ctx.options, needs)
+        result: list[Any] = [None] * len(needed)
+        for i, gradient in zip(op.differentiable, found):
+            result[i] = gradient
+        return tuple(result)
+
+    return _class(op, "EagerFunction", forward=forward, backward=backward)
 
 
 def _differentiate(op: Op, backward_function: Any, args: tuple[Any, ...]) -> Any:
@@ -107,8 +129,7 @@ def _differentiate(op: Op, backward_function: Any, args: tuple[Any, ...]) -> Any
         return op.backward_op(*args)
     if torch.is_grad_enabled():
         return backward_function.apply(*args)
-    plain = plain_call(args[:-1]) and not batched_gradient(args[: op.end_douts])
-    return op.gradients(*args) if plain else op.backward_op(*args)
+    return op.backward_op(*args)
 
 
 def _backward_function(op: Op) -> Any:

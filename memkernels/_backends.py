@@ -137,7 +137,8 @@ def cpu_level(level: str | None = None) -> str | None:
         The level in use, or None when the C++ extension is not built.
 
     Raises:
-        TypeError: not a name. ValueError: unknown level, or one this CPU does not have. BackendError: a level was given and there is no extension.
+        TypeError: not a name. ValueError: unknown level, or one this CPU does not have.
+        BackendError: a level was given and there is no extension.
     """
     if level is not None and not isinstance(level, str):
         fail("cpu_level", "level", "a level's name or None", repr(level), TypeError)

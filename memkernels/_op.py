@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,24 +94,26 @@ class Op:
 
     def run_backward(self, *args: Any) -> Any:
         """The torch op of backward; arguments as in its schema."""
-        return single(filled(self.gradients(*args), args[self.end_douts]))
+        doutputs, inputs = args[: self.end_douts], args[self.end_douts : self.end_inputs]
+        found = self.gradients(doutputs, inputs, args[self.end_inputs : self.end_saved], args[self.end_saved : -1], args[-1])
+        return single(filled(found, inputs[0]))
 
-    def gradients(self, *args: Any) -> tuple[torch.Tensor | None, ...]:
-        """One gradient per differentiable input, None where `needs`, the last argument, says so."""
-        inputs, needs = args[self.end_douts : self.end_inputs], args[-1]
-        module, is_reference = _backends.choose(self.name, inputs[0].device.type, (*inputs, *args[self.end_saved : -1]))
+    def gradients(self, doutputs: Any, inputs: Any, saved: Any, options: Any, needs: Any) -> list[torch.Tensor | None]:
+        """One gradient per differentiable input, None where `needs` says so."""
+        module, is_reference = _backends.choose(self.name, inputs[0].device.type, (*inputs, *options))
         if is_reference:
-            return self._reference_gradients(module.backward(*args[:-1]), args, inputs, needs)
+            found = module.backward(*doutputs, *inputs, *saved, *options)
+            return self._reference_gradients(found, (*doutputs, *inputs, *saved), inputs, needs)
         gradients = [_like(inputs[i]) if need else None for i, need in zip(self.differentiable, needs)]
         # Contiguous, as forward made them: vmap rules hand over views.
-        saved = [t if t is None else t.contiguous() for t in args[self.end_inputs : self.end_saved]]
-        module.backward(*gradients, *args[: self.end_inputs], *saved, *args[self.end_saved : -1])
-        return tuple(gradients)
+        saved = [t if t is None else t.contiguous() for t in saved]
+        module.backward(*gradients, *doutputs, *inputs, *saved, *options)
+        return gradients
 
-    def _reference_gradients(self, found: Any, args: Any, inputs: Any, needs: Any) -> tuple[torch.Tensor | None, ...]:
+    def _reference_gradients(self, found: Any, given: Any, inputs: Any, needs: Any) -> list[torch.Tensor | None]:
         tensors = [inputs[i] for i in self.differentiable]
-        kept = iter(fresh(tuple(g.to(t.dtype).expand(t.shape) for g, t, need in zip(found, tensors, needs) if need), args))
-        return tuple(next(kept) if need else None for need in needs)
+        kept = iter(fresh(tuple(g.to(t.dtype).expand(t.shape) for g, t, need in zip(found, tensors, needs) if need), given))
+        return [next(kept) if need else None for need in needs]
 
     def run_backward_fake(self, *args: Any) -> Any:
         inputs, needs = args[self.end_douts : self.end_inputs], args[-1]
@@ -137,7 +139,7 @@ def _like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def filled(outputs: tuple[torch.Tensor | None, ...], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def filled(outputs: Iterable[torch.Tensor | None], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Torch ops return tensors only: an empty one stands for None."""
     return tuple(like.new_empty(0) if t is None else t for t in outputs)
 
