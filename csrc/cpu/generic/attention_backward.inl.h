@@ -30,9 +30,9 @@ struct BackwardScratch {
     dkey = carver.take<A>(kBackwardKeys * query_row);
     dvalue = carver.take<A>(kBackwardKeys * value_row);
     query = carver.take<A>(kBackwardQueries * query_row);
-    query_panels = a.width > kTile<A> ? carver.take<A>(kBackwardQueries * query_row) : query;
+    query_panels = a.width > kPanel<A> ? carver.take<A>(kBackwardQueries * query_row) : query;
     dout = carver.take<A>(kBackwardQueries * value_row);
-    dout_panels = a.value_width > kTile<A> ? carver.take<A>(kBackwardQueries * value_row) : dout;
+    dout_panels = a.value_width > kPanel<A> ? carver.take<A>(kBackwardQueries * value_row) : dout;
     scores = carver.take<A>(kBackwardQueries * kScoreRow);
     gradients = carver.take<A>(kBackwardQueries * kScoreRow);
     bias = carver.take<A>(kBackwardKeys);
@@ -111,13 +111,15 @@ void load_keys(const AttentionArgs& a, const BackwardScratch<A>& w, int64_t b, i
   pack_transposed(rows_of<T>(a.value, b, shared, first), a.value.row, keys, a.value_width, w.value_columns);
 }
 
-// A row of scores and of dout . value becomes a row of weights (times what dropout kept) and of ds.
+// A row of scores and of dout . value becomes a row of weights (times what dropout kept) and of ds; a weight is
+// unit power(score - base).
 template <class A>
-MK_INLINE void gradient_row(A* s, A* g, Range block, A factor, A base, A delta, const A* kept) {
+MK_INLINE void gradient_row(A* s, A* g, Range block, A factor, A base, A delta, const A* kept, A unit = 1) {
   using V = Vec<A>;
   const V f = V::set1(factor), shift = V::set1(-base), less = V::set1(delta);
   for (int64_t k = block.first / kLanes<A> * kLanes<A>; k < block.last; k += kLanes<A>) {
-    const V weight = power(fma(V::load(s + k), f, shift)), keep = kept ? V::load(kept + k) : V::set1(A(1));
+    const V weight = power(fma(V::load(s + k), f, shift)) * V::set1(unit);
+    const V keep = kept ? V::load(kept + k) : V::set1(A(1));
     const V gradient = weight * (V::load(g + k) * keep - less);
     select(weight == V::zero(), V::zero(), gradient).store(g + k);  // 0 also where the value is not finite
     (weight * keep).store(s + k);
@@ -219,8 +221,14 @@ __attribute__((nothrow)) void write_keys(const A* from, int64_t from_row, int64_
     });
 }
 
+// attention_few.inl.h
+MK_INLINE bool is_few(const AttentionArgs& a);
+template <class A, class T>
+void few_backward(const AttentionArgs& a, const AttentionPart& part, void* memory);
+
 template <class A, class T>
 void backward(const AttentionArgs& a, const AttentionPart& part, void* memory) {
+  if (is_few(a)) return few_backward<A, T>(a, part, memory);
   const BackwardScratch<A> w(a, memory);
   const int64_t group = a.heads / a.key_heads;
   if (part.dquery)
@@ -272,7 +280,7 @@ void finish(const AttentionArgs& a, int64_t begin, int64_t end, int64_t runs) {
 
 template <class A>
 int64_t backward_scratch(const AttentionArgs& a) {
-  return BackwardScratch<A>(a, nullptr).used;
+  return larger(BackwardScratch<A>(a, nullptr).used, few_scratch<A>(a));
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // What forward and backward of attention share: packed panels, the register-tiled product, masks, dropout, powers.
 //
-// A panel of B[depth][columns] holds kTile columns (the last one: as many whole vectors as are left), zero padded, row
-// after row. The product keeps kRows x kTile sums in registers and reads A by two strides, so A may be a transposed
+// A panel of B[depth][columns] holds kPanel columns (the last one: as many whole vectors as are left), zero padded, row
+// after row. The product keeps kRows x kPanel sums in registers and reads A by two strides, so A may be a transposed
 // block. Everything is in the accumulation type A: float for float and the half types, double for double.
 #pragma once
 #include "cpu/attention.h"
@@ -15,7 +15,7 @@ constexpr int kRows = 6;
 template <class A>
 constexpr int kTileVectors = Vec<A>::kLanes * sizeof(A) == 64 ? 4 : 2;
 template <class A>
-constexpr int64_t kTile = kTileVectors<A>* kLanes<A>;
+constexpr int64_t kPanel = kTileVectors<A>* kLanes<A>;
 
 template <class A>
 MK_INLINE int64_t padded(int64_t n) {
@@ -112,12 +112,12 @@ template <class A>
 void product(const Product<A>& p, int64_t rows, int64_t columns, int64_t first, int64_t last, int64_t depth,
              const A* row_scale, bool add) {
   const int64_t vectors = padded<A>(columns) / kLanes<A>, piece = depth > 256 ? 64 : depth;
-  for (int64_t panel = first / kTile<A>; panel * kTile<A> < last; panel++) {
+  for (int64_t panel = first / kPanel<A>; panel * kPanel<A> < last; panel++) {
     const int64_t width = smaller(kTileVectors<A>, vectors - panel * kTileVectors<A>);
-    const A* b = p.b + (panel * kTile<A>)*p.panel_depth + p.depth_first * width * kLanes<A>;
+    const A* b = p.b + (panel * kPanel<A>)*p.panel_depth + p.depth_first * width * kLanes<A>;
     for (int64_t row = 0; row < rows; row += kRows) {
       const int64_t count = smaller(kRows, rows - row);
-      A* c = p.c + row * p.c_row + panel * kTile<A>;
+      A* c = p.c + row * p.c_row + panel * kPanel<A>;
       int64_t done = 0;
       do {
         tile_of<A>(count, width)(smaller(piece, depth - done), p.a + row * p.a_row + done * p.a_depth, p.a_row,
@@ -135,8 +135,8 @@ template <bool clean, class A, class T>
 bool pack_rows(const T* in, int64_t stride, int64_t rows, int64_t columns, A* out) {
   using V = Vec<A>;
   V least = V::zero();  // x - x is NaN where x is not finite, and NaN stays
-  for (int64_t column = 0; column < columns; column += kTile<A>) {
-    const int64_t width = smaller(kTile<A>, columns - column);
+  for (int64_t column = 0; column < columns; column += kPanel<A>) {
+    const int64_t width = smaller(kPanel<A>, columns - column);
     for (int64_t row = 0; row < rows; row++)
       for_each_vec<V>(width, [&](int64_t j, auto part) {
         const V x = load<V>(in + row * stride + column + j, part);
@@ -173,8 +173,8 @@ template <class A, class T>
 void pack_transposed(const T* in, int64_t stride, int64_t rows, int64_t columns, A* out) {
   using V = Vec<A>;
   constexpr int kSize = V::kLanes;
-  for (int64_t row = 0; row < rows; row += kTile<A>) {
-    const int64_t width = padded<A>(smaller(kTile<A>, rows - row));
+  for (int64_t row = 0; row < rows; row += kPanel<A>) {
+    const int64_t width = padded<A>(smaller(kPanel<A>, rows - row));
     for (int64_t j = 0; j < width; j += kSize)
       for (int64_t column = 0; column < columns; column += kSize) {
         const int64_t count = smaller(kSize, rows - row - j), across = smaller(kSize, columns - column);

@@ -77,6 +77,10 @@ MK_INLINE A softmax_row(A* s, Range block, A factor, A& base, A& total, const A*
     if (kept) weight = weight * V::load(kept + k);
     weight.store(s + k);
   }
+  if (base == old) {  // power(0) is not exactly 1, and short blocks would add that up
+    total = total + reduce_add(sum);
+    return A(1);
+  }
   A shrink[kLanes<A>];
   power(V::set1(old - zero_point)).store(shrink);
   total = total * shrink[0] + reduce_add(sum);
@@ -152,8 +156,16 @@ struct Partial {
   }
 };
 
+// attention_few.inl.h
+constexpr int64_t kFewRows = 8;
+template <class A>
+int64_t few_scratch(const AttentionArgs& a);
+template <class A, class T>
+void few_forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t split, void* memory);
+
 template <class A, class T>
 void forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t split, void* memory) {
+  if (a.queries <= kFewRows) return few_forward<A, T>(a, b, h, begin, end, split, memory);
   const ForwardScratch<A> w(a, memory);
   const int64_t rows = end - begin;
   pack_plain(static_cast<const T*>(a.query.data) + b * a.query.b + h * a.query.h + begin * a.query.row, a.query.row,
@@ -203,7 +215,7 @@ void merge(const AttentionArgs& a, int64_t b, int64_t h) {
 
 template <class A>
 int64_t forward_scratch(const AttentionArgs& a) {
-  return ForwardScratch<A>(a, nullptr).used;
+  return larger(ForwardScratch<A>(a, nullptr).used, few_scratch<A>(a));
 }
 
 }  // namespace

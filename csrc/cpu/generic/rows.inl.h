@@ -16,6 +16,7 @@ struct Rows {
   const int32_t* index;  // of the `count` rows that take part
   int64_t count, width;
   const S* ahead = nullptr;  // the first row of a whole tile kAhead tiles further, read into the L2 cache meanwhile
+  bool one_pass = false;     // only one pass over this tile fetches that one
   MK_INLINE const S* row(int64_t i) const { return base + index[i] * stride; }
   // The first pass fetches the first half of that tile, the last one the other half, in the order of the
   // addresses: one pass alone would wait for the memory, and the hardware prefetcher follows.
@@ -23,6 +24,10 @@ struct Rows {
   MK_INLINE void fetch(int64_t i, int64_t column, int64_t columns) const {
     if (!ahead) return;
     constexpr int64_t kLine = 64 / int64_t(sizeof(S));
+    if (one_pass) {
+      for (int64_t j = column; j < column + columns; j += kLine) __builtin_prefetch(ahead + i * stride + j, 0, 2);
+      return;
+    }
     const int64_t half = (columns / 2 + kLine - 1) / kLine * kLine, from = i % 2 ? half : 0,
                   to = i % 2 ? columns : half;
     const S* row = ahead + (kPart * rows_half() + i / 2) * stride + column;
