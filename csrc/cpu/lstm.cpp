@@ -7,6 +7,7 @@
 
 #include "common/arena.h"
 #include "common/checks.h"
+#include "common/pages.h"
 #include "common/parallel.h"
 #include "cpu/select.h"
 
@@ -145,6 +146,8 @@ void forward(const TensorView& output, const TensorView& h_n, const TensorView& 
   check_output(kOp, "c_n", c_n, {B, f.H}, type);
   if (cells.defined()) check_output(kOp, "cells", cells, {T, B, f.H}, type);
   if (gates.defined()) check_output(kOp, "gates", gates, {T, B, 4 * f.H}, type);
+  for (const TensorView* saved : {&output, &cells, &gates})
+    if (saved->defined()) prefer_huge_pages(saved->data(), saved->numel() * item_size(type));
   f.output = output.data(), f.h_n = h_n.data(), f.c_n = c_n.data();
   f.cells = cells.defined() ? cells.data() : nullptr, f.gates = gates.defined() ? gates.data() : nullptr;
   f.bias_ih = bias_ih.defined() ? bias_ih.data() : nullptr, f.bias_hh = bias_hh.defined() ? bias_hh.data() : nullptr;
@@ -263,6 +266,7 @@ void take_gradients(LstmBackward& f, const Gradients& to, DType type) {
     if (!t.defined()) return;
     check_output(kOp, name, t, sizes, type);
     data = t.data();
+    prefer_huge_pages(data, t.numel() * item_size(type));
   };
   const int64_t T = f.rows.T, B = f.rows.B;
   take("dinput", to.dinput, {T, B, f.I}, f.dinput);
