@@ -10,9 +10,9 @@ import torch
 
 from memkernels import _autograd, _backends
 from memkernels._compat import autocast_enabled, forward_ad_active, functorch_active, plain_call
-from memkernels._op import Arg, Op, Out
+from memkernels._op import Arg, Op, Out, empty_like
 
-__all__ = ["OPS", "Arg", "Out", "capture", "define_inplace", "define_op", "explain"]
+__all__ = ["OPS", "Arg", "Out", "capture", "define_inplace", "define_op", "empty_like", "explain"]
 
 LIBRARY = torch.library.Library("memkernels", "DEF")
 OPS: dict[str, RoutedOp] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -253,14 +254,19 @@ def once(call: Call, mode: str, device: str, inner: int) -> float:
 
 
 def interleaved(calls: Sequence[Call], mode: str, device: str, seconds: float) -> list[float]:
-    """Median seconds of each call; one round runs every call once, so drift of the machine hits all alike."""
+    """Median seconds of each call; one round runs every call once, so drift of the machine hits all alike. No garbage collection."""
     inner = []
     for call in calls:
         once(call, mode, device, 1)
         inner.append(max(1, min(1000, int(2e-3 / max(once(call, mode, device, 1), 1e-7)))))
     times: list[list[float]] = [[] for _ in calls]
-    begin = time.perf_counter()
-    while len(times[0]) < 3 or (time.perf_counter() - begin < seconds * len(calls) and len(times[0]) < 200):
-        for call, n, found in zip(calls, inner, times):
-            found.append(once(call, mode, device, n))
+    begin, collecting = time.perf_counter(), gc.isenabled()
+    gc.disable()  # as timeit does: a pass over all objects of torch and its compiler takes as long as thousands of small calls
+    try:
+        while len(times[0]) < 3 or (time.perf_counter() - begin < seconds * len(calls) and len(times[0]) < 200):
+            for call, n, found in zip(calls, inner, times):
+                found.append(once(call, mode, device, n))
+    finally:
+        if collecting:
+            gc.enable()
     return [statistics.median(found) for found in times]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from memkernels._checks import Signature, check_choice
-from memkernels._registry import Arg, Out, define_op
+from memkernels._registry import Arg, Out, define_op, empty_like
 
 SIMILARITIES = ("cosine", "dot", "l2")
 
@@ -74,10 +74,12 @@ def content_read(
 
 def _allocate(memory, key, strength, value, mask, similarity, return_weights):
     wide = torch.float64 if memory.dtype == torch.float64 else torch.float32
-    batch, heads, width = key.shape
-    shape = (batch, heads, width if value is None else value.shape[2])
+    batch, heads, _ = key.shape
+    read = empty_like(key) if value is None else key.new_empty((batch, heads, value.shape[2]))
     weights = memory.new_empty((batch, heads, memory.shape[1])) if return_weights else None
-    return memory.new_empty(shape), weights, memory.new_empty((batch, heads), dtype=wide), memory.new_empty(shape, dtype=wide)
+    if wide == key.dtype:
+        return read, weights, empty_like(strength), empty_like(read)
+    return read, weights, strength.new_empty((batch, heads), dtype=wide), read.new_empty(read.shape, dtype=wide)
 
 
 SIGNATURE = Signature(

@@ -8,7 +8,7 @@ import torch
 
 from memkernels._checks import Signature, check_flag, check_tensor, fail
 from memkernels._compat import functorch_active, plain_call
-from memkernels._registry import Arg, Out, define_op
+from memkernels._registry import Arg, Out, define_op, empty_like
 
 
 def lstm(
@@ -103,8 +103,8 @@ def _allocate(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, reset, leng
     hidden = weight_hh.shape[1]
     return (
         input.new_empty((steps, batch, hidden)),
-        torch.empty_like(h0, memory_format=torch.contiguous_format),
-        torch.empty_like(c0, memory_format=torch.contiguous_format),
+        empty_like(h0),
+        empty_like(c0),
         input.new_empty((steps, batch, hidden)) if training or return_cells else None,
         input.new_empty((steps, batch, 4 * hidden)) if training else None,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from memkernels._checks import Signature
-from memkernels._registry import Arg, Out, define_op
+from memkernels._registry import Arg, Out, define_op, empty_like
 
 
 def lstm_gates(gates: torch.Tensor, cell: torch.Tensor, *, peephole: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,8 +52,7 @@ def lstm_gates(gates: torch.Tensor, cell: torch.Tensor, *, peephole: torch.Tenso
 
 
 def _allocate(gates, cell, peephole):
-    shape = cell.shape
-    return cell.new_empty(shape), cell.new_empty(shape)
+    return empty_like(cell), empty_like(cell)
 
 
 SIGNATURE = Signature("lstm_gates", gates="B 4H", cell="B H", peephole="3 H | None")

@@ -6,7 +6,7 @@ import torch
 
 from memkernels._checks import Signature, fail
 from memkernels._compat import forward_ad_active, functorch_active
-from memkernels._registry import Arg, Out, define_inplace, define_op
+from memkernels._registry import Arg, Out, define_inplace, define_op, empty_like
 
 
 def memory_write(memory: torch.Tensor, weights: torch.Tensor, erase: torch.Tensor, add: torch.Tensor) -> torch.Tensor:
@@ -124,7 +124,7 @@ def _apart(tensor, memory):
 
 
 def _allocate(memory, weights, erase, add):
-    return (torch.empty_like(memory, memory_format=torch.contiguous_format),)
+    return (empty_like(memory),)
 
 
 _DIMS = dict(memory="B N W", weights="B H N", erase="B H W", add="B H W")
