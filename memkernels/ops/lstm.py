@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from memkernels._checks import Signature, check_flag, check_tensor, fail
-from memkernels._compat import functorch_active, plain_call
+from memkernels._compat import functorch_active, jit_tracing, plain_call
 from memkernels._registry import Arg, Out, define_op, empty_like
 
 
@@ -77,7 +77,10 @@ def lstm(
     check_flag("lstm", "reverse", reverse)
     check_flag("lstm", "return_cells", return_cells)
     floating = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)
-    training = functorch_active() or (torch.is_grad_enabled() and True in [t is not None and t.requires_grad for t in floating])
+    # A trace may be run with and without gradients later, and must be the same each time it is made.
+    training = (
+        jit_tracing() or functorch_active() or (torch.is_grad_enabled() and True in [t is not None and t.requires_grad for t in floating])
+    )
     output, h_n, c_n, cells, _ = OP(*floating, reset, lengths, reverse, return_cells, training)
     return (output, (h_n, c_n), cells) if return_cells else (output, (h_n, c_n))
 
