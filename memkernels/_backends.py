@@ -115,7 +115,7 @@ def _candidates(op: str, device: str) -> tuple[tuple[ModuleType, bool], ...]:
 
 def choose(op: str, device: str, args: tuple[Any, ...]) -> tuple[ModuleType, bool]:
     """The backend's module for a call, and whether it is the reference: the forced one or raise, else the first that does not refuse."""
-    name = forced_name()
+    name = forced.get() or _FORCED_BY_ENVIRONMENT
     if name is not None:
         reason = refusal(name, op, device, args)
         if reason is not None:

@@ -81,18 +81,18 @@ def attention(
         check_choice("attention", "causal", causal, CORNERS)
     if dims["NH"] != dims["NHk"]:
         query, key, value, shape = _heads(query, key, value, shape, enable_gqa)
-    dropout_p = check_number("attention", "dropout_p", dropout_p)
+    if dropout_p.__class__ is not float or dropout_p != 0.0:
+        dropout_p = _dropout(dropout_p)
     if scale is not None:
         scale = check_number("attention", "scale", scale)
-    check_flag("attention", "is_causal", is_causal)
-    if not 0.0 <= dropout_p <= 1.0:
-        fail("attention", "dropout_p", "a probability", dropout_p)
+    if is_causal.__class__ is not bool:
+        check_flag("attention", "is_causal", is_causal)
     if attn_mask is not None:
         attn_mask = _mask(attn_mask, query, (*shape[:-1], dims["K"]))
-    left, right = _window(window)
+    left, right = (-1, -1) if window is None else _window(window)
     seed = torch.randint(2**63 - 1, (dims["B"],), device=query.device) if dropout_p else None
     scale = dims["D"] ** -0.5 if scale is None and dims["D"] else scale or 0.0
-    out, lse = OP(query, key, value, attn_mask, seed, scale, float(dropout_p), left, 0 if is_causal else right, causal)
+    out, lse = OP(query, key, value, attn_mask, seed, scale, dropout_p, left, 0 if is_causal else right, causal)
     if len(shape) != 4:
         out, lse = out.reshape(*shape[:-1], dims["V"]), lse.reshape(shape[:-1])
     return (out, lse) if return_lse else out
@@ -154,12 +154,17 @@ def _mask(mask, query, shape):
     return mask.expand(*shape[:-3], *mask.shape[-3:]).reshape(query.shape[0], *mask.shape[-3:])
 
 
+def _dropout(dropout_p):
+    dropout_p = check_number("attention", "dropout_p", dropout_p)
+    if not 0.0 <= dropout_p <= 1.0:
+        fail("attention", "dropout_p", "a probability", dropout_p)
+    return float(dropout_p)
+
+
 _FAR = 2**40  # past the end of any sequence, and far from where int64 positions overflow
 
 
 def _window(window):
-    if window is None:
-        return -1, -1
     if not (isinstance(window, (tuple, list)) and len(window) == 2 and all(w is None or (isinstance(w, int) and w >= -1) for w in window)):
         fail("attention", "window", "(left, right), each an int >= 0, or -1 or None for no limit", window)
     return tuple(-1 if w is None else min(w, _FAR) for w in window)

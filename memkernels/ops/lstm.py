@@ -74,8 +74,9 @@ def lstm(
         h0 = c0 = input.new_zeros((sizes["B"], sizes["H"]))
     if lengths is not None:
         _check_lengths(lengths, input)
-    check_flag("lstm", "reverse", reverse)
-    check_flag("lstm", "return_cells", return_cells)
+    if not (reverse.__class__ is return_cells.__class__ is bool):
+        check_flag("lstm", "reverse", reverse)
+        check_flag("lstm", "return_cells", return_cells)
     floating = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)
     # A trace may be run with and without gradients later, and must be the same each time it is made.
     training = (
@@ -88,9 +89,10 @@ def lstm(
 def _pair(state):
     if not isinstance(state, (tuple, list)) or len(state) != 2:
         fail("lstm", "state", "a pair (h0, c0) or None", type(state).__name__, TypeError)
-    for name, tensor in zip(("h0", "c0"), state, strict=True):
-        check_tensor("lstm", name, tensor)
-    return state
+    h0, c0 = state
+    if h0 is None or c0 is None:
+        check_tensor("lstm", "h0" if h0 is None else "c0", None)
+    return h0, c0
 
 
 def _check_lengths(lengths, input):
