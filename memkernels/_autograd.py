@@ -125,9 +125,7 @@ def _eager_function(op: Op, general: Any) -> Any:
 
 def _differentiate(op: Op, backward_function: Any, args: tuple[Any, ...]) -> Any:
     """First order: the backward op. Under create_graph or functorch: the Function around it, which can be differentiated again."""
-    if torch.compiler.is_compiling():
-        return op.backward_op(*args)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return backward_function.apply(*args)
     return op.backward_op(*args)
 
