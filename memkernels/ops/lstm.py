@@ -8,7 +8,7 @@ import torch
 
 from memkernels._checks import Signature, check_flag, check_tensor, fail
 from memkernels._compat import functorch_active, jit_tracing, plain_call
-from memkernels._registry import Arg, Out, define_op, empty_like
+from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
 
 
 def lstm(
@@ -107,11 +107,11 @@ def _allocate(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, reset, leng
     steps, batch, _ = input.shape
     hidden = weight_hh.shape[1]
     return (
-        input.new_empty((steps, batch, hidden)),
+        new_empty(input, (steps, batch, hidden)),
         empty_like(h0),
         empty_like(c0),
-        input.new_empty((steps, batch, hidden)) if training or return_cells else None,
-        input.new_empty((steps, batch, 4 * hidden)) if training else None,
+        new_empty(input, (steps, batch, hidden)) if training or return_cells else None,
+        new_empty(input, (steps, batch, 4 * hidden)) if training else None,
     )
 
 
