@@ -84,9 +84,12 @@ ROUTED, PLAIN_CALL, RECORDED = range(3)
 
 
 def _call_kind(args: tuple[Any, ...], inputs: int) -> int:
-    """ROUTED: the dispatcher must see the call. Else PLAIN_CALL, or RECORDED if one of the first `inputs` arguments wants a gradient."""
+    """ROUTED: the dispatcher must see the call. Else PLAIN_CALL, or RECORDED if one of the first `inputs` arguments wants a gradient.
+
+    What looks plain may hide a sign (`z.conj().imag`) or a batch (the gradients of `is_grads_batched=True`).
+    """
     tensors = [t for t in args[:inputs] if t is not None]
-    if not plain_call(args) or True in [t.is_neg() for t in tensors]:
+    if not plain_call(args) or True in [t.is_neg() or torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors]:
         return ROUTED
     return RECORDED if torch.is_grad_enabled() and True in [t.requires_grad for t in tensors] else PLAIN_CALL
 
@@ -99,16 +102,11 @@ def general_empty(like: torch.Tensor, shape: tuple[int, ...] | None, dtype: torc
 
 
 # What compiled code of torch allocates with: without parsing of arguments and dispatch, a third of the time of `torch.empty`.
-empty_strided_cpu = torch._C._dynamo.guards._empty_strided_cpu
+empty_strided_cpu = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
 
 # The C++ backend, once imported, puts faster ones here.
 call_kind: Callable[[tuple[Any, ...], int], int] = _call_kind
 empty: Callable[[torch.Tensor, tuple[int, ...] | None, torch.dtype | None], torch.Tensor] = general_empty
-
-
-def plain_gradients(tensors: tuple[Any, ...]) -> bool:
-    """False where a tensor that looks plain hides a batch (`is_grads_batched=True`) or a sign (`z.conj().imag`)."""
-    return True not in [t is not None and (t.is_neg() or torch._C._functorch.is_legacy_batchedtensor(t)) for t in tensors]
 
 
 def eager_apply(function: type[torch.autograd.Function]) -> Any:

@@ -43,6 +43,13 @@ bool plain_option(PyObject* object) {
          PyUnicode_CheckExact(object);
 }
 
+bool view_of(PyObject* tensor, dlpack::Tensor* view) {
+  if (!plain_tensor(tensor)) return false;
+  if (dlpack::exchange()->view(tensor, view) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
 // The truth of what a call returned; the result is consumed.
 bool truth(PyObject* result) {
   if (!result) throw py::error_already_set();
@@ -75,7 +82,9 @@ Kind kind_of(PyObject* args, Py_ssize_t inputs) {
   for (Py_ssize_t i = 0; i < std::min(inputs, n); i++) {
     PyObject* argument = PyTuple_GET_ITEM(args, i);
     if (!plain_tensor(argument)) continue;
-    if (truth(PyObject_CallMethodNoArgs(argument, torch.is_neg))) return kRouted;
+    dlpack::Tensor
+        view;  // of what has no memory of its own, such as a batch of tensors that looks like one, there is none
+    if (!view_of(argument, &view) || truth(PyObject_CallMethodNoArgs(argument, torch.is_neg))) return kRouted;
     asked = asked || (recorded && truth(PyObject_GetAttr(argument, torch.requires_grad)));
   }
   return asked ? kRecorded : kPlain;
@@ -98,13 +107,6 @@ PyObject* guarded(const Body& body) {
 PyObject* call_kind(PyObject*, PyObject* const* args, Py_ssize_t n) {
   if (n != 2 || !PyTuple_Check(args[0])) return PyErr_Format(PyExc_TypeError, "call_kind: expected (args, inputs)");
   return guarded([&] { return PyLong_FromLong(kind_of(args[0], PyLong_AsSsize_t(args[1]))); });
-}
-
-bool view_of(PyObject* tensor, dlpack::Tensor* view) {
-  if (!plain_tensor(tensor)) return false;
-  if (dlpack::exchange()->view(tensor, view) == 0) return true;
-  PyErr_Clear();
-  return false;
 }
 
 PyObject* tensor_key(PyObject*, PyObject* const* tensors, Py_ssize_t count) {
