@@ -110,7 +110,7 @@ def lstm(
     drawn: Any = _NOTHING_DRAWN
     if (
         (peephole is layer_norm is weight_co is weight_hr is reset_state is seed is None)
-        and (zoneout is _NO_ZONEOUT or (zoneout.__class__ is tuple and zoneout == _NO_ZONEOUT))
+        and (zoneout.__class__ is tuple and zoneout == _NO_ZONEOUT)
         and (recurrent_dropout.__class__ is float and recurrent_dropout == 0.0)
         and (num_heads.__class__ is int and num_heads == 1 and output_gate == "standard")
     ):
