@@ -12,6 +12,7 @@ namespace py = pybind11;
 #define MK_OPS(OP) \
   OP(attention)    \
   OP(content)      \
+  OP(gru_gates)    \
   OP(lstm)         \
   OP(lstm_gates)   \
   OP(memory_read)  \
