@@ -14,37 +14,20 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from recurrent import recurrent_targets
+from target import AT_MOST, BF16, Target, measure
 
 from memkernels import bench, cpu_level
-from memkernels.bench.environment import binding_note, ceilings, cpu_model
-from memkernels.bench.runner import Case
-from memkernels.testing.spec import Sample, mostly, specs
+from memkernels.bench.environment import binding_note, cpu_model
+from memkernels.testing.spec import Sample, specs
 
 RESULTS = Path(__file__).resolve().parent / "results"
-BF16 = torch.bfloat16
-
-
-@dataclass(frozen=True)
-class Target:
-    """One op at one size and mode; `bars` maps a peer to the ratio to reach, "us" to microseconds not to exceed, "read" to the least part
-    of the machine's read bandwidth."""
-
-    op: str
-    sample: Sample
-    mode: str
-    bars: Mapping[str, float]
-    dtype: torch.dtype = torch.float32
-    inputs: Mapping[str, Any] = field(default_factory=dict)  # other draws for some inputs of the spec
-
-    @property
-    def name(self) -> str:
-        return f"{self.op} {self.sample.name} {str(self.dtype).removeprefix('torch.')} {self.mode}"
+AGAINST = {"us": "us a call", "read": "read bandwidth", "backward": "one backward", "saved": "saved by torch"}
 
 
 def _shared(*axes):
@@ -65,10 +48,6 @@ def _attention(b, q, k, d=64, v=64, **options):
     return Sample(name + ("_causal" if options.get("is_causal") else ""), dict(B=b, NH=8, NHk=8, Q=q, K=k, D=d, V=v), options)
 
 
-def _lstm(t, b, h, *more):
-    return Sample("_".join([f"T{t}_B{b}_H{h}", *more]), dict(T=t, B=b, I=h, H=h), {}, ("bias_ih", "bias_hh", *more))
-
-
 def targets() -> Iterator[Target]:
     """All of them, in the order of the table."""
     for b, n, bars in ((4, 65536, dict(eager=8, compile=4)), (16, 4096, dict(eager=5, compile=2.5)), (32, 128, dict(eager=1.5))):
@@ -77,14 +56,7 @@ def targets() -> Iterator[Target]:
     for h, bars in ((1, dict(eager=4, compile=1.5)), (4, dict(eager=12, compile=5))):
         yield Target("memory_write", Sample(f"H{h}_B4_N65536", dict(B=4, N=65536, W=64, H=h)), "fwd+bwd", bars)
     yield from _attention_targets()
-    for sample in (_lstm(128, 16, 256), _lstm(128, 32, 512)):
-        yield Target("lstm", sample, "fwd+bwd", dict(torch=1.1))
-        yield Target("lstm", sample, "forward", dict(torch=0.95))
-        yield Target("lstm", sample, "forward", dict(torch=2.0), BF16)
-        yield Target("lstm", sample, "fwd+bwd", dict(torch=2.5), BF16)
-    yield Target("lstm", _lstm(512, 1, 256), "forward", dict(torch=1.2))
-    resets = dict(reset=mostly(0.01))
-    yield Target("lstm", _lstm(512, 8, 128, "reset"), "fwd+bwd", {"eager": 6, "without reset": 1 / 1.1}, inputs=resets)
+    yield from recurrent_targets()
     for spec in specs().values():
         tiny = dataclasses.replace(spec.samples[0], name="tiny")
         yield Target(spec.name, tiny, "forward", dict(us=15))
@@ -108,37 +80,12 @@ def _attention_targets() -> Iterator[Target]:
     yield Target("attention", _attention(1, 4, 65536), "fwd+bwd", dict(sdpa=3))
 
 
-def measure(target: Target, seconds: float) -> list[dict[str, Any]]:
-    """One dict per bar: the row's fields, what it had to reach and whether it did."""
-    spec = specs()[target.op]
-    if target.inputs:
-        inputs = {name: dataclasses.replace(i, draw=target.inputs.get(name, i.draw)) for name, i in spec.inputs.items()}
-        spec = dataclasses.replace(spec, inputs=inputs)
-    peers = [name for name in target.bars if name not in ("us", "read")]
-    rows = list(Case(spec, target.sample, target.dtype).rows([target.mode], peers, seconds))
-    found = []
-    for name, least in target.bars.items():
-        row = next((r for r in rows if r.peer == name), rows[0])
-        measured: float | None
-        if name == "us":
-            measured, reached = row.ms * 1e3, row.ms * 1e3 <= least
-        elif name == "read":
-            measured = (row.gb_s or 0.0) / ceilings("cpu", torch.get_num_threads())["read_gb_s"]
-            reached = measured >= least
-        else:
-            measured, reached = row.ratio, row.ratio is not None and row.ratio >= least
-        found.append(
-            {**dataclasses.asdict(row), "target": target.name, "bar": name, "needed": least, "measured": measured, "reached": reached}
-        )
-    return found
-
-
 def table(found: list[dict[str, Any]]) -> str:
     """The targets with what was measured."""
     lines = [f"{'target':<58} {'against':<16} {'ms':>9} {'peer ms':>9} {'needed':>8} {'measured':>9} {'extra MB':>9} {'peer':>6}"]
     for row in found:
-        against = {"us": "us a call", "read": "read bandwidth"}.get(row["bar"], row["bar"])
-        needed = ("<= " if row["bar"] == "us" else ">= ") + format(row["needed"], ".3g")
+        against = AGAINST.get(row["bar"], row["bar"])
+        needed = ("<= " if row["bar"] in AT_MOST else ">= ") + format(row["needed"], ".3g")
         measured = "-" if row["measured"] is None else format(row["measured"], ".3g")
         peer_ms = "-" if row["peer_ms"] is None else format(row["peer_ms"], ".3g")
         extra, peers = (_megabytes(row.get(name)) for name in ("extra_mb", "peer_extra_mb"))

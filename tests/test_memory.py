@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import memkernels as mk
-from memkernels.bench.memory import extra_bytes
+from memkernels.bench.memory import extra_bytes, saved_bytes
 from memkernels.bench.peers import invoke
 from memkernels.bench.runner import Call, once
 from memkernels.testing.inputs import draw
@@ -63,24 +63,6 @@ def test_attention_needs_memory_for_its_queries_only(n_queries, n_keys, causal, 
     dims = dict(B=1, NH=2, NHk=2, Q=n_queries, K=n_keys, D=64, V=64)
     queries = dims["NH"] * n_queries * dims["D"] * 4
     assert extra("attention", dtype, mode, dims, is_causal=causal) < 2 * MB + 5 * queries
-
-
-def saved_bytes(run, known) -> int:
-    """Bytes of all storages that `run` saves for backward, those of `known` tensors apart."""
-    storages = {}
-
-    def pack(t):
-        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        kept.append(t)  # an address counts once only while its storage lives
-        return t
-
-    kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        results = run()
-    for t in known:
-        storages.pop(t.untyped_storage().data_ptr(), None)
-    assert results is not None
-    return sum(storages.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

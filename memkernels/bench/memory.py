@@ -41,6 +41,24 @@ def extra_bytes(run: Callable[[], Iterable[torch.Tensor]], given: Iterable[torch
     return max(0, peak - sum(_size(t) for t in results if t.untyped_storage().data_ptr() not in known))
 
 
+def saved_bytes(run: Callable[[], object], known: Iterable[torch.Tensor]) -> int:
+    """Bytes of all storages that `run` saves for backward, those of `known` tensors apart."""
+    storages: dict[int, int] = {}
+    kept: list[torch.Tensor] = []
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        kept.append(t)  # an address counts once only while its storage lives
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        results = run()
+    for t in known:
+        storages.pop(t.untyped_storage().data_ptr(), None)
+    del results
+    return sum(storages.values())
+
+
 Measured = tuple[int, list[torch.Tensor]]
 
 

@@ -1,4 +1,4 @@
-"""What the ops are measured against: the specs' own peers, torch.compile of eager, the op itself without one of its inputs."""
+"""What the ops are measured against: the specs' own peers, torch.compile of eager, the op itself without one of its inputs or options."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ def peer(spec: OpSpec, name: str) -> Invoke | None:
 
     Args:
         spec: the op.
-        name: "compile" (torch.compile of eager), "without <input>" (the op with that input left out), a name in spec.peers, or
+        name: "compile" (torch.compile of eager), "without <name>" (the op with that input or option left out), a name in spec.peers, or
             "sdpa:<backend>" for one of torch's own attention backends ("sdpa:FLASH_ATTENTION").
     """
     if name.startswith("without "):
         left_out = name.removeprefix("without ")
+        if left_out not in spec.inputs:
+            return lambda inputs, options: spec.call(spec.function, inputs, {k: v for k, v in options.items() if k != left_out})
         return lambda inputs, options: spec.call(spec.function, {**inputs, left_out: None}, options)
     if name.startswith("sdpa:") and "sdpa" in spec.peers:
         return _one_sdpa(spec, name.removeprefix("sdpa:"))

@@ -253,6 +253,19 @@ def once(call: Call, mode: str, device: str, inner: int) -> float:
         return (time.perf_counter() - begin) / inner
 
 
+def alternating(makers: Sequence[Callable[[], Callable[[], Any]]], seconds: float) -> list[float]:
+    """Median seconds of what each maker returns, made anew, untimed, for every run; one round runs each once."""
+    times: list[list[float]] = [[] for _ in makers]
+    begin = time.perf_counter()
+    while len(times[0]) < 3 or time.perf_counter() - begin < seconds * len(makers):
+        for make, found in zip(makers, times):
+            run = make()
+            start = time.perf_counter()
+            run()
+            found.append(time.perf_counter() - start)
+    return [statistics.median(found) for found in times]
+
+
 def interleaved(calls: Sequence[Call], mode: str, device: str, seconds: float) -> list[float]:
     """Median seconds of each call; one round runs every call once, so drift of the machine hits all alike. No garbage collection."""
     inner = []
