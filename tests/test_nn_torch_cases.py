@@ -10,8 +10,10 @@ import torch
 from memkernels import nn
 
 common_modules = pytest.importorskip("torch.testing._internal.common_modules", exc_type=ImportError)
-OURS = {torch.nn.LSTM: nn.LSTM, torch.nn.LSTMCell: nn.LSTMCell, torch.nn.MultiheadAttention: nn.MultiheadAttention}
+NAMES = ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell", "MultiheadAttention")
+OURS = {getattr(torch.nn, name): getattr(nn, name) for name in NAMES}
 INFOS = [info for info in common_modules.module_db if info.module_cls in OURS]
+assert len(INFOS) >= len(OURS)
 
 
 def build(module, case, training):
