@@ -15,14 +15,14 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from memkernels._checks import check_flag, check_number, fail
 from memkernels.nn._arguments import check_integers, check_sizes
 
-States = tuple[Tensor, ...]
+States = Any  # None or a tuple of tensors, as many as the cell has states
 
 
 class Segments(NamedTuple):
     """Where the rows of a call start again, with which states, and where they end."""
 
     reset: Tensor | None
-    reset_state: States | None
+    reset_state: States
     lengths: Tensor | None
 
 
@@ -33,6 +33,8 @@ class Recurrent(torch.nn.RNNBase):
     """
 
     OPTIONS: ClassVar[dict[str, Any]] = {"num_heads": 1, "learned_reset": False}
+    num_heads: int
+    learned_reset: bool
 
     def __init__(self, mode: str, sizes: Sequence[Any], factory: dict[str, Any], options: dict[str, Any]) -> None:
         """sizes: what torch.nn.RNNBase takes after mode, from input_size to proj_size; factory: device and dtype."""
@@ -51,7 +53,7 @@ class Recurrent(torch.nn.RNNBase):
             setattr(self, option, value)
         shapes = self._option_shapes()
         if options["num_heads"] > 1:
-            rows = self.weight_hh_l0.shape[0]
+            rows = 0 if self._flat_weights[0] is None else self._flat_weights[0].shape[0]
             shapes = {"weight_hh": (rows, width // options["num_heads"]), **shapes}
         self._add_parameters(shapes, factory)
 
@@ -102,13 +104,13 @@ class Recurrent(torch.nn.RNNBase):
         return (self.hidden_size,)
 
     def _direction(
-        self, x: Tensor, state: States | None, weights: dict[str, Tensor], segments: Segments, reverse: bool, cells: bool
+        self, x: Tensor, state: States, weights: dict[str, Tensor], segments: Segments, reverse: bool, cells: bool
     ) -> tuple[Tensor, States, Tensor | None]:
         """One layer in one direction: (output, final state, cells if asked for)."""
         raise NotImplementedError
 
     def _forward(
-        self, input: Any, hx: States | None, segments: Segments, cells: bool = False
+        self, input: Any, hx: States, segments: Segments, cells: bool = False
     ) -> tuple[Any, States, Any]:  # (output, final states, cells if asked for), laid out as the input
         if segments.reset is None and segments.reset_state is not None:
             self._refuse("reset_state", "None without reset", type(segments.reset_state).__name__)
@@ -131,7 +133,7 @@ class Recurrent(torch.nn.RNNBase):
         output, last, seen = self._run(input.transpose(0, 1), hx, segments, cells)
         return output.transpose(0, 1), last, _apply(Tensor.transpose, seen, 0, 1)
 
-    def _check_ranks(self, input: Tensor, hx: States | None) -> None:
+    def _check_ranks(self, input: Tensor, hx: States) -> None:
         """torch's errors, word by word."""
         name, rank = self.mode.partition("_")[0], input.dim()
         if rank not in (2, 3):
@@ -145,7 +147,7 @@ class Recurrent(torch.nn.RNNBase):
         kind = "batched 3-D" if rank == 3 else "unbatched 2-D"
         raise RuntimeError(f"For {kind} input, {states} should also be {rank}-D but got {article}{ranks} tensor{plural}")
 
-    def _forward_packed(self, packed: PackedSequence, hx: States | None, segments: Segments, cells: bool) -> tuple[Any, States, Any]:
+    def _forward_packed(self, packed: PackedSequence, hx: States, segments: Segments, cells: bool) -> tuple[Any, States, Any]:
         """Pads once, runs with lengths, packs once; all inside in the packed (sorted) batch order."""
         reset, reset_state, lengths = segments
         if lengths is not None:
@@ -169,7 +171,7 @@ class Recurrent(torch.nn.RNNBase):
         )
         return output, last, seen
 
-    def _run(self, x: Tensor, hx: States | None, segments: Segments, cells: bool) -> tuple[Any, States, Any]:
+    def _run(self, x: Tensor, hx: States, segments: Segments, cells: bool) -> tuple[Any, States, Any]:
         """All layers and directions over "T B I"."""
         directions = 2 if self.bidirectional else 1
         self._check_states(hx, segments.reset_state, x.shape[0], x.shape[1])
@@ -177,7 +179,8 @@ class Recurrent(torch.nn.RNNBase):
         for layer in range(self.num_layers):
             if layer and self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
-            outputs, seen = [], []
+            outputs: list[Tensor] = []
+            seen: list[Any] = []
             for direction in range(directions):
                 index = layer * directions + direction
                 state = None if hx is None else tuple(part[index] for part in hx)
@@ -192,7 +195,7 @@ class Recurrent(torch.nn.RNNBase):
         found = None if seen[0] is None else torch.cat(seen, -1) if directions == 2 else seen[0]
         return x, tuple(torch.stack(part) for part in zip(*last)), found
 
-    def _reset_state(self, segments: Segments, weights: dict[str, Tensor], index: int) -> States | None:
+    def _reset_state(self, segments: Segments, weights: dict[str, Tensor], index: int) -> States:
         """What this layer and direction is reset to: what the call says, else what was learned, else None for zeros."""
         if segments.reset is None:
             return None
@@ -200,7 +203,7 @@ class Recurrent(torch.nn.RNNBase):
             return tuple(part[index] for part in segments.reset_state)
         return tuple(weights[kind] for kind in ("reset_h", "reset_c") if kind in weights) or None
 
-    def _check_states(self, hx: States | None, reset_state: States | None, steps: int, batch: int) -> None:
+    def _check_states(self, hx: States, reset_state: States, steps: int, batch: int) -> None:
         count, widths = self.num_layers * (2 if self.bidirectional else 1), self._widths()
         for index, width in enumerate(widths if hx is not None else ()):
             which = f"[{index}]" if len(widths) == 2 else ""

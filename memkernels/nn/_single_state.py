@@ -41,7 +41,7 @@ class SingleState(Recurrent):
         return output, h_n
 
     def _direction(
-        self, x: Tensor, state: States | None, weights: dict[str, Tensor], segments: Segments, reverse: bool, cells: bool
+        self, x: Tensor, state: States, weights: dict[str, Tensor], segments: Segments, reverse: bool, cells: bool
     ) -> tuple[Tensor, States, Tensor | None]:
         output, h_n = self._layer(
             x,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -40,7 +40,8 @@ class GRU(SingleState):
         (torch.Size([3, 5, 20]), torch.Size([2, 3, 20]))
     """
 
-    OPTIONS = {"num_heads": 1, "recompute": False, "learned_reset": False}
+    OPTIONS: ClassVar[dict[str, Any]] = {"num_heads": 1, "recompute": False, "learned_reset": False}
+    recompute: bool
 
     def __init__(
         self,

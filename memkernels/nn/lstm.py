@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -53,10 +53,16 @@ class LSTM(Recurrent):
         (torch.Size([3, 5, 20]), torch.Size([2, 3, 20]))
     """
 
-    OPTIONS = {
+    OPTIONS: ClassVar[dict[str, Any]] = {
         "peephole": False, "layer_norm": False, "output_gate": "standard", "zoneout": (0.0, 0.0), "recurrent_dropout": 0.0,
         "num_heads": 1, "recompute": False, "learned_reset": False,
     }  # fmt: skip
+    peephole: bool
+    layer_norm: bool
+    output_gate: str
+    zoneout: tuple[float, float]
+    recurrent_dropout: float
+    recompute: bool
 
     def __init__(
         self,
@@ -90,7 +96,8 @@ class LSTM(Recurrent):
             {"device": device, "dtype": dtype},
             {
                 "peephole": peephole, "layer_norm": layer_norm, "output_gate": output_gate, "zoneout": _pair(zoneout),
-                "recurrent_dropout": float(recurrent_dropout), "num_heads": num_heads, "recompute": recompute, "learned_reset": learned_reset,
+                "recurrent_dropout": float(recurrent_dropout), "num_heads": num_heads, "recompute": recompute,
+                "learned_reset": learned_reset,
             },
         )  # fmt: skip
 
@@ -133,7 +140,8 @@ class LSTM(Recurrent):
         return (self.proj_size or self.hidden_size, self.hidden_size)
 
     def _option_shapes(self) -> dict[str, tuple[int, ...]]:
-        hidden, shapes = self.hidden_size, {}
+        hidden = self.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {}
         if self.peephole:
             shapes["weight_peephole"] = (3, hidden)
         if self.layer_norm:
@@ -145,7 +153,7 @@ class LSTM(Recurrent):
         return shapes
 
     def _direction(
-        self, x: Tensor, state: States | None, weights: dict[str, Tensor], segments: Segments, reverse: bool, cells: bool
+        self, x: Tensor, state: States, weights: dict[str, Tensor], segments: Segments, reverse: bool, cells: bool
     ) -> tuple[Tensor, States, Tensor | None]:
         results = lstm(
             x, state, weights["weight_ih"], weights["weight_hh"], weights.get("bias_ih"), weights.get("bias_hh"),
