@@ -11,7 +11,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ("nn.lstm", "nn.lstm_cell", "nn.multihead_attention", "nn.external_memory", "models.vocabulary", "models.memory_lm")
+MODULES = (
+    "nn.gru", "nn.gru_cell", "nn.lstm", "nn.lstm_cell", "nn.rnn", "nn.rnn_cell", "nn.multihead_attention", "nn.external_memory",
+    "models.vocabulary", "models.memory_lm",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["nn", "models"])

@@ -1,260 +1,215 @@
-"""nn.LSTM and nn.LSTMCell against torch.nn: values, gradients, every option, state_dicts, packed sequences, resets."""
+"""The options of nn.LSTM against a loop over steps in plain torch, alone and combined; their parameters; their randomness."""
 
-import copy
-import io
 import itertools
-import pickle
+import random
 
 import pytest
 import torch
-from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from memkernels import nn
+from tests.recurrent import make, random_state, twins, with_gradients
 
-TOLERANCE = {torch.float64: dict(rtol=1e-9, atol=1e-11), torch.float32: dict(rtol=1e-4, atol=1e-5)}
+HIDDEN, INPUT, STEPS, BATCH = 6, 5, 4, 3
+OPTIONS = {
+    "peephole": True,
+    "layer_norm": True,
+    "output_gate": "cell",
+    "zoneout": (0.3, 0.2),
+    "num_heads": 2,
+    "recompute": True,
+    "learned_reset": True,
+    "proj_size": 4,
+    "bidirectional": True,
+    "bias": False,
+}
+EACH = [{}, *({name: value} for name, value in OPTIONS.items())]
+PAIRS = [dict(pair) for pair in itertools.combinations(OPTIONS.items(), 2)]
+SEVERAL = [dict(random.Random(k).sample(list(OPTIONS.items()), 3 + k % 7)) for k in range(12)]
 
 
-def twins(*args, dtype=torch.float64, **kwargs):
-    """torch's module and ours with the same weights."""
+def normalised(x, weights, start, size):
+    if "norm_weight" not in weights:
+        return x
+    return F.layer_norm(x, (x.shape[-1],), *(weights[name][start : start + size] for name in ("norm_weight", "norm_bias")))
+
+
+def whole(weight, heads):
+    """The recurrent weights of all heads as one matrix."""
+    return torch.cat([torch.block_diag(*gate.chunk(heads)) for gate in weight.chunk(4)])
+
+
+def step(module, weights, x, h, c):
+    """One step of one row batch in eval mode: (h, c)."""
+    hidden = module.hidden_size
+    if module.output_gate == "cell":
+        share = F.pad(normalised(F.linear(x, weights["weight_ih"][: 3 * hidden]), weights, 0, 3 * hidden), (0, hidden))
+    else:
+        share = normalised(F.linear(x, weights["weight_ih"]), weights, 0, 4 * hidden)
+    gates = share + normalised(F.linear(h, whole(weights["weight_hh"], module.num_heads)), weights, 4 * hidden, 4 * hidden)
+    if module.bias:
+        gates = gates + weights["bias_ih"] + weights["bias_hh"]
+    i, f, g, o = gates.chunk(4, -1)
+    peephole = weights.get("weight_peephole", torch.zeros(3, hidden, dtype=x.dtype))
+    c_new = torch.sigmoid(f + peephole[1] * c) * c + torch.sigmoid(i + peephole[0] * c) * torch.tanh(g)
+    o = o + peephole[2] * c_new
+    if module.output_gate == "cell":
+        o = o + F.linear(c_new, weights["weight_co"])
+    h_new = torch.sigmoid(o) * torch.tanh(normalised(c_new, weights, 8 * hidden, hidden))
+    if module.proj_size:
+        h_new = F.linear(h_new, weights["weight_hr"])
+    keep_h, keep_c = module.zoneout
+    return keep_h * h + (1 - keep_h) * h_new, keep_c * c + (1 - keep_c) * c_new
+
+
+def loop(module, x, hx, reset=None, lengths=None):
+    """nn.LSTM in eval mode, "T B I", step by step."""
+    directions = 1 + module.bidirectional
+    ends = torch.full(x.shape[1:2], x.shape[0]) if lengths is None else lengths
+    last = []
+    for index in range(module.num_layers * directions):
+        suffix = f"_l{index // directions}" + ("_reverse" if index % directions else "")
+        weights = {name.removesuffix(suffix): p for name, p in module.named_parameters() if name.endswith(suffix)}
+        h, c = hx[0][index], hx[1][index]
+        start = [weights.get(name, torch.zeros_like(s)) for name, s in (("reset_h", h), ("reset_c", c))]
+        found = {}
+        for t in reversed(range(len(x))) if index % directions else range(len(x)):
+            alive = (t < ends)[:, None]
+            begins = torch.zeros_like(alive) if reset is None else reset[t, :, None]
+            h_new, c_new = step(module, weights, x[t], *(torch.where(begins, s, old) for s, old in zip(start, (h, c))))
+            h, c = torch.where(alive, h_new, h), torch.where(alive, c_new, c)
+            found[t] = torch.where(alive, h, 0), torch.where(alive, c, 0)
+        last.append((h, c))
+        both = [torch.stack(part) for part in zip(*(found[t] for t in range(len(x))))]
+        outputs = both if index % directions == 0 else [torch.cat(pair, -1) for pair in zip(outputs, both)]  # noqa: F821
+        if index % directions == directions - 1:
+            x, cells = outputs
+    return x, tuple(torch.stack(part) for part in zip(*last)), cells
+
+
+def eval_module(**options):
     torch.manual_seed(0)
-    theirs = torch.nn.LSTM(*args, **kwargs, dtype=dtype)
-    ours = nn.LSTM(*args, **kwargs, dtype=dtype)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return theirs, ours
+    module = make("LSTM", INPUT, HIDDEN, 2, **options).eval()
+    for name, p in module.named_parameters():
+        if name.startswith(("norm_", "reset_")):
+            torch.nn.init.normal_(p, mean=0.5, std=0.5)
+    return module
 
 
-def flat(result):
-    output, (h, c) = result
-    return (output.data if hasattr(output, "batch_sizes") else output), h, c
+def gradients(module, call, x, hx):
+    leaves = [x, *hx, *module.parameters()]
+    results = call()
+    flat = [results[0], *results[1], results[2]]
+    torch.manual_seed(1)
+    total = sum((t * torch.randn_like(t)).sum() for t in flat)
+    return flat, torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
 
 
-def assert_same(theirs, ours, x, hx=None, dtype=torch.float64, reference_input=None, **kwargs):
-    """Same outputs, and same gradients of a random projection of all of them to input, state and parameters."""
-    leaves = []
-    for module, given in ((theirs, reference_input if reference_input is not None else x), (ours, x)):
-        own = given.detach().clone().requires_grad_()
-        state = None if hx is None else tuple(t.detach().clone().requires_grad_() for t in hx)
-        result = flat(module(own, state, **(kwargs if module is ours else {})))
-        torch.manual_seed(1)
-        sum((r * torch.randn(r.shape, dtype=dtype)).sum() for r in result).backward()
-        grads = [own.grad, *(t.grad for t in state or ()), *(p.grad for p in module.parameters())]
-        leaves.append([*result, *grads])
-    for a, b in zip(*leaves, strict=True):
-        torch.testing.assert_close(b, a, **TOLERANCE[dtype])
+@pytest.mark.parametrize("options", EACH + PAIRS + SEVERAL, ids=lambda options: "-".join(options) or "none")
+def test_options_against_a_loop(options):
+    module = eval_module(**options)
+    x = torch.randn(STEPS, BATCH, INPUT, dtype=torch.float64, requires_grad=True)
+    hx = tuple(s.requires_grad_() for s in random_state(module, BATCH))
+    for given in ({}, {"reset": torch.rand(STEPS, BATCH) < 0.4, "lengths": torch.tensor([4, 1, 3])}):
+        expected, expected_gradients = gradients(module, lambda: loop(module, x, hx, **given), x, hx)  # noqa: B023
+        got, got_gradients = gradients(module, lambda: module(x, hx, **given, return_cells=True), x, hx)  # noqa: B023
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(got_gradients, expected_gradients)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("options", [*itertools.product((1, 3), (True, False), (True, False), (True, False), (0, 3))])
-def test_every_option(options, dtype):
-    layers, bias, batch_first, bidirectional, proj_size = options
-    kwargs = dict(num_layers=layers, bias=bias, batch_first=batch_first, bidirectional=bidirectional, proj_size=proj_size)
-    theirs, ours = twins(5, 7, **kwargs, dtype=dtype)
-    x = torch.randn(4, 4, 5, dtype=dtype)
-    n = layers * (2 if bidirectional else 1)
-    hx = torch.randn(n, 4, proj_size or 7, dtype=dtype), torch.randn(n, 4, 7, dtype=dtype)
-    assert_same(theirs, ours, x, hx, dtype)
-    assert_same(theirs, ours, x, None, dtype)
-    assert_same(theirs, ours, x[0], (hx[0][:, 0], hx[1][:, 0]), dtype)
-    assert_same(theirs, ours, x[0], None, dtype)
+def test_cells_are_laid_out_as_the_output():
+    module = eval_module(bidirectional=True, proj_size=4)
+    x, lengths = torch.randn(STEPS, BATCH, INPUT, dtype=torch.float64), torch.tensor([2, 4, 1])
+    output, _, cells = module(x, lengths=lengths, return_cells=True)
+    assert output.shape == (STEPS, BATCH, 8) and cells.shape == (STEPS, BATCH, 12)
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    torch.testing.assert_close(pad_packed_sequence(module(packed, return_cells=True)[2])[0], cells)
+    torch.testing.assert_close(module(x[:, 1], return_cells=True)[2], cells[:, 1])
+    module.batch_first = True
+    torch.testing.assert_close(module(x.transpose(0, 1), lengths=lengths, return_cells=True)[2], cells.transpose(0, 1))
+    assert len(module(x.transpose(0, 1))) == 2
 
 
-@pytest.mark.parametrize("options", [*itertools.product((1, 2), (True, False), (0, 3), (True, False), (True, False))])
-def test_packed_sequence(options):
-    layers, bidirectional, proj_size, batch_first, enforce_sorted = options
-    theirs, ours = twins(5, 7, num_layers=layers, bidirectional=bidirectional, proj_size=proj_size, batch_first=batch_first)
-    lengths = [6, 4, 4, 1] if enforce_sorted else [4, 1, 6, 4]
-    x = torch.randn(4, 6, 5, dtype=torch.float64)
-    n = layers * (2 if bidirectional else 1)
-    hx = torch.randn(n, 4, proj_size or 7, dtype=torch.float64), torch.randn(n, 4, 7, dtype=torch.float64)
-    for state in (None, hx):
-        results = []
-        for module in (theirs, ours):
-            own = x.clone().requires_grad_()
-            packed = pack_padded_sequence(own, lengths, batch_first=True, enforce_sorted=enforce_sorted)
-            output, (h, c) = module(packed, state)
-            assert torch.equal(output.batch_sizes, packed.batch_sizes)
-            assert (output.unsorted_indices is None) == enforce_sorted
-            padded, again = pad_packed_sequence(output, batch_first=batch_first)
-            assert again.tolist() == lengths
-            module.zero_grad()
-            (padded.square().sum() + h.sin().sum() + c.cos().sum()).backward()
-            results.append([padded, h, c, own.grad, *(p.grad for p in module.parameters())])
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(b, a, **TOLERANCE[torch.float64])
-
-
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("proj_size", [0, 3])
-def test_lengths_mean_what_packing_means(batch_first, proj_size):
-    theirs, ours = twins(5, 7, 2, bidirectional=True, proj_size=proj_size, batch_first=batch_first)
-    lengths = torch.tensor([4, 1, 6, 4])
-    x = torch.randn(4, 6, 5, dtype=torch.float64)
-    expected, state = theirs(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
-    expected = pad_packed_sequence(expected, batch_first=batch_first)[0]
-    output, got = ours(x if batch_first else x.transpose(0, 1), lengths=lengths)
-    torch.testing.assert_close(output, expected)
-    torch.testing.assert_close(got, state)
-
-
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("proj_size", [0, 3])
-def test_reset_starts_an_episode(batch_first, proj_size):
-    theirs, ours = twins(5, 7, 2, proj_size=proj_size, batch_first=batch_first)
-    x = torch.randn(2, 6, 5, dtype=torch.float64)
-    reset = torch.zeros(2, 6, dtype=torch.bool)
-    reset[0, 0] = reset[0, 4] = reset[1, 2] = True
-    hx = torch.randn(2, 2, proj_size or 7, dtype=torch.float64), torch.randn(2, 2, 7, dtype=torch.float64)
-    given = (x, reset) if batch_first else (x.transpose(0, 1), reset.transpose(0, 1))
-    output, (h, c) = ours(given[0], hx, reset=given[1])
-    output = output if batch_first else output.transpose(0, 1)
-    for row, pieces in enumerate((((0, 4, None), (4, 6, None)), ((0, 2, hx), (2, 6, None)))):
-        for start, end, state in pieces:
-            own = None if state is None else tuple(s[:, row] for s in state)
-            expected, last = theirs(x[row, start:end], own)
-            torch.testing.assert_close(output[row, start:end], expected)
-        torch.testing.assert_close((h[:, row], c[:, row]), last)
-
-
-def test_reset_in_a_packed_sequence_is_in_the_callers_order():
-    _, ours = twins(5, 7, 2, batch_first=True)
-    x, lengths = torch.randn(3, 6, 5, dtype=torch.float64), torch.tensor([2, 6, 4])
-    reset = torch.rand(3, 6) < 0.4
-    packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-    output, state = ours(packed, reset=reset)
-    expected, expected_state = ours(x, reset=reset, lengths=lengths)
-    torch.testing.assert_close(pad_packed_sequence(output, batch_first=True)[0], expected)
-    torch.testing.assert_close(state, expected_state)
-    with pytest.raises(ValueError, match="lengths: expected None"):
-        ours(packed, lengths=lengths)
-
-
-def test_dropout_between_layers():
-    theirs, ours = twins(5, 64, 2, dropout=0.5)
-    x = torch.randn(4, 3, 5, dtype=torch.float64)
-    one = nn.LSTM(5, 64, dtype=torch.float64)
-    one.load_state_dict({k: v for k, v in ours.state_dict().items() if k.endswith("l0")})
-    first = one(x)[0]
-    second = nn.LSTM(64, 64, dtype=torch.float64)
-    second.load_state_dict({k.replace("l1", "l0"): v for k, v in ours.state_dict().items() if k.endswith("l1")})
+def test_parameters_of_options():
+    options = {"peephole": True, "layer_norm": True, "output_gate": "cell", "learned_reset": True}
     torch.manual_seed(3)
-    dropped = torch.nn.functional.dropout(first, 0.5)
-    assert 0.4 < (dropped == 0).double().mean() < 0.6
+    theirs = torch.nn.LSTM(INPUT, HIDDEN, 2, bidirectional=True, proj_size=4)
     torch.manual_seed(3)
-    torch.testing.assert_close(ours(x)[0], second(dropped)[0])
-    torch.testing.assert_close(ours.eval()(x)[0], theirs.eval()(x)[0])
+    ours = nn.LSTM(INPUT, HIDDEN, 2, bidirectional=True, proj_size=4, **options)
+    names, added = list(theirs.state_dict()), len(ours.state_dict()) - len(theirs.state_dict())
+    assert list(ours.state_dict())[: len(names)] == names and added == 4 * 6
+    assert all(torch.equal(p, ours.state_dict()[name]) for name, p in theirs.state_dict().items())
+    missing = ours.load_state_dict(theirs.state_dict(), strict=False)
+    assert not missing.unexpected_keys and len(missing.missing_keys) == added
+    shapes = {"weight_peephole": (3, 6), "norm_weight": (54,), "norm_bias": (54,), "weight_co": (6, 6), "reset_h": (4,), "reset_c": (6,)}
+    for name, shape in shapes.items():
+        assert all(getattr(ours, name + suffix).shape == shape for suffix in ("_l0", "_l0_reverse", "_l1", "_l1_reverse"))
+    assert ours.norm_weight_l1.eq(1).all() and ours.norm_bias_l1.eq(0).all() and ours.reset_c_l0.eq(0).all()
+    assert 0 < ours.weight_peephole_l0.abs().max() <= 6**-0.5 and 0 < ours.weight_co_l0.abs().max() <= 6**-0.5
+    assert [len(weights) for weights in ours.all_weights] == [11] * 4
+    assert repr(ours).endswith("bidirectional=True, peephole=True, layer_norm=True, output_gate='cell', learned_reset=True)")
+    assert len(ours.double()._flat_weights) == len(list(ours.parameters()))
 
 
-def test_state_dict_both_ways_and_same_initialisation():
-    for kwargs in (dict(), dict(num_layers=2, bidirectional=True, proj_size=3), dict(bias=False)):
-        torch.manual_seed(5)
-        theirs = torch.nn.LSTM(5, 7, **kwargs)
-        torch.manual_seed(5)
-        ours = nn.LSTM(5, 7, **kwargs)
-        assert list(theirs.state_dict()) == list(ours.state_dict())
-        assert all(torch.equal(a, b) for a, b in zip(theirs.parameters(), ours.parameters(), strict=True))
-        buffer = io.BytesIO()
-        torch.save(ours.state_dict(), buffer)
-        buffer.seek(0)
-        theirs.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
-        assert repr(ours) == repr(theirs)
-        assert ours.flatten_parameters() is None
-        assert isinstance(ours, torch.nn.RNNBase) and len(ours.all_weights) == len(theirs.all_weights)
+def test_options_at_their_defaults_change_nothing():
+    theirs, ours = twins("LSTM", INPUT, HIDDEN, 2)
+    options = dict(peephole=False, zoneout=(0, 0), recurrent_dropout=0, num_heads=1, recompute=False, learned_reset=False)
+    again = nn.LSTM(INPUT, HIDDEN, 2, dtype=torch.float64, **options)
+    again.load_state_dict(theirs.state_dict())
+    x = torch.randn(STEPS, BATCH, INPUT, dtype=torch.float64)
+    assert repr(again) == repr(theirs)
+    torch.testing.assert_close(with_gradients(again, x), with_gradients(ours, x), rtol=0, atol=0)
 
 
-def test_copies_and_functional_call():
-    _, ours = twins(5, 7, 2)
-    x = torch.randn(4, 3, 5, dtype=torch.float64)
-    expected = ours(x)[0]
-    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        assert torch.equal(other(x)[0], expected)
-    doubled = {k: 2 * v for k, v in ours.state_dict().items()}
-    got = torch.func.functional_call(ours, doubled, (x,))[0]
-    other = copy.deepcopy(ours)
-    other.load_state_dict(doubled)
-    assert torch.equal(got, other(x)[0]) and not torch.equal(got, expected)
-    assert ours.float()(x.float())[0].dtype == torch.float32
+def test_zoneout_and_recurrent_dropout_follow_the_mode():
+    module = make("LSTM", INPUT, 64, 2, zoneout=0.5, recurrent_dropout=0.5)
+    x = torch.randn(STEPS, BATCH, INPUT, dtype=torch.float64)
+    assert module.zoneout == (0.5, 0.5)
+    torch.manual_seed(1)
+    first, _, cells = module(x, return_cells=True)
+    torch.manual_seed(1)
+    assert torch.equal(module(x)[0], first) and not torch.equal(module(x)[0], first)
+    kept = (first[1:] == first[:-1]).double().mean(), (cells[1:] == cells[:-1]).double().mean()
+    assert all(0.4 < share < 0.6 for share in kept)
+    module.eval()
+    assert torch.equal(module(x)[0], module(x)[0])
+    without = make("LSTM", INPUT, 64, 2, zoneout=0.5)
+    without.load_state_dict(module.state_dict())
+    assert torch.equal(module(x)[0], without.eval()(x)[0])
 
 
-def test_tied_and_parametrised_weights():
-    _, ours = twins(7, 7, 2)
-    x = torch.randn(4, 3, 7, dtype=torch.float64)
-    ours.weight_hh_l1 = ours.weight_hh_l0
-    ours(x)[0].sum().backward()
-    both = ours.weight_hh_l0.grad
-    assert len(list(ours.parameters())) == 7
-    untied = twins(7, 7, 2)[1]
-    with torch.no_grad():
-        untied.weight_hh_l1.copy_(untied.weight_hh_l0)
-    untied(x)[0].sum().backward()
-    torch.testing.assert_close(both, untied.weight_hh_l0.grad + untied.weight_hh_l1.grad)
-    torch.nn.utils.parametrizations.weight_norm(untied, "weight_hh_l0")
-    torch.testing.assert_close(untied(x)[0], ours(x)[0])
-    untied(x)[0].sum().backward()
-    assert untied.parametrizations.weight_hh_l0.original1.grad is not None
+def test_randomness_is_replayed_in_backward():
+    module = make("LSTM", INPUT, 4, 2, zoneout=(0.4, 0.3), recurrent_dropout=0.3, recompute=True)
+    x = torch.randn(3, 2, INPUT, dtype=torch.float64, requires_grad=True)
 
+    def call(x):
+        torch.manual_seed(7)
+        return module(x)[0]
 
-@pytest.mark.parametrize("kwargs", [dict(), dict(num_layers=2, bidirectional=True, dropout=0.1), dict(proj_size=3)])
-def test_compiles_into_one_graph(kwargs):
-    ours = nn.LSTM(5, 7, **kwargs).eval()
-    x = torch.randn(4, 3, 5, requires_grad=True)
-    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
-    results = []
-    for module in (ours, compiled):
-        output, (h, c) = module(x)
-        results.append((output, h, c, *torch.autograd.grad(output.square().sum() + c.sum(), [x, *ours.parameters()])))
-    torch.testing.assert_close(results[1], results[0])
-
-
-def test_second_order_and_ensembles():
-    ours = nn.LSTM(2, 3, dtype=torch.float64)
-    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda x: ours(x)[0], (x,))
-    models = [nn.LSTM(2, 3, dtype=torch.float64) for _ in range(3)]
-    params, buffers = torch.func.stack_module_state(models)
-    got = torch.vmap(lambda p, b: torch.func.functional_call(models[0], (p, b), (x,))[0])(params, buffers)
-    torch.testing.assert_close(got, torch.stack([m(x)[0] for m in models]))
-
-
-def test_autocast_runs_in_bfloat16():
-    ours = nn.LSTM(5, 7, 2, bidirectional=True)
-    x = torch.randn(4, 3, 5)
-    expected = ours(x)[0]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output, _ = ours(x, (torch.zeros(4, 3, 7), torch.zeros(4, 3, 7)))
-    assert output.dtype == torch.bfloat16
-    torch.testing.assert_close(output.float(), expected, atol=0.03, rtol=0.03)
-
-
-def test_empty_sizes():
-    ours = nn.LSTM(5, 7, 2, bidirectional=True)
-    output, (h, c) = ours(torch.randn(4, 0, 5))
-    assert output.shape == (4, 0, 14) and h.shape == c.shape == (4, 0, 7)
-    assert ours(torch.randn(0, 2, 5))[0].shape == (0, 2, 14)
+    assert torch.autograd.gradcheck(call, (x,))
 
 
 @pytest.mark.parametrize(
-    "call",
+    ("options", "error", "match"),
     [
-        lambda m: m(4, 0),
-        lambda m: m(4, 3, dropout=2.0),
-        lambda m: m(4, 3, proj_size=3),
-        lambda m: m(4, 3)(torch.randn(2)),
-        lambda m: m(4, 3)(torch.randn(2, 2, 2, 4)),
-        lambda m: m(4, 3)(torch.randn(2, 2, 5)),
-        lambda m: m(4, 3)(torch.randn(2, 2, 4, dtype=torch.float64)),
-        lambda m: m(4, 3)(torch.randn(2, 2, 4), (torch.randn(1, 2, 3), torch.randn(1, 3, 3))),
-        lambda m: m(4, 3)(torch.randn(2, 2, 4), (torch.randn(2, 2, 3), torch.randn(1, 2, 3))),
-        lambda m: m(4, 3)(torch.randn(2, 2, 4), (torch.randn(2, 3), torch.randn(2, 3))),
+        ({"zoneout": 1.5}, ValueError, r"zoneout: expected a number in \[0, 1\]"),
+        ({"zoneout": (0.1, 0.1, 0.1)}, TypeError, "zoneout: expected a pair"),
+        ({"zoneout": "0.1"}, TypeError, "zoneout: expected a pair"),
+        ({"recurrent_dropout": 1.0}, ValueError, r"recurrent_dropout: expected a number in \[0, 1\)"),
+        ({"recurrent_dropout": "half"}, TypeError, "recurrent_dropout: expected a number"),
+        ({"output_gate": "both"}, ValueError, "output_gate: expected one of 'standard', 'cell'"),
+        ({"peephole": 1}, TypeError, "peephole: expected True or False"),
+        ({"num_heads": 0}, ValueError, "num_heads: expected a positive integer"),
+        ({"num_heads": 3, "proj_size": 4}, ValueError, "num_heads: expected a divisor of hidden_size=6"),
     ],
 )
-def test_errors_are_torchs(call):
-    with pytest.raises((ValueError, RuntimeError)) as caught:
-        call(torch.nn.LSTM)
-    with pytest.raises(type(caught.value)) as ours:
-        call(nn.LSTM)
-    assert str(ours.value) == str(caught.value)
+def test_errors(options, error, match):
+    with pytest.raises(error, match=f"LSTM: {match}"):
+        nn.LSTM(INPUT, HIDDEN, **options)
 
 
-def test_packed_input_of_another_size_is_an_error():
-    with pytest.raises(RuntimeError, match=r"input.size\(-1\) must be equal to input_size"):
-        nn.LSTM(4, 3)(pack_sequence([torch.randn(2, 5)]))
+def test_errors_of_a_call():
+    module, x = make("LSTM", INPUT, HIDDEN), torch.randn(STEPS, BATCH, INPUT, dtype=torch.float64)
+    with pytest.raises(TypeError, match="LSTM: reset_state: expected a pair, got one tensor"):
+        module(x, reset=torch.ones(STEPS, BATCH, dtype=torch.bool), reset_state=torch.zeros(1, BATCH, HIDDEN))

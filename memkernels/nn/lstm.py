@@ -1,40 +1,50 @@
-"""`LSTM`: torch.nn.LSTM's parameters, arguments and meaning, every layer one call of `memkernels.lstm`."""
+"""`LSTM`: torch.nn.LSTM's parameters, arguments and meaning, every layer and direction one call of `memkernels.lstm`."""
 
 from __future__ import annotations
 
+from numbers import Real
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from memkernels._checks import check_number
-from memkernels.nn._arguments import check_integers
-from memkernels.ops.lstm import lstm
-from memkernels.ops.lstm_gates import lstm_gates
+from memkernels._checks import check_choice, fail
+from memkernels.nn._arguments import check_probability
+from memkernels.nn._recurrent import Recurrent, Segments, States
+from memkernels.ops.lstm import OUTPUT_GATES, lstm
 
 State = tuple[Tensor, Tensor]
 
 
-class LSTM(torch.nn.RNNBase):
-    """Drop-in for `torch.nn.LSTM`, plus `reset` and `lengths`.
+class LSTM(Recurrent):
+    """Drop-in for `torch.nn.LSTM`, plus resets, lengths and the variants that cuDNN and oneDNN leave out; all of them combine.
 
     ``i, f, g, o = W_ih x + b_ih + W_hh h + b_hh``;  ``c = sigmoid(f) c' + sigmoid(i) tanh(g)``;  ``h = sigmoid(o) tanh(c)``, and
     ``h = W_hr h`` when `proj_size` is given. Parameters have the names, order, shapes and initial distribution of torch.nn.LSTM, so
-    state_dicts load both ways. It derives from `torch.nn.RNNBase`, not from `torch.nn.LSTM`, because torch.compile refuses instances of
-    the latter; this one compiles into one graph, trains in eval mode, and has double backward.
+    state_dicts load both ways; those of options come after them. It derives from `torch.nn.RNNBase`, not from `torch.nn.LSTM`, because
+    torch.compile refuses instances of the latter; this one compiles into one graph, trains in eval mode, and has double backward.
 
     Args:
         input_size: features I of the input.
         hidden_size: features H of the cell.
-        num_layers: stacked layers.
+        num_layers: stacked layers L.
         bias: whether the layers have `bias_ih` and `bias_hh`.
         batch_first: input and output are "B T I" instead of "T B I"; states are never affected.
         dropout: probability of zeroing an output element of every layer but the last, in training mode.
-        bidirectional: a second set of weights runs from the end to the start; outputs are concatenated.
-        proj_size: if positive, h has this many features P: a projection of the cell output. Runs step by step.
+        bidirectional: a second set of weights runs from the end to the start (D = 2 directions); outputs are concatenated.
+        proj_size: if positive, h has this many features P: a projection of the cell output.
         device, dtype: of the parameters.
+        peephole: adds `weight_peephole_l{k}` "3 H": gates i and f see the old cell, gate o the new one.
+        layer_norm: adds `norm_weight_l{k}` "9H" (ones) and `norm_bias_l{k}` "9H" (zeros): layer norm of the input's share of the gates
+            (4H), of the hidden state's (4H), and of the cell (H) before its tanh.
+        output_gate: "cell" adds `weight_co_l{k}` "H H": the output gate sees the new cell instead of the input.
+        zoneout: probability, or a pair (for h, for c), with which a unit keeps its old value, in training mode; the expectation otherwise.
+        recurrent_dropout: probability with which a unit of h is dropped where it enters the gates, one mask a sequence, in training mode.
+        num_heads: NH: the recurrent weights are block-diagonal, `weight_hh_l{k}` is "4H P/NH".
+        recompute: keep the outputs alone for backward and compute gates and cells again there.
+        learned_reset: adds `reset_h_l{k}` "P" and `reset_c_l{k}` "H" (zeros): the state an episode starts with.
 
-    Source: Hochreiter and Schmidhuber 1997; projection: Sak, Senior and Beaufays 2014 (arXiv 1402.1128).
+    Source: Hochreiter and Schmidhuber 1997; the options' sources stand at `memkernels.lstm`.
 
     Example:
         >>> layer = LSTM(10, 20, num_layers=2, batch_first=True)
@@ -42,6 +52,17 @@ class LSTM(torch.nn.RNNBase):
         >>> output.shape, h_n.shape
         (torch.Size([3, 5, 20]), torch.Size([2, 3, 20]))
     """
+
+    OPTIONS: ClassVar[dict[str, Any]] = {
+        "peephole": False, "layer_norm": False, "output_gate": "standard", "zoneout": (0.0, 0.0), "recurrent_dropout": 0.0,
+        "num_heads": 1, "recompute": False, "learned_reset": False,
+    }  # fmt: skip
+    peephole: bool
+    layer_norm: bool
+    output_gate: str
+    zoneout: tuple[float, float]
+    recurrent_dropout: float
+    recompute: bool
 
     def __init__(
         self,
@@ -55,127 +76,105 @@ class LSTM(torch.nn.RNNBase):
         proj_size: int = 0,
         device=None,
         dtype=None,
+        *,
+        peephole: bool = False,
+        layer_norm: bool = False,
+        output_gate: str = "standard",
+        zoneout: float | tuple[float, float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        num_heads: int = 1,
+        recompute: bool = False,
+        learned_reset: bool = False,
     ) -> None:
-        check_integers("LSTM", num_layers=num_layers, proj_size=proj_size)
-        check_number("LSTM", "dropout", dropout)
-        super().__init__("LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype)
+        check_choice("LSTM", "output_gate", output_gate, OUTPUT_GATES)
+        check_probability("LSTM", "recurrent_dropout", recurrent_dropout)
+        if recurrent_dropout == 1:
+            fail("LSTM", "recurrent_dropout", "a number in [0, 1)", recurrent_dropout)
+        super().__init__(
+            "LSTM",
+            (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size),
+            {"device": device, "dtype": dtype},
+            {
+                "peephole": peephole, "layer_norm": layer_norm, "output_gate": output_gate, "zoneout": _pair(zoneout),
+                "recurrent_dropout": float(recurrent_dropout), "num_heads": num_heads, "recompute": recompute,
+                "learned_reset": learned_reset,
+            },
+        )  # fmt: skip
 
-    def flatten_parameters(self) -> None:
-        """Does nothing: no kernel here needs the weights in one buffer."""
-
-    def forward(self, input, hx: State | None = None, *, reset: Tensor | None = None, lengths: Tensor | None = None):
+    def forward(
+        self,
+        input,
+        hx: State | None = None,
+        *,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+        reset_state: State | None = None,
+        return_cells: bool = False,
+    ) -> Any:
         """Runs all layers over all steps.
 
         Args:
             input: "T B I", "B T I" with `batch_first`, "T I" without a batch, or a PackedSequence.
             hx: (h_0 "L*D B P or H", c_0 "L*D B H"), without B for unbatched input; zeros if None.
             reset: bool, laid out as the input without its feature dimension (for a PackedSequence: as its padded form, in the caller's
-                batch order). Where True, the state that enters this step of this row, in every layer and direction, is zero.
+                batch order). Where True, the state that enters this step of this row, in every layer and direction, is replaced by
+                `reset_state`, or what `learned_reset` learned, or zero.
             lengths: int64 "B": valid steps of every row; on any device, never synchronised. Outputs past the end are 0, and the final
                 state is the one at the end. A PackedSequence carries its own.
+            reset_state: a pair shaped like hx, or with the steps before the batch ("L*D T B H"; never batch_first). Needs `reset`.
+            return_cells: also return the cells of the last layer.
 
         Returns:
-            output "T B D*H" (or "B T D*H", "T D*H", PackedSequence, as the input), (h_n, c_n) shaped like hx.
+            output "T B D*H" (or "B T D*H", "T D*H", PackedSequence, as the input), (h_n, c_n) shaped like hx; with `return_cells`
+            a third: the cells c, laid out as the output.
 
-        Gradients: to the input, both states and all parameters; twice differentiable. Gradients do not cross a reset.
+        Gradients: to the input, all states and all parameters; twice differentiable. Gradients do not cross a reset.
         Raises: ValueError, RuntimeError as torch.nn.LSTM does for a wrong rank, size or dtype.
         """
-        if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx, reset, lengths)
-        if input.dim() not in (2, 3):
-            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
-        batched = input.dim() == 3
-        if hx is not None and not hx[0].dim() == hx[1].dim() == input.dim():
-            kind = "batched 3-D" if batched else "unbatched 2-D"
-            raise RuntimeError(
-                f"For {kind} input, hx and cx should also be {input.dim()}-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
-            )
-        self.check_input(input if batched else input.unsqueeze(1), None)
-        swap = self.batch_first and batched
-        steps = input.transpose(0, 1) if swap else input if batched else input.unsqueeze(1)
-        if hx is not None and not batched:
-            hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-        if reset is not None:
-            if reset.shape != input.shape[:-1]:
-                raise ValueError(f"LSTM: reset: expected shape {tuple(input.shape[:-1])}, got {tuple(reset.shape)}")
-            reset = reset.transpose(0, 1) if swap else reset if batched else reset.unsqueeze(1)
-        if lengths is not None and not batched:
-            lengths = lengths.reshape(1)
-        output, (h_n, c_n) = self._run(steps, hx, reset, lengths)
-        if not batched:
-            return output.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
-        return output.transpose(0, 1) if swap else output, (h_n, c_n)
+        state = None if hx is None else (hx[0], hx[1])
+        starts = None if reset_state is None else _two("reset_state", reset_state)
+        output, last, cells = self._forward(input, state, Segments(reset, starts, lengths), return_cells)
+        return (output, last, cells) if return_cells else (output, last)
 
-    def _forward_packed(self, packed: PackedSequence, hx: State | None, reset: Tensor | None, lengths: Tensor | None):
-        """Pads once, runs with lengths, packs once; all inside in the packed (sorted) batch order."""
-        if lengths is not None:
-            raise ValueError("LSTM: lengths: expected None with a PackedSequence, which carries its own lengths")
-        data, batch_sizes, order, back = packed
-        self.check_input(data, batch_sizes)
-        steps, sorted_lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
-        if reset is not None:
-            reset = reset.transpose(0, 1) if self.batch_first else reset
-            if reset.shape != steps.shape[:2]:
-                raise ValueError(f"LSTM: reset: expected shape {tuple(steps.shape[:2])} as T B, got {tuple(reset.shape)}")
-            reset = reset if order is None else reset.index_select(1, order)
-        if hx is not None and order is not None:
-            hx = (hx[0].index_select(1, order), hx[1].index_select(1, order))
-        output, (h_n, c_n) = self._run(steps, hx, reset, sorted_lengths.to(data.device))
-        if back is not None:
-            h_n, c_n = h_n.index_select(1, back), c_n.index_select(1, back)
-        return PackedSequence(pack_padded_sequence(output, sorted_lengths).data, batch_sizes, order, back), (h_n, c_n)
+    def _widths(self) -> tuple[int, ...]:
+        return (self.proj_size or self.hidden_size, self.hidden_size)
 
-    def _run(self, x: Tensor, hx: State | None, reset: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, State]:
-        """All layers and directions over "T B I"."""
-        directions = 2 if self.bidirectional else 1
-        if hx is not None:
-            sizes = (self.num_layers * directions, x.shape[1])
-            self.check_hidden_size(hx[0], (*sizes, self.proj_size or self.hidden_size), "Expected hidden[0] size {}, got {}")
-            self.check_hidden_size(hx[1], (*sizes, self.hidden_size), "Expected hidden[1] size {}, got {}")
-        last_h, last_c = [], []
-        for layer in range(self.num_layers):
-            if layer and self.dropout:
-                x = F.dropout(x, self.dropout, self.training)
-            outputs = []
-            for direction in range(directions):
-                index = layer * directions + direction
-                state = None if hx is None else (hx[0][index], hx[1][index])
-                output, (h, c) = self._direction(x, state, self._all_weights[index], reset, lengths, direction == 1)
-                outputs.append(output)
-                last_h.append(h)
-                last_c.append(c)
-            x = torch.cat(outputs, -1) if directions == 2 else outputs[0]
-        return x, (torch.stack(last_h), torch.stack(last_c))
+    def _option_shapes(self) -> dict[str, tuple[int, ...]]:
+        hidden = self.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.peephole:
+            shapes["weight_peephole"] = (3, hidden)
+        if self.layer_norm:
+            shapes["norm_weight"] = shapes["norm_bias"] = (9 * hidden,)
+        if self.output_gate == "cell":
+            shapes["weight_co"] = (hidden, hidden)
+        if self.learned_reset:
+            shapes["reset_h"], shapes["reset_c"] = (self.proj_size or hidden,), (hidden,)
+        return shapes
 
-    def _direction(self, x, state, names, reset, lengths, reverse) -> tuple[Tensor, State]:
-        """One layer in one direction."""
-        weight_ih, weight_hh, *rest = (getattr(self, name) for name in names)
-        bias_ih, bias_hh = rest[:2] if self.bias else (None, None)
-        if self.proj_size == 0:
-            return lstm(x, state, weight_ih, weight_hh, bias_ih, bias_hh, reset=reset, lengths=lengths, reverse=reverse)
-        return _projected_lstm(x, state, (weight_ih, weight_hh, bias_ih, bias_hh, rest[-1]), reset, lengths, reverse)
+    def _direction(
+        self, x: Tensor, state: States, weights: dict[str, Tensor], segments: Segments, reverse: bool, cells: bool
+    ) -> tuple[Tensor, States, Tensor | None]:
+        results = lstm(
+            x, state, weights["weight_ih"], weights["weight_hh"], weights.get("bias_ih"), weights.get("bias_hh"),
+            reset=segments.reset, reset_state=segments.reset_state, lengths=segments.lengths, peephole=weights.get("weight_peephole"),
+            layer_norm=(weights["norm_weight"], weights["norm_bias"]) if self.layer_norm else None, zoneout=self.zoneout,
+            recurrent_dropout=self.recurrent_dropout, output_gate=self.output_gate, weight_co=weights.get("weight_co"),
+            weight_hr=weights.get("weight_hr"), reverse=reverse, num_heads=self.num_heads, recompute=self.recompute,
+            training=self.training, return_cells=cells,
+        )  # fmt: skip
+        return results if cells else (*results, None)
 
 
-def _projected_lstm(x: Tensor, state: State | None, weights, reset, lengths, reverse: bool) -> tuple[Tensor, State]:
-    """A layer whose recurrent state is projected, step by step, with the input's share of the gates computed at once."""
-    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = weights
-    gates_input = F.linear(x, weight_ih, None if bias_ih is None else bias_ih + bias_hh)
-    if state is None:
-        state = gates_input.new_zeros(x.shape[1], weight_hr.shape[0]), gates_input.new_zeros(x.shape[1], weight_hr.shape[1])
-    h, c = (part.to(gates_input.dtype) for part in state)
-    outputs: list[Tensor] = []
-    for t in reversed(range(x.shape[0])) if reverse else range(x.shape[0]):
-        if reset is not None:
-            h, c = h.masked_fill(reset[t, :, None], 0), c.masked_fill(reset[t, :, None], 0)
-        cell_output, c_new = lstm_gates(gates_input[t] + F.linear(h, weight_hh), c)
-        h_new = F.linear(cell_output, weight_hr)
-        if lengths is None:
-            outputs.append(h_new)
-            h, c = h_new, c_new
-        else:
-            valid = (t < lengths)[:, None]
-            outputs.append(torch.where(valid, h_new, 0))
-            h, c = torch.where(valid, h_new, h), torch.where(valid, c_new, c)
-    if not outputs:
-        return gates_input.new_zeros(0, *h.shape), (h, c)
-    return torch.stack(outputs[::-1] if reverse else outputs), (h, c)
+def _pair(zoneout: Any) -> tuple[float, float]:
+    """One probability for h and c, or one for each."""
+    both = (zoneout, zoneout) if isinstance(zoneout, Real) else _two("zoneout", zoneout)
+    for probability in both:
+        check_probability("LSTM", "zoneout", probability)
+    return float(both[0]), float(both[1])
+
+
+def _two(argument: str, got: Any) -> tuple[Any, Any]:
+    if not isinstance(got, (tuple, list)) or len(got) != 2:
+        fail("LSTM", argument, "a pair", repr(got) if not torch.is_tensor(got) else "one tensor", TypeError)
+    return got[0], got[1]

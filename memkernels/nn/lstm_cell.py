@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memkernels.nn._arguments import check_sizes
+from memkernels.nn._cell import entering
 from memkernels.ops.lstm_gates import lstm_gates
 
 
@@ -45,27 +46,7 @@ class LSTMCell(torch.nn.LSTMCell):
         Gradients: to the input, the state and all parameters; twice differentiable.
         Raises: ValueError for a wrong rank, RuntimeError for a wrong size, as torch.nn.LSTMCell.
         """
-        if input.dim() not in (1, 2):
-            raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        for index, part in enumerate(hx or ()):
-            if part.dim() not in (1, 2):
-                raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {part.dim()}D instead")
-        batched = input.dim() == 2
-        x = input if batched else input.unsqueeze(0)
-        if hx is None:
-            h = c = torch.zeros(x.shape[0], self.hidden_size, dtype=x.dtype, device=x.device)
-        else:
-            h, c = hx if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-        self._check_sizes(x, h, c)
+        x, (h, c) = entering(self, input, None if hx is None else tuple(hx), 2)
         gates = F.linear(x, self.weight_ih, self.bias_ih) + F.linear(h, self.weight_hh, self.bias_hh)
         h, c = lstm_gates(gates, c.to(gates.dtype))
-        return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
-
-    def _check_sizes(self, x: Tensor, h: Tensor, c: Tensor) -> None:
-        if x.shape[1] != self.input_size:
-            raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
-        for index, part in enumerate((h, c)):
-            if part.shape[0] != x.shape[0]:
-                raise RuntimeError(f"Input batch size {x.shape[0]} doesn't match hidden{index} batch size {part.shape[0]}")
-            if part.shape[1] != self.hidden_size:
-                raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {part.shape[1]}, expected {self.hidden_size}")
+        return (h, c) if input.dim() == 2 else (h.squeeze(0), c.squeeze(0))
