@@ -135,41 +135,34 @@ void backward(const Options& options, const RecurrentGradients& to, const Recurr
 // The arguments of a call in their order.
 class Reader {
  public:
-  explicit Reader(const pybind11::args& arguments) : arguments_(arguments) {}
-  TensorView tensor() { return arguments_[next_++].cast<TensorView>(); }
-  bool flag() { return arguments_[next_++].cast<bool>(); }
-  Options options(Cell cell, const char* op) {
-    const bool relu = cell == Cell::rnn && flag();
-    return {op, cell, relu, flag()};
+  Reader(const pybind11::args& arguments, Cell cell) : arguments_(arguments), cell_(cell) {}
+  RecurrentOutputs outputs() {
+    return {tensor(), tensor(), tensor(has_cells()), tensor(has_cells()), tensor(has_gates())};
   }
-  In inputs(Cell cell) {
-    const bool two = cell == Cell::lstm;
-    const auto second = [&] { return two ? tensor() : TensorView(); };
-    return {tensor(), tensor(), second(), tensor(), tensor(), tensor(),
-            tensor(), tensor(), tensor(), second(), tensor()};
+  RecurrentOutputs saved() { return {tensor(), {}, {}, tensor(has_cells()), tensor(has_gates())}; }
+  In inputs() {
+    return {input(),  input(), input(has_cells()), input(), input(), input(), input(),
+            tensor(), input(), input(has_cells()), tensor()};
   }
-  RecurrentOutputs outputs(Cell cell) {
-    const bool two = cell == Cell::lstm;
-    const auto taken = [&](bool there) { return there ? tensor() : TensorView(); };
-    return {tensor(), tensor(), taken(two), taken(two), taken(cell != Cell::rnn)};
+  RecurrentUpstream upstream() { return {input(), input(), input(has_cells()), input(has_cells())}; }
+  RecurrentGradients gradients() {
+    return {tensor(), tensor(), tensor(has_cells()), tensor(), tensor(), tensor(),
+            tensor(), tensor(), tensor(has_cells())};
   }
-  RecurrentOutputs saved(Cell cell) {
-    const auto taken = [&](bool there) { return there ? tensor() : TensorView(); };
-    return {tensor(), TensorView(), TensorView(), taken(cell == Cell::lstm), taken(cell != Cell::rnn)};
-  }
-  RecurrentUpstream upstream(Cell cell) {
-    const bool two = cell == Cell::lstm;
-    const auto second = [&] { return two ? tensor() : TensorView(); };
-    return {tensor(), tensor(), second(), second()};
-  }
-  RecurrentGradients gradients(Cell cell) {
-    const bool two = cell == Cell::lstm;
-    const auto second = [&] { return two ? tensor() : TensorView(); };
-    return {tensor(), tensor(), second(), tensor(), tensor(), tensor(), tensor(), tensor(), second()};
+  Options options(const char* op) {
+    const bool relu = cell_ == Cell::rnn && flag();
+    return {op, cell_, relu, flag()};
   }
 
  private:
+  bool has_cells() const { return cell_ == Cell::lstm; }
+  bool has_gates() const { return cell_ != Cell::rnn; }
+  TensorView tensor(bool there = true) { return there ? arguments_[next_++].cast<TensorView>() : TensorView(); }
+  InputView input(bool there = true) { return there ? arguments_[next_++].cast<InputView>() : InputView(); }
+  bool flag() { return arguments_[next_++].cast<bool>(); }
+
   const pybind11::args& arguments_;
+  const Cell cell_;
   size_t next_ = 0;
 };
 
@@ -177,19 +170,19 @@ template <Cell kCell>
 void bind_cell(pybind11::module_& m, const char* op, const char* op_backward) {
   // outputs, inputs, options
   m.def(op, [op](const pybind11::args& arguments) {
-    Reader read(arguments);
-    const RecurrentOutputs out = read.outputs(kCell);
-    const In in = read.inputs(kCell);
-    forward(read.options(kCell, op), out, in);
+    Reader read(arguments, kCell);
+    const RecurrentOutputs out = read.outputs();
+    const In in = read.inputs();
+    forward(read.options(op), out, in);
   });
   // d<inputs>, d<outputs>, inputs, saved outputs, options: the order of a backend's backward.
   m.def(op_backward, [op](const pybind11::args& arguments) {
-    Reader read(arguments);
-    const RecurrentGradients to = read.gradients(kCell);
-    const RecurrentUpstream from = read.upstream(kCell);
-    const In in = read.inputs(kCell);
-    const RecurrentOutputs saved = read.saved(kCell);
-    backward(read.options(kCell, op), to, from, in, saved);
+    Reader read(arguments, kCell);
+    const RecurrentGradients to = read.gradients();
+    const RecurrentUpstream from = read.upstream();
+    const In in = read.inputs();
+    const RecurrentOutputs saved = read.saved();
+    backward(read.options(op), to, from, in, saved);
   });
 }
 

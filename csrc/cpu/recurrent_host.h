@@ -12,13 +12,16 @@ namespace mk::cpu {
 
 // The tensors of a call; those that a cell has not are undefined.
 struct RecurrentInputs {
-  TensorView input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, reset, reset_h, reset_c, lengths;
+  InputView input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh;
+  TensorView reset;
+  InputView reset_h, reset_c;
+  TensorView lengths;
 };
 struct RecurrentOutputs {
   TensorView output, h_n, c_n, cells, gates;
 };
 struct RecurrentUpstream {
-  TensorView doutput, dh_n, dc_n, dcells;
+  InputView doutput, dh_n, dc_n, dcells;
 };
 struct RecurrentGradients {
   TensorView dinput, dh0, dc0, dweight_ih, dweight_hh, dbias_ih, dbias_hh, dreset_h, dreset_c;
@@ -47,7 +50,8 @@ inline Span share(int64_t n, int rank, int size) { return {n * rank / size, n * 
 inline int ranks_for(Cell cell, int64_t batch, int64_t hidden, int64_t units) {
   constexpr int64_t kStepFlops = 100000;
   const int64_t flops = 2 * kShapes[int(cell)].gates * batch * hidden * hidden;
-  return int(std::clamp<int64_t>(std::min(units, flops / kStepFlops), 1, num_threads()));
+  const int64_t ranks = std::min(units, flops / kStepFlops);
+  return ranks <= 1 ? 1 : int(std::min<int64_t>(ranks, num_threads()));
 }
 
 // Lines of chunk i in running order, as a span.

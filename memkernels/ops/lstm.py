@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from memkernels._checks import Signature, check_choice, check_number, fail
-from memkernels._registry import Arg, Out, define_op, empty_like
+from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
 from memkernels.ops._recurrent import check_flags, check_heads, check_lengths, check_reset_state, entering, needs_gradients, pair
 
 OUTPUT_GATES = ("standard", "cell")
@@ -191,11 +191,11 @@ def _allocate(
     steps, batch, _ = input.shape
     hidden, saving = c0.shape[1], training and not recompute
     return (
-        input.new_empty((steps, batch, h0.shape[1])),
+        new_empty(input, (steps, batch, h0.shape[1])),
         empty_like(h0),
         empty_like(c0),
-        input.new_empty((steps, batch, hidden)) if saving or return_cells else None,
-        input.new_empty((steps, batch, 4 * hidden)) if saving else None,
+        new_empty(input, (steps, batch, hidden)) if saving or return_cells else None,
+        new_empty(input, (steps, batch, 4 * hidden)) if saving else None,
     )
 
 

@@ -1,6 +1,5 @@
 """lstm on the CPU (csrc/cpu/recurrent.cpp)."""
 
-from memkernels._C import inner_contiguous
 from memkernels._C import lstm as _forward
 from memkernels._C import lstm_backward as _backward
 from memkernels.backends.cpp._heads import block_diagonal, diagonal_blocks
@@ -22,9 +21,9 @@ def forward(
 ):  # fmt: skip
     if num_heads > 1:
         weight_hh = block_diagonal(weight_hh, num_heads, 4)
-    inputs = inner_contiguous(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)
-    states = (reset_h, reset_c) if reset_h is None else inner_contiguous(reset_h, reset_c)
-    _forward(output, h_n, c_n, cells, gates, *inputs, reset, *states, lengths, reverse)
+    _forward(
+        output, h_n, c_n, cells, gates, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, reset, reset_h, reset_c, lengths, reverse
+    )
 
 
 def backward(
@@ -37,11 +36,9 @@ def backward(
     if num_heads > 1:
         weight_hh = block_diagonal(weight_hh, num_heads, 4)
         dweight_hh = None if dheads is None else weight_hh.new_empty(weight_hh.shape)
-    inputs = inner_contiguous(doutput, dh_n, dc_n, dcells, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)
-    states = (reset_h, reset_c) if reset_h is None else inner_contiguous(reset_h, reset_c)
     _backward(
-        dinput, dh0, dc0, dweight_ih, dweight_hh, dbias_ih, dbias_hh, dreset_h, dreset_c, *inputs, reset, *states, lengths, output, cells,
-        gates, reverse,
+        dinput, dh0, dc0, dweight_ih, dweight_hh, dbias_ih, dbias_hh, dreset_h, dreset_c, doutput, dh_n, dc_n, dcells, input, h0, c0,
+        weight_ih, weight_hh, bias_ih, bias_hh, reset, reset_h, reset_c, lengths, output, cells, gates, reverse,
     )  # fmt: skip
     if num_heads > 1 and dheads is not None:
         diagonal_blocks(dweight_hh, num_heads, 4, dheads)

@@ -1,6 +1,5 @@
 """rnn on the CPU (csrc/cpu/recurrent.cpp)."""
 
-from memkernels._C import inner_contiguous
 from memkernels._C import rnn as _forward
 from memkernels._C import rnn_backward as _backward
 from memkernels.backends.cpp._heads import block_diagonal, diagonal_blocks
@@ -15,8 +14,7 @@ def forward(
 ):
     if num_heads > 1:
         weight_hh = block_diagonal(weight_hh, num_heads, 1)
-    inputs = inner_contiguous(input, h0, weight_ih, weight_hh, bias_ih, bias_hh, reset_h)
-    _forward(output, h_n, *inputs[:6], reset, inputs[6], lengths, relu, reverse)
+    _forward(output, h_n, input, h0, weight_ih, weight_hh, bias_ih, bias_hh, reset, reset_h, lengths, relu, reverse)
 
 
 def backward(
@@ -27,9 +25,9 @@ def backward(
     if num_heads > 1:
         weight_hh = block_diagonal(weight_hh, num_heads, 1)
         dweight_hh = None if dheads is None else weight_hh.new_empty(weight_hh.shape)
-    inputs = inner_contiguous(doutput, dh_n, input, h0, weight_ih, weight_hh, bias_ih, bias_hh, reset_h)
     _backward(
-        dinput, dh0, dweight_ih, dweight_hh, dbias_ih, dbias_hh, dreset_h, *inputs[:8], reset, inputs[8], lengths, output, relu, reverse
+        dinput, dh0, dweight_ih, dweight_hh, dbias_ih, dbias_hh, dreset_h, doutput, dh_n, input, h0, weight_ih, weight_hh, bias_ih, bias_hh,
+        reset, reset_h, lengths, output, relu, reverse
     )
     if num_heads > 1 and dheads is not None:
         diagonal_blocks(dweight_hh, num_heads, 1, dheads)
