@@ -13,10 +13,10 @@ namespace py = pybind11;
   OP(attention)    \
   OP(content)      \
   OP(gru_gates)    \
-  OP(lstm)         \
   OP(lstm_gates)   \
   OP(memory_read)  \
   OP(memory_write) \
+  OP(recurrent)    \
   OP(vec_math)
 
 namespace mk::cpu {
