@@ -177,7 +177,11 @@ class InplaceOp:
             raise _Captured(self.of, args)
         if autocast_enabled(args[0].device.type):  # the memory keeps its dtype, the others follow it
             args = tuple(a.to(args[0].dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
-        if torch.compiler.is_compiling() or _compat.call_kind(args, len(args)) == ROUTED:
+        if torch.compiler.is_compiling():
+            self.op(*args)
+        elif args[0].is_neg():  # torch's fallback for a sign that is still to be taken wants an op that returns what it wrote
+            args[0].copy_(self.of(*args)[0])
+        elif _compat.call_kind(args, len(args)) == ROUTED:
             self.op(*args)
         else:
             self.run(*args)

@@ -93,3 +93,24 @@ def test_tensors_that_are_not_dense():
 def test_a_level_is_a_name():
     with pytest.raises(TypeError, match="cpu_level: level: expected a level's name or None, got 3"):
         mk.cpu_level(3)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_writing_in_place_compiles_whole(mode, written):
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *given: mk.memory_write_(*given) * 2, fullgraph=True, backend="aot_eager")
+    with mode():
+        memory, *others = (t.clone() for t in written)
+        doubled = compiled(memory, *others)
+    assert torch.equal(memory, 5 * torch.ones(1, 2, 3)) and torch.equal(doubled, 10 * torch.ones(1, 2, 3))
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("negative", range(4))
+def test_writing_in_place_takes_a_sign_that_is_still_to_be_taken(negative, backend, written):
+    arguments = [t.clone() for t in written]
+    arguments[negative] = torch.complex(torch.zeros_like(arguments[negative]), -arguments[negative]).conj().imag
+    assert arguments[negative].is_neg() and torch.equal(arguments[negative], written[negative])
+    with mk.backend(backend):
+        assert mk.memory_write_(*arguments) is arguments[0]
+    assert torch.equal(arguments[0], mk.memory_write(*written))
