@@ -76,13 +76,28 @@ def test_a_window_without_end(backend, far):
     [
         (dict(scale=torch.tensor(0.3, requires_grad=True)), "attention: scale: expected a number, got Tensor"),
         (dict(dropout_p="a"), "attention: dropout_p: expected a number, got str"),
-        (dict(is_causal="no"), "attention: is_causal: expected True or False, got 'no'"),
+        *((dict([(flag, "no")]), f"attention: {flag}: expected True or False, got 'no'") for flag in ("is_causal", "enable_gqa", "return_lse")),
+        (dict(return_lse=torch.ones(2)), "attention: return_lse: expected True or False, got tensor"),
     ],
 )
 def test_options_of_the_wrong_type(options, message):
     q = torch.randn(1, 1, 5, 4)
     with pytest.raises(TypeError, match=message):
         mk.attention(q, q, q, **options)
+
+
+@pytest.mark.parametrize("window", [(True, 1), (1, False), (1.0, 1), 3, (1,)])
+def test_a_window_of_something_else(window):
+    q = torch.randn(1, 1, 5, 4)
+    with pytest.raises(ValueError, match=r"attention: window: expected \(left, right\)"):
+        mk.attention(q, q, q, window=window)
+
+
+@pytest.mark.parametrize("flag", [None, 1, "no", torch.ones(2)], ids=str)
+def test_a_flag_of_content_read(flag):
+    m = torch.randn(1, 5, 4)
+    with pytest.raises(TypeError, match="content_read: return_weights: expected True or False, got"):
+        mk.content_read(m, m, m[..., 0], return_weights=flag)
 
 
 def test_tensors_that_are_not_dense():
