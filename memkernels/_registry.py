@@ -84,7 +84,8 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
         op: name of a public op, e.g. "content_read", or the public function. args, kwargs: what one would pass to it.
 
     Returns:
-        {backend: reason or None}, best backend for the device first.
+        {backend: reason or None}, best backend for the device first. Under forward-mode AD only the
+        reference runs, forced backend or not.
 
     Example:
         >>> import torch, memkernels as mk
@@ -104,6 +105,8 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
     order = _backends.ORDER.get(device, ("reference",))
     names = (*order, *(n for n in _backends.NAMES if n not in order))
     forced = _backends.forced_name()
+    if forward_ad_active():
+        return {name: None if name == "reference" else "forward-mode AD always runs on the reference" for name in names}
     reasons = {name: _backends.refusal(name, found.name, device, flat) for name in names}
     return {n: r if forced in (None, n) else r or f"not asked for: backend {forced!r} is forced" for n, r in reasons.items()}
 

@@ -39,6 +39,25 @@ def test_explain_knows_what_is_forced(written):
     assert [name for name, reason in reasons.items() if reason is None] == ["reference"]
 
 
+@pytest.mark.parametrize("backend", ["cpp", "triton", None])
+def test_explain_knows_what_forward_mode_takes(backend, written):
+    """Forced or not, the reference runs there, and says so."""
+    seen = []
+
+    def read(memory):
+        seen.append(mk.explain("memory_read", memory, written[1]))
+        return mk.memory_read(memory, written[1])
+
+    with mk.backend(backend):
+        value, tangent = torch.func.jvp(read, (written[0],), (written[0],))
+        with torch.autograd.forward_ad.dual_level():
+            seen.append(mk.explain("memory_read", *written[:2]))
+    assert torch.equal(value, tangent)
+    for reasons in seen:
+        assert reasons.pop("reference") is None
+        assert set(reasons.values()) == {"forward-mode AD always runs on the reference"}
+
+
 def test_explain_of_an_unknown_op():
     with pytest.raises(ValueError, match=r"expected one of attention.*got 'nonsense'"):
         mk.explain("nonsense")
@@ -76,7 +95,7 @@ def test_a_window_without_end(backend, far):
     [
         (dict(scale=torch.tensor(0.3, requires_grad=True)), "attention: scale: expected a number, got Tensor"),
         (dict(dropout_p="a"), "attention: dropout_p: expected a number, got str"),
-        *((dict([(flag, "no")]), f"attention: {flag}: expected True or False, got 'no'") for flag in ("is_causal", "enable_gqa", "return_lse")),
+        *(({flag: "no"}, f"attention: {flag}: expected True or False, got 'no'") for flag in ("is_causal", "enable_gqa", "return_lse")),
         (dict(return_lse=torch.ones(2)), "attention: return_lse: expected True or False, got tensor"),
     ],
 )
