@@ -29,6 +29,11 @@ if _FORCED_BY_ENVIRONMENT is not None:
 def backend(name: str | None) -> Iterator[None]:
     """Force every op called inside to use one backend; None goes back to automatic choice.
 
+    Two computations are always the reference's, whatever is forced, because no kernel has them: a call under forward-mode AD
+    (`torch.func.jvp`, `jacfwd`, `hessian`, `torch.autograd.forward_ad`), and the gradient of a gradient (the second backward after
+    `create_graph=True`). The same holds for a call inside a torch.func transform that torch.compile traces. Inside forward-mode
+    AD `explain` says so.
+
     Args:
         name: "cuda", "triton", "cpp", "reference" or None.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils import _pytree
 
 
 def functorch_active() -> bool:
@@ -114,3 +115,9 @@ empty: Callable[[torch.Tensor, tuple[int, ...] | None, torch.dtype | None], torc
 def eager_apply(function: type[torch.autograd.Function]) -> Any:
     """`function.apply` for plain tensors outside functorch: without binding default arguments, 9 us of a call."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+def register_namedtuple(kind: type[Any]) -> None:
+    """Let torch.export save and load graphs whose inputs or outputs hold this named tuple; torch has a public way for dataclasses only."""
+    _pytree._register_namedtuple(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")
+    torch.serialization.add_safe_globals([kind])

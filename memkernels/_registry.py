@@ -84,7 +84,8 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
         op: name of a public op, e.g. "content_read", or the public function. args, kwargs: what one would pass to it.
 
     Returns:
-        {backend: reason or None}, best backend for the device first.
+        {backend: reason or None}, best backend for the device first. Under forward-mode AD only the
+        reference runs, forced backend or not.
 
     Example:
         >>> import torch, memkernels as mk
@@ -104,6 +105,8 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
     order = _backends.ORDER.get(device, ("reference",))
     names = (*order, *(n for n in _backends.NAMES if n not in order))
     forced = _backends.forced_name()
+    if forward_ad_active():
+        return {name: None if name == "reference" else "forward-mode AD always runs on the reference" for name in names}
     reasons = {name: _backends.refusal(name, found.name, device, flat) for name in names}
     return {n: r if forced in (None, n) else r or f"not asked for: backend {forced!r} is forced" for n, r in reasons.items()}
 
@@ -177,7 +180,11 @@ class InplaceOp:
             raise _Captured(self.of, args)
         if autocast_enabled(args[0].device.type):  # the memory keeps its dtype, the others follow it
             args = tuple(a.to(args[0].dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
-        if torch.compiler.is_compiling() or _compat.call_kind(args, len(args)) == ROUTED:
+        if torch.compiler.is_compiling():
+            self.op(*args)
+        elif args[0].is_neg():  # torch's fallback for a sign that is still to be taken wants an op that returns what it wrote
+            args[0].copy_(self.of(*args)[0])
+        elif _compat.call_kind(args, len(args)) == ROUTED:
             self.op(*args)
         else:
             self.run(*args)

@@ -1,5 +1,7 @@
 """Absurd constructor and call arguments of nn and models: one clear error that names class, argument, what was expected and what came."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -84,6 +86,60 @@ CALLS = [
 def test_calls_of_memory_lm(start, method, arguments):
     with pytest.raises((TypeError, ValueError), match=rf"^{start}.*: expected .+, got "):
         getattr(MemoryLM(**GOOD[MemoryLM]), method)(**arguments)
+
+
+def state_of(model, batch, **sizes):
+    other = MemoryLM(Vocabulary.of("abc"), **{**dict(model=model, hidden=16, slots=4, width=4, heads=2), **sizes})
+    return other(torch.ones(batch, 2, dtype=torch.int64))[1]
+
+
+OTHERS = [
+    ("memory", dict(batch=3)),
+    ("memory", dict(batch=2, hidden=8)),
+    ("memory", dict(batch=2, slots=5)),
+    ("memory", dict(batch=2, width=5)),
+    ("attention", dict(batch=1)),
+    ("attention", dict(batch=2, hidden=8)),
+    ("attention", dict(batch=2, heads=4)),
+]
+
+
+@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize(("kind", "other"), OTHERS, ids=str)
+def test_a_state_of_another_model_or_batch(kind, other, part):
+    model = MemoryLM(Vocabulary.of("abc"), model=kind, hidden=16, slots=4, width=4, heads=2)
+    tokens = torch.tensor([[1, 2], [2, 1]])
+    state = list(model(tokens)[1])
+    wrong = state_of(kind, **other)[part]
+    shapes, fitting = ([None if t is None else t.shape for t in part_ or ()] for part_ in (wrong, state[part]))
+    state[part] = wrong
+    refused = pytest.raises(ValueError, match=r"^MemoryLM: state: expected \w+ of shape \(.+\), got ")
+    with contextlib.nullcontext() if shapes == fitting else refused:
+        model(tokens, tuple(state))
+
+
+@pytest.mark.parametrize("part", [3, (), (None, None), torch.ones(2)], ids=repr)
+def test_a_state_of_something_else(part):
+    with pytest.raises(TypeError, match=r"^MemoryLM: state.*: expected .+, got "):
+        MemoryLM(**GOOD[MemoryLM])(torch.tensor([[1, 2]]), (part, None, None))
+
+
+@pytest.mark.parametrize("token", [4, -1, -100, 2**40])
+@pytest.mark.parametrize("method", ["forward", "loss"])
+def test_a_token_outside_the_vocabulary(method, token):
+    for tokens in ([[1, token, 2]], [[1, 2, token]]):
+        with pytest.raises(ValueError, match=f"^MemoryLM: tokens: expected 0 to 3, got {token}$"):
+            getattr(MemoryLM(**GOOD[MemoryLM]), method)(torch.tensor(tokens))
+
+
+@pytest.mark.parametrize("tokens", [torch.ones(3, 1), torch.ones(0, 3), torch.ones(3)], ids=lambda t: str(tuple(t.shape)))
+def test_a_batch_without_a_token_to_predict(tokens):
+    model = MemoryLM(**GOOD[MemoryLM])
+    before = [p.clone() for p in model.parameters()]
+    for call in (model.loss, lambda t: model.train_step(t, torch.optim.SGD(model.parameters(), lr=1.0))):
+        with pytest.raises(ValueError, match=r"^MemoryLM: tokens: expected .+, got shape"):
+            call(tokens.long())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
 
 def test_vocabulary():

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from memkernels import bench
 from memkernels.cli.app import app
+from memkernels.cli.errors import UserError
 from memkernels.cli.speed import speed_table
 from memkernels.cli.trainer import Limit, Settings, Trainer
 from memkernels.models import MemoryLM
@@ -64,9 +65,27 @@ def test_verify_prints_a_table_and_a_json(run, tmp_path):
     shown, _ = run("verify", "memory_read", "--dtype", "float32", "--backend", "reference", "--json", tmp_path / "v.json")
     assert "memory_read" in shown and "allowed" in shown
     assert json.loads((tmp_path / "v.json").read_text())["rows"]
-    for bad in (["dream"], ["--dtype", "int3"]):
-        _, error = run("verify", *bad, code=1)
-        assert error.startswith("memkernels: ") and "expected one of" in error and error.count("\n") == 1
+    _, error = run("verify", "dream", code=1)
+    assert error.startswith("memkernels: ") and "expected one of" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verify", "--backend", "foo"], "--backend: expected one of cuda, triton, cpp, reference"),
+        (["verify", "--backend", "cpp:foo"], "got 'cpp:foo'"),
+        (["verify", "--dtype", "int3"], "--dtype: expected one of float64, float32, bfloat16, float16, got 'int3'"),
+        (["verify", "--device", "tpu"], "--device: expected one of cpu, cuda"),
+        (["bench", "--backend", "foo"], "--backend: expected one of cuda, triton, cpp, reference, got 'foo'"),
+        (["bench", "--dtype", "int3"], "--dtype: expected one of"),
+        (["train", "--model", "dream"], "--model: expected one of attention, memory, got 'dream'"),
+        (["train", "--mode", "dream"], "--mode: expected one of content, ntm"),
+        (["demo", "--model", "dream"], "--model: expected one of attention, memory"),
+    ],
+)
+def test_an_option_with_a_value_it_cannot_have(run, arguments, message):
+    shown, error = run(*arguments, code=2)
+    assert error.startswith("memkernels: ") and message in error and error.count("\n") == 1 and not shown
 
 
 def test_verify_fails_when_an_op_is_wrong(run, monkeypatch):
@@ -121,6 +140,45 @@ def test_train_resume_generate(run, tmp_path, text, model):
     assert [p.name for p in out.parent.iterdir()] == [out.name]
     one, two = (run("generate", "--checkpoint", out, "--prompt", "狐 fox", "--length", 30, "--seed", 1)[0] for _ in range(2))
     assert one == two and one.startswith("狐 fox") and len(one.rstrip("\n")) >= 30
+
+
+@pytest.mark.parametrize(("options", "name"), [([], "memory"), (["--model", "attention"], "attention")])
+def test_train_without_a_name_for_the_checkpoint(run, tmp_path, monkeypatch, text, options, name):
+    monkeypatch.chdir(tmp_path)
+    shown, _ = run("train", "--text", text, *options, "--steps", 1, *SMALL)
+    assert f"saved to memkernels-{name}.safetensors" in shown
+    assert MemoryLM.load(f"memkernels-{name}.safetensors").config.model == name
+    usage, _ = run("train", "--help")
+    assert "[OPTIONS] [FILE]..." in usage and "[required]" not in usage
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_run_that_diverges_keeps_the_last_good_checkpoint(run, tmp_path, text, steps):
+    out = tmp_path / "model"
+    arguments = ["train", "--text", text, "--out", out, "--rate", 1e30, "--save-every", 0, *SMALL]
+    run(*arguments, "--steps", 0)
+    before = out.read_bytes()
+    _, error = run(*arguments, "--steps", steps, code=1)
+    assert error.startswith("memkernels: training has diverged") and error.count("\n") == 1
+    assert "smaller --rate" in error and [p.name for p in tmp_path.iterdir() if p != text] == [out.name]
+    assert _step(out) == 0 and len(out.read_bytes()) == len(before)
+    assert MemoryLM.load(out).generate("fox", 3, seed=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_the_trainer_saves_nothing_that_cannot_be_read(tmp_path, bad):
+    trainer = Trainer.start(TEXT, dict(hidden=16, embedding=8, slots=4, width=4), Settings(window=16, batch=4))
+    trainer.save(tmp_path / "model")
+    before = (tmp_path / "model").read_bytes()
+    next(trainer.run(Limit(1)))
+    trainer.optimizer.state[trainer.model.dense.weight]["exp_avg"][0] = bad
+    with pytest.raises(ValueError, match="holds values that are not finite"):
+        trainer.save(tmp_path / "model")
+    with torch.no_grad():
+        trainer.model.dense.weight[0] = bad
+    with pytest.raises(UserError, match="training has diverged: nan bits per character at step 1"):
+        trainer.save(tmp_path / "model")
+    assert (tmp_path / "model").read_bytes() == before
 
 
 def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):
@@ -193,7 +251,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, text):
         (["train", "--text", binary, "--out", out], "not UTF-8 text"),
         (["train", "--text", short, "--out", out], "too short"),
         (["train", "--text", tmp_path, "--out", out], "cannot be read"),
-        (["train", "--text", text, "--out", out, "--model", "dream"], "model: expected one of"),
+        (["train", "--text", text, "--out", out, "--model", "attention", "--heads", 3], "heads: expected a divisor"),
         (["train", "--text", text, "--out", foreign], "not a whole safetensors file"),
         (["train", "--text", text, "--out", tmp_path / "file" / "model"], "cannot be made"),
         (["train", "--out", out], "at least one file"),

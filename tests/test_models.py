@@ -115,6 +115,36 @@ def test_save_and_load(tmp_path, kwargs):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kwargs", VARIANTS, ids=str)
+def test_a_model_comes_back_in_its_dtype(tmp_path, kwargs, dtype):
+    model, path = make(**kwargs).to(dtype), tmp_path / "model"
+    model.save(path)
+    other = MemoryLM.load(path)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype == dtype for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(p.requires_grad for p in other.parameters())
+    tokens = torch.randint(1, 10, (2, 5))
+    assert torch.equal(other(tokens)[0], model(tokens)[0]) and other.train_step(tokens, torch.optim.SGD(other.parameters())) > 0
+
+
+def test_a_model_that_is_not_finite_is_not_saved(tmp_path):
+    model, path = make(), tmp_path / "model"
+    model.save(path)
+    before = path.read_bytes()
+    with torch.no_grad():
+        model.dense.bias[0] = math.nan
+    with pytest.raises(ValueError, match=r"model: model.dense.bias holds values that are not finite"):
+        model.save(path)
+    assert path.read_bytes() == before
+
+
+def test_an_exported_model_is_saved(tmp_path):
+    model, tokens = make(), torch.randint(1, 10, (2, 5))
+    torch.export.save(torch.export.export(model, (tokens,)), tmp_path / "model.pt2")
+    found = torch.export.load(tmp_path / "model.pt2").module()(tokens)
+    torch.testing.assert_close(found, model(tokens))
+
+
 def test_bad_files_give_one_clear_line(tmp_path):
     model, path = make(), tmp_path / "model"
     model.save(path)

@@ -1,6 +1,7 @@
 """nn.ExternalMemory: its steps against plain torch, state, causality, training, bad arguments."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -181,6 +182,19 @@ def test_copies_compile_and_half_precision(mode):
     half, _ = layer.to(torch.bfloat16)(x.bfloat16())
     torch.testing.assert_close(half.float(), output, atol=0.05, rtol=0.05)
     assert mode in repr(layer)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_exported_layer_is_saved_with_its_state(mode):
+    layer, x = make(mode), torch.randn(3, 2, 6, dtype=torch.float64)
+    state = layer(x)[1]
+    expected = layer(x, state)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(layer, (x, state.detach())), file)
+    file.seek(0)
+    found = torch.export.load(file).module()(x, state.detach())
+    assert isinstance(found[1], nn.external_memory.ExternalMemoryState)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(

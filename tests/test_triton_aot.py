@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled without a GPU: no spills, shared memory within the limit, int64 offsets, tensor cores where meant."""
+"""Every Triton kernel compiled without a GPU: hardly any stack, shared memory within the limit, int64 offsets, tensor cores where meant."""
 
 import importlib
 import json

@@ -21,13 +21,13 @@ app = typer.Typer(
 console = Console(width=None if sys.stdout.isatty() else 120)
 
 Texts = Annotated[Optional[list[Path]], typer.Option("--text", help="UTF-8 text file; may be given several times.")]  # noqa: UP045 (typer on 3.10)
-MoreTexts = Annotated[Optional[list[Path]], typer.Argument(help="More text files.", show_default=False)]  # noqa: UP045
+MoreTexts = Annotated[Optional[list[Path]], typer.Argument(metavar="FILE", help="More text files, as in --text *.txt.", show_default=False)]  # noqa: UP045
 Threads = Annotated[Optional[int], typer.Option(min=1, help="Threads; default: torch's own.")]  # noqa: UP045
 Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the result here.")]  # noqa: UP045
 
 
 def one_line_errors(command: Callable[..., int | None]) -> Callable[..., None]:
-    """What a user did wrong becomes one line on stderr and exit code 1; Ctrl-C exit code 130."""
+    """What a user did wrong becomes one line on stderr and exit code 1, 2 for an option; Ctrl-C exit code 130."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -39,7 +39,7 @@ def one_line_errors(command: Callable[..., int | None]) -> Callable[..., None]:
         except (UserError, ValueError, OSError, ImportError, BackendError) as error:
             message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
             print(f"memkernels: {' '.join(message.split())}", file=sys.stderr)
-            code = 1
+            code = error.code if isinstance(error, UserError) else 1
         except KeyboardInterrupt:
             print("memkernels: stopped", file=sys.stderr)
             code = 130
@@ -81,13 +81,12 @@ def verify(
 ) -> int:
     """Every op x backend x dtype against float64 on this machine; exit code 1 if one is wrong."""
     from memkernels.cli import verify
-    from memkernels.testing.compare import DTYPES
+    from memkernels.cli.errors import check_option
 
+    check_option("--backend", backend or (), verify.backends())
+    check_option("--dtype", dtype or (), verify.dtypes())
+    check_option("--device", [device], ("cpu", "cuda"))
     _threads(threads)
-    known = [str(d).removeprefix("torch.") for d in DTYPES]
-    for name in dtype or ():
-        if name not in known:
-            raise ValueError(f"--dtype: expected one of {', '.join(known)}, got {name!r}")
     summaries = verify.run(console, ops, backend, dtype, device, json_path)
     return int(any(s.status == "FAIL" for s in summaries) or all(s.status == "not run" for s in summaries))
 
@@ -109,17 +108,22 @@ def bench(
     import torch
 
     from memkernels import bench
+    from memkernels._backends import NAMES as BACKENDS
     from memkernels.bench.environment import binding_note
+    from memkernels.cli.errors import check_option
     from memkernels.cli.files import writable_folder
     from memkernels.cli.speed import measure
+    from memkernels.cli.verify import dtypes
 
+    check_option("--backend", [backend], BACKENDS)
+    check_option("--dtype", dtype, dtypes())
+    check_option("--device", [device], ("cpu", "cuda"))
     for folder in (plot, json_path and json_path.parent):
         if folder is not None:
             writable_folder(folder)
-    kinds = [kind for name in dtype if isinstance(kind := getattr(torch, name, None), torch.dtype)]
-    if len(kinds) != len(dtype):
-        raise ValueError(f"--dtype: expected names such as float32, got {', '.join(dtype)}")
-    options = dict(quick=not full, dtypes=kinds, peers=peer, backend=backend, device=device, threads=threads)
+    options = dict(
+        quick=not full, dtypes=[getattr(torch, name) for name in dtype], peers=peer, backend=backend, device=device, threads=threads
+    )
     rows, failures = measure(console, ops, **options)
     print(bench.table(rows))
     if device == "cpu" and (note := binding_note()):
@@ -136,10 +140,10 @@ def bench(
 @app.command()
 @one_line_errors
 def train(
-    out: Annotated[Path, typer.Option(help="Checkpoint; resumed if it is there.")],
     text: Texts = None,
     more: MoreTexts = None,
     model: Annotated[Optional[str], typer.Option(help="attention or memory (default).")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="Checkpoint, resumed if it is there; default: memkernels-MODEL.safetensors.")] = None,  # noqa: UP045
     minutes: Annotated[Optional[float], typer.Option(min=0, help="Minutes of training, resumed ones included.")] = None,  # noqa: UP045
     steps: Annotated[Optional[int], typer.Option(min=0, help="Steps, resumed ones included; default 1000 without --minutes.")] = None,  # noqa: UP045
     window: Annotated[Optional[int], typer.Option(min=1, help="Steps of back-propagation.")] = None,  # noqa: UP045
@@ -159,10 +163,15 @@ def train(
 ) -> None:
     """Trains a character language model; the last tenth of the text is held out and scored. Stop it any time, run it again to go on."""
     from memkernels.cli import train as training
-    from memkernels.cli.errors import UserError
+    from memkernels.cli.errors import UserError, check_option
     from memkernels.cli.texts import read_texts
     from memkernels.cli.trainer import Limit
+    from memkernels.models.memory_lm import MODELS, MemoryLMConfig
+    from memkernels.nn.external_memory import MODES
 
+    check_option("--model", [model], MODELS)
+    check_option("--mode", [mode], MODES)
+    out = Path(f"memkernels-{model or MemoryLMConfig.model}.safetensors") if out is None else out
     files = [*(text or ()), *(more or ())]
     if not files:
         raise UserError("--text: expected at least one file")
@@ -220,6 +229,9 @@ def demo(
 ) -> int:
     """Shows what is built, that it is right, that it learns real text, and how fast it is."""
     from memkernels.cli import demo
+    from memkernels.cli.errors import check_option
+    from memkernels.models.memory_lm import MODELS
 
+    check_option("--model", [model], MODELS)
     _threads(threads)
     return demo.run(console, [*(text or ()), *(more or ())], seconds, out, model, verify, bench, threads)

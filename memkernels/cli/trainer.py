@@ -50,6 +50,11 @@ class Limit:
         return min(1.0, max(parts, default=0.0))
 
 
+def diverged(step: int, loss: float) -> UserError:
+    found = f"{loss} bits per character at step {step}"
+    return UserError(f"training has diverged: {found}; the last good checkpoint is kept, try a smaller --rate")
+
+
 class Trainer:
     """A model, its optimizer, the text, and where training stands.
 
@@ -105,7 +110,13 @@ class Trainer:
         return trainer
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes model, optimizer, position and random state in one step; kill -9 leaves the old or the new file."""
+        """Writes model, optimizer, position and random state in one step; kill -9 leaves the old or the new file.
+
+        Raises: UserError if training has diverged; the old file is kept.
+        """
+        score = self.model.evaluate(self.held_out[: self.settings.window + 1], self.settings.window)
+        if not math.isfinite(score):
+            raise diverged(self.step, score)
         extra = {"random": torch.get_rng_state()}
         for name, parameter in self.model.named_parameters():
             state = self.optimizer.state.get(parameter, {})
@@ -141,13 +152,18 @@ class Trainer:
         return s.rate * min(1.0, (self.step + 1) / s.warmup) * falling
 
     def run(self, limit: Limit) -> Iterator[float]:
-        """Trains until the limit; yields the bits per character of every step's batch. Stop by not asking for the next one."""
+        """Trains until the limit; yields the bits per character of every step's batch. Stop by not asking for the next one.
+
+        Raises: UserError if training diverges.
+        """
         while limit.progress(self.step, self.seconds) < 1:
             begin = time.perf_counter()
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate()
             loss = self.model.train_step(self.batch(), self.optimizer)
             self.step += 1
+            if not math.isfinite(loss):
+                raise diverged(self.step, loss)
             self.seconds += time.perf_counter() - begin
             yield loss
 

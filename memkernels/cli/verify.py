@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 from rich.table import Table
 
+from memkernels._backends import NAMES
 from memkernels.bench.environment import environment
 from memkernels.cli.files import write_text
 from memkernels.testing import compare
@@ -56,6 +57,16 @@ def summarize(rows: Iterable[compare.Row]) -> list[Summary]:
 
 
 Names = Sequence[str] | None
+
+
+def backends() -> list[str]:
+    """What --backend may name: every backend, here or not, and the instruction-set levels of the C++ one."""
+    return [*NAMES, *(f"cpp:{level}" for level in compare.levels())]
+
+
+def dtypes() -> list[str]:
+    """What --dtype may name."""
+    return [str(d).removeprefix("torch.") for d in compare.DTYPES]
 
 
 def run(console: Console, ops: Names, backends: Names, dtypes: Names, device: str, json_path: Path | None) -> list[Summary]:

@@ -23,9 +23,10 @@ def write(path: str | os.PathLike[str], tensors: dict[str, torch.Tensor], header
         tensors: name to tensor, any dtype.
         header: JSON-serialisable values by name; format and version are added.
 
-    Raises: OSError if the file cannot be written; nothing is left behind then.
+    Raises: OSError if the file cannot be written, ValueError if `read` would refuse it; nothing is left behind then.
     """
     path = Path(path)
+    _check_finite(path, tensors)
     metadata = {name: json.dumps(value, ensure_ascii=False) for name, value in header.items()}
     metadata |= {"format": FORMAT, "version": str(VERSION)}
     data = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata)
@@ -40,6 +41,12 @@ def write(path: str | os.PathLike[str], tensors: dict[str, torch.Tensor], header
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def _check_finite(path: str | os.PathLike[str], tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} holds values that are not finite")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -69,9 +76,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[st
         raise ValueError(f"{path}: not a whole safetensors file ({' '.join(str(error).split())})") from None
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: expected a {FORMAT} checkpoint, got a file of format {metadata.get('format')!r}")
-    broken = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
-    if broken:
-        raise ValueError(f"{path}: {broken[0]} holds values that are not finite")
+    _check_finite(path, tensors)
     if metadata.get("version") != str(VERSION):
         raise ValueError(f"{path}: expected version {VERSION}, got {metadata.get('version')!r}")
     try:

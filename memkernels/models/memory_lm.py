@@ -20,6 +20,7 @@ from memkernels.nn.lstm import LSTM
 from memkernels.ops.attention import attention
 
 MODELS = ("attention", "memory")
+NO_TOKEN = -(2**30)  # what the loss leaves out; torch's own -100 would hide a wrong token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +111,15 @@ class MemoryLM(nn.Module):
         _check_tokens("MemoryLM", tokens, 2, "[B T]")
         if state is not None and not (isinstance(state, tuple) and len(state) == 3):
             fail("MemoryLM", "state", "what the last call returned, or None", type(state).__name__, TypeError)
+        if state is not None:
+            self._check_state(state, tokens.shape[0])
         first, middle, last = (None, None, None) if state is None else state
-        x, first = self.lstm(self.embedding(tokens), first)
+        try:
+            x = self.embedding(tokens)
+        except IndexError:
+            self._refuse_unknown(tokens)
+            raise
+        x, first = self.lstm(x, first)
         x = F.dropout(x, self.config.dropout, self.training)
         if self.config.model == "attention":
             x, middle = self.attention(x, middle)
@@ -123,10 +131,44 @@ class MemoryLM(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         return self.dense(x), (first, middle, last)
 
+    def _check_state(self, state: tuple[Any, Any, Any], batch: int) -> None:
+        """Its parts have the sizes of this model and of this batch."""
+        c = self.config
+        cells: dict[str, tuple[Any, ...]] = dict(h=(1, batch, c.hidden), c=(1, batch, c.hidden))
+        if c.model == "attention":
+            past = (batch, c.heads, None, c.hidden // c.heads)
+            middle: dict[str, tuple[Any, ...]] = dict(key=past, value=past)
+        else:
+            middle = dict(memory=(batch, c.slots, c.width))
+            middle |= dict(weights=(batch, c.read_heads + 1, c.slots)) if c.mode == "ntm" else {}
+        for part, sizes in zip(state, (cells, middle, cells if c.model == "attention" else {}), strict=True):
+            if part is None:
+                continue
+            if not isinstance(part, (tuple, list)) or len(part) < len(sizes):
+                fail("MemoryLM", "state", f"tensors {', '.join(sizes)}", type(part).__name__, TypeError)
+            for tensor, (name, shape) in zip(part, sizes.items()):
+                check_tensor("MemoryLM", f"state: {name}", tensor)
+                if len(shape) != tensor.dim() or any(size not in (None, got) for size, got in zip(shape, tensor.shape)):
+                    text = ", ".join("K" if size is None else str(size) for size in shape)
+                    fail("MemoryLM", "state", f"{name} of shape ({text})", tuple(tensor.shape))
+
+    def _refuse_unknown(self, tokens: Tensor) -> None:
+        known = len(self.vocabulary)
+        for token in tokens.flatten().tolist():
+            if not 0 <= token < known:
+                fail("MemoryLM", "tokens", f"0 to {known - 1}", token)
+
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean cross-entropy in nats of tokens[:, 1:] given what precedes them in `tokens` "B T+1"."""
+        _check_tokens("MemoryLM", tokens, 2, "[B T+1]")
+        if tokens.shape[0] < 1 or tokens.shape[1] < 2:
+            fail("MemoryLM", "tokens", "[B T+1] with B and T of at least 1", f"shape {tuple(tokens.shape)}")
         logits, _ = self(tokens[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        try:
+            return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten().long(), ignore_index=NO_TOKEN)
+        except IndexError:
+            self._refuse_unknown(tokens)
+            raise
 
     def train_step(self, tokens: Tensor, optimizer: torch.optim.Optimizer, clip: float = 1.0) -> float:
         """One optimizer step on `tokens` "B T+1", with the norm of the gradient clipped; returns the loss in bits per character."""
@@ -199,7 +241,7 @@ class MemoryLM(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: Any = None) -> MemoryLM:
-        """The model that `save` wrote. Raises ValueError, one line, for a file that is not one; FileNotFoundError."""
+        """The model that `save` wrote, in its dtype. Raises ValueError, one line, for a file that is not one; FileNotFoundError."""
         return cls.load_with_extra(path, device)[0]
 
     @classmethod
@@ -216,7 +258,9 @@ class MemoryLM(nn.Module):
         if expected != got:
             name = next(n for n in [*expected, *got] if expected.get(n) != got.get(n))
             raise ValueError(f"{path}: {name}: expected shape {expected.get(name)}, got {got.get(name)}")
-        model.load_state_dict(weights)
+        if strange := [name for name, t in weights.items() if not t.is_floating_point()]:
+            raise ValueError(f"{path}: {strange[0]}: expected a floating dtype, got {weights[strange[0]].dtype}")
+        model.load_state_dict(weights, assign=True)  # as they are: copied into the new model's they would become float32
         return model.to(device), tensors, header.get("training")
 
 

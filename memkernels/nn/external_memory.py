@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memkernels._checks import check_choice, check_flag, check_floating, check_tensor, fail
+from memkernels._compat import register_namedtuple
 from memkernels.nn._arguments import check_sizes
 from memkernels.ops.content_address import content_address
 from memkernels.ops.content_read import content_read
@@ -28,6 +29,9 @@ class ExternalMemoryState(NamedTuple):
     def detach(self) -> ExternalMemoryState:
         """The same values without their history: between the windows of truncated back-propagation."""
         return ExternalMemoryState(self.memory.detach(), None if self.weights is None else self.weights.detach())
+
+
+register_namedtuple(ExternalMemoryState)
 
 
 class ExternalMemory(nn.Module):

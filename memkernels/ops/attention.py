@@ -60,7 +60,7 @@ def attention(
 
     Raises:
         ValueError: a size does not fit, a head count without ``enable_gqa``, dropout_p outside 0..1, an unknown corner, a negative window.
-        TypeError: a dtype differs, is not a floating one, or the mask is neither bool nor floating.
+        TypeError: a dtype differs, is not a floating one, the mask is neither bool nor floating, or a flag is not True or False.
 
     Source:
         Vaswani et al., Attention Is All You Need (2017), equation 1; Dao et al., FlashAttention (2022), algorithms 1 and 4, for the tiling.
@@ -79,6 +79,8 @@ def attention(
         dims = SIGNATURE(query, key, value)
     if causal not in CORNERS:
         check_choice("attention", "causal", causal, CORNERS)
+    if enable_gqa.__class__ is not bool:
+        check_flag("attention", "enable_gqa", enable_gqa)
     if dims["NH"] != dims["NHk"]:
         query, key, value, shape = _heads(query, key, value, shape, enable_gqa)
     if dropout_p.__class__ is not float or dropout_p != 0.0:
@@ -87,6 +89,8 @@ def attention(
         scale = check_number("attention", "scale", scale)
     if is_causal.__class__ is not bool:
         check_flag("attention", "is_causal", is_causal)
+    if return_lse.__class__ is not bool:
+        check_flag("attention", "return_lse", return_lse)
     if attn_mask is not None:
         attn_mask = _mask(attn_mask, query, (*shape[:-1], dims["K"]))
     left, right = (-1, -1) if window is None else _window(window)
@@ -165,7 +169,8 @@ _FAR = 2**40  # past the end of any sequence, and far from where int64 positions
 
 
 def _window(window):
-    if not (isinstance(window, (tuple, list)) and len(window) == 2 and all(w is None or (isinstance(w, int) and w >= -1) for w in window)):
+    pair = isinstance(window, (tuple, list)) and len(window) == 2
+    if not (pair and all(w is None or (isinstance(w, int) and not isinstance(w, bool) and w >= -1) for w in window)):
         fail("attention", "window", "(left, right), each an int >= 0, or -1 or None for no limit", window)
     return tuple(-1 if w is None else min(w, _FAR) for w in window)
 

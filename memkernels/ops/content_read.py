@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from memkernels._checks import Signature, check_choice
+from memkernels._checks import Signature, check_choice, check_flag
 from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
 
 SIMILARITIES = ("cosine", "dot", "l2")
@@ -51,7 +51,7 @@ def content_read(
 
     Raises:
         ValueError: a size differs from what another argument says, or an unknown similarity.
-        TypeError: a dtype differs, is not a floating one, or the mask is not bool.
+        TypeError: a dtype differs, is not a floating one, the mask is not bool, or return_weights is not True or False.
 
     Source:
         Graves, Wayne and Danihelka, Neural Turing Machines (2014), equations 2, 5 and 6; with "dot" and a value, one step of a Hopfield
@@ -68,7 +68,9 @@ def content_read(
     SIGNATURE(memory, key, strength, value, mask)
     if similarity not in SIMILARITIES:
         check_choice("content_read", "similarity", similarity, SIMILARITIES)
-    read, weights, _, _ = OP(memory, key, strength, value, mask, similarity, bool(return_weights))
+    if return_weights.__class__ is not bool:
+        check_flag("content_read", "return_weights", return_weights)
+    read, weights, _, _ = OP(memory, key, strength, value, mask, similarity, return_weights)
     return (read, weights) if return_weights else read
 
 

@@ -98,7 +98,7 @@ def memory_write_(memory: torch.Tensor, weights: torch.Tensor, erase: torch.Tens
         raise RuntimeError("memory_write_: expected a call outside torch.func transforms and forward-mode AD; use memory_write there")
     if _overlaps_itself(memory):
         fail("memory_write_", "memory", "every element in a place of its own", f"strides {memory.stride()} for shape {tuple(memory.shape)}")
-    if memory.is_inference() and not torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and memory.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(
             "memory_write_: memory: expected a normal tensor outside inference mode, got an inference tensor; clone it first"
         )
