@@ -27,7 +27,7 @@ def backward(
         dweight_hh = None if dheads is None else weight_hh.new_empty(weight_hh.shape)
     _backward(
         dinput, dh0, dweight_ih, dweight_hh, dbias_ih, dbias_hh, dreset_h, doutput, dh_n, input, h0, weight_ih, weight_hh, bias_ih, bias_hh,
-        reset, reset_h, lengths, output, gates, reverse
-    )
+        reset, reset_h, lengths, output, gates, reverse,
+    )  # fmt: skip
     if num_heads > 1 and dheads is not None:
         diagonal_blocks(dweight_hh, num_heads, 3, dheads)
