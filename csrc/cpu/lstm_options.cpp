@@ -56,8 +56,8 @@ void take_weights(LstmOptions& f, const LstmInputs& in, DType type) {
   if (in[kBiasIh].defined()) check_rows("bias_ih", in[kBiasIh], {4 * f.H}, type), f.bias_ih = in[kBiasIh].data();
   if (in[kBiasHh].defined()) check_rows("bias_hh", in[kBiasHh], {4 * f.H}, type), f.bias_hh = in[kBiasHh].data();
   if (in[kPeephole].defined()) {
-    check_output(kLstm, "peephole", in[kPeephole], {3, f.H}, type);
-    f.peephole = &f, f.raw_peephole = in[kPeephole].data();
+    check_rows("peephole", in[kPeephole], {3, f.H}, type);
+    f.peephole = &f, f.raw_peephole = in[kPeephole].data(), f.raw_peephole_p = in[kPeephole].stride(0);
   }
   if (!in[kNormWeight].defined()) return;
   check_rows("norm_weight", in[kNormWeight], {9 * f.H}, type), check_rows("norm_bias", in[kNormBias], {9 * f.H}, type);

@@ -58,7 +58,8 @@ struct LstmOptions {
   int64_t I, H, P, heads;
   const void *input, *h0, *c0, *reset_h, *reset_c;
   int64_t input_t, input_b, h0_b, c0_b, reset_h_t, reset_h_b, reset_c_t, reset_c_b;
-  const void *bias_ih, *bias_hh, *raw_peephole, *raw_gamma, *raw_beta;  // T, contiguous; may be null
+  const void *bias_ih, *bias_hh, *raw_peephole, *raw_gamma, *raw_beta;  // T, may be null
+  int64_t raw_peephole_p;  // stride of its rows
   double zoneout_h, zoneout_c, dropout;
   bool expected;  // zoneout by its expectation
   uint64_t seed;

@@ -27,8 +27,12 @@ struct Moments {
 
 template <class A>
 MK_INLINE Moments<A> moments(const A* x, int64_t n) {
+  if (n == 0) return {0, 1};
   using V = Vec<A>;
-  const A mean = sum_of<A>(n, [&](int64_t j, auto part) { return load<V>(x + j, part); }) / A(n);
+  // From the first number, so that a constant row has variance 0 exactly.
+  const V origin = V::set1(x[0]);
+  const A shift = sum_of<A>(n, [&](int64_t j, auto part) { return load<V>(x + j, part) - origin; }) / A(n);
+  const A mean = x[0] + shift;
   const V centre = V::set1(mean);
   const A squares = sum_of<A>(n, [&](int64_t j, auto part) {
     const V d = load<V>(x + j, part) - centre;

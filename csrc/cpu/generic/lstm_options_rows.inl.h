@@ -67,7 +67,8 @@ void prepare_options(const LstmOptions& f) {
     if (f.bias_hh) sum = sum + load<V>(element<T>(f.bias_hh, j), part);
     store(sum, element<A>(f.bias, j), part);
   });
-  if (f.peephole) widen<T>(f.raw_peephole, f.peephole, 3 * f.H);
+  for (int64_t p = 0; f.peephole && p < 3; p++)
+    widen<T>(element<T>(f.raw_peephole, p * f.raw_peephole_p), element<A>(f.peephole, p * f.H), f.H);
   if (f.gamma) widen<T>(f.raw_gamma, f.gamma, 9 * f.H), widen<T>(f.raw_beta, f.beta, 9 * f.H);
 }
 
