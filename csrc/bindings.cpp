@@ -12,11 +12,11 @@ namespace py = pybind11;
 #define MK_OPS(OP) \
   OP(attention)    \
   OP(content)      \
-  OP(lstm)         \
   OP(lstm_gates)   \
   OP(lstm_options) \
   OP(memory_read)  \
   OP(memory_write) \
+  OP(recurrent)    \
   OP(vec_math)
 
 namespace mk::cpu {

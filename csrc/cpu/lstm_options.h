@@ -5,7 +5,7 @@
 // all rows, whose units are (panel of columns, row tile), and row phases, whose units are rows. Layouts are the user's
 // (row-major, gates i, f, g, o side by side). All of it in the accumulation type A, whatever the tensors' type T.
 #pragma once
-#include "cpu/lstm.h"
+#include "cpu/recurrent.h"
 
 namespace mk::cpu {
 
@@ -59,7 +59,7 @@ struct LstmOptions {
   const void *input, *h0, *c0, *reset_h, *reset_c;
   int64_t input_t, input_b, h0_b, c0_b, reset_h_t, reset_h_b, reset_c_t, reset_c_b;
   const void *bias_ih, *bias_hh, *raw_peephole, *raw_gamma, *raw_beta;  // T, may be null
-  int64_t raw_peephole_p;  // stride of its rows
+  int64_t raw_peephole_p;                                               // stride of its rows
   double zoneout_h, zoneout_c, dropout;
   bool expected;  // zoneout by its expectation
   uint64_t seed;

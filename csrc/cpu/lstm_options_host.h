@@ -2,12 +2,7 @@
 #pragma once
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <vector>
-
-#include "common/arena.h"
-#include "common/checks.h"
-#include "common/parallel.h"
+#include "cpu/recurrent_host.h"
 #include "cpu/lstm_options.h"
 #include "cpu/select.h"
 
@@ -59,7 +54,6 @@ inline void check_rows(const char* name, const TensorView& t, std::initializer_l
 }
 inline void* data_of(const TensorView& t) { return t.defined() ? t.data() : nullptr; }
 inline int64_t sum_bytes(int dtype) { return dtype == int(DType::float64) ? 8 : 4; }
-inline Span part_of(int64_t n, int rank, int size) { return {n * rank / size, n * (rank + 1) / size}; }
 
 // Steps of chunk i in running order, as a span of t.
 inline Span steps_of(const SteppedRows& rows, int64_t steps, int64_t i, bool backwards) {
@@ -79,7 +73,7 @@ struct LstmTeam {
   int dtype, rank, size;
   Barrier& barrier;
 
-  Span share(int64_t n) const { return part_of(n, rank, size); }
+  Span share(int64_t n) const { return mk::cpu::share(n, rank, size); }
   void wait() const { barrier.wait(); }
   void pack(const Product& p) const {
     if (p.used) kernels.pack[dtype](p, share(panels_of(p, kernels.lanes[dtype])));

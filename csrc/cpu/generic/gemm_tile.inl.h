@@ -10,7 +10,9 @@ namespace mk::cpu::MK_LEVEL {
 namespace {
 
 // Rows of a tile: as many as leave registers for one row of b (32 vector registers with AVX-512, 16 below).
-constexpr int64_t tile_rows(int n) { return Vec<float>::kLanes == 16 ? (n == 4 ? 6 : 14) : (n == 4 ? 2 : 5); }
+constexpr int64_t tile_rows(int n) {
+  return Vec<float>::kLanes == 16 ? (n == 4 ? 6 : n == 3 ? 9 : 14) : (n == 4 ? 2 : n == 3 ? 4 : 5);
+}
 
 constexpr int64_t kSumBlock = 256;  // longest chain of additions: blocks of k are summed from zero, then added in order
 

@@ -2,7 +2,8 @@
 // between input and output is computed in A; statistics of layer norm in two passes.
 #pragma once
 #include "cpu/generic/layer_norm.inl.h"
-#include "cpu/generic/lstm_cell.inl.h"
+#include "cpu/generic/gates.inl.h"
+#include "cpu/generic/recurrent_state.inl.h"
 #include "cpu/generic/random.inl.h"
 
 namespace mk::cpu::MK_LEVEL {

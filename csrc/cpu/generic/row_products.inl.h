@@ -2,7 +2,8 @@
 // of gemm_tile.inl.h under a plain row-major interface. No result depends on how units are dealt out.
 #pragma once
 #include "cpu/generic/gemm_tile.inl.h"
-#include "cpu/generic/lstm_cell.inl.h"
+#include "cpu/generic/gates.inl.h"
+#include "cpu/generic/recurrent_state.inl.h"
 
 namespace mk::cpu::MK_LEVEL {
 namespace {

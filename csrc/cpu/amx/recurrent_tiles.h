@@ -1,4 +1,4 @@
-// Products of lstm on AMX tiles, and how their operands are packed.
+// Products of the recurrent family on AMX tiles, and how their operands are packed.
 //
 // Operands are tiles of 16 rows x 32 k (left) and 16 pairs of k x 16 columns (right), 1 KB each, packed one after the
 // other; sums are float32 tiles. `beside` runs after every block of k: the matrix unit works beside the vector ports,
@@ -7,7 +7,7 @@
 #include "cpu/amx/vec.h"
 
 #include "cpu/avx512/transpose.h"
-#include "cpu/lstm.h"
+#include "cpu/recurrent.h"
 
 namespace mk::cpu::MK_LEVEL {
 namespace {
@@ -106,6 +106,26 @@ MK_INLINE void store_square(float* c, int64_t stride) {
   _tile_stored(3, c + 16 * stride + 16, stride * 4);
 }
 
+// Those of 32 rows x 48 columns: 0 2 4 above 1 3 5.
+MK_INLINE void load_three(const float* c, int64_t stride, bool below) {
+  _tile_loadd(0, c, stride * 4);
+  _tile_loadd(2, c + 16, stride * 4);
+  _tile_loadd(4, c + 32, stride * 4);
+  if (!below) return;
+  _tile_loadd(1, c + 16 * stride, stride * 4);
+  _tile_loadd(3, c + 16 * stride + 16, stride * 4);
+  _tile_loadd(5, c + 16 * stride + 32, stride * 4);
+}
+MK_INLINE void store_three(float* c, int64_t stride, bool below) {
+  _tile_stored(0, c, stride * 4);
+  _tile_stored(2, c + 16, stride * 4);
+  _tile_stored(4, c + 32, stride * 4);
+  if (!below) return;
+  _tile_stored(1, c + 16 * stride, stride * 4);
+  _tile_stored(3, c + 16 * stride + 16, stride * 4);
+  _tile_stored(5, c + 16 * stride + 32, stride * 4);
+}
+
 // Right tiles are loaded with the hint that they pass through: the left ones stay in the first cache, which gave a
 // quarter of the time of products whose weights come from the second.
 
@@ -142,6 +162,41 @@ MK_INLINE void add_square(int64_t depth, const B16* a, int64_t lda, int64_t a_st
     _tile_loadd(5, a + below, lda * 2);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
+    beside();
+  }
+}
+
+// Adds 16 or (`below` elements further on in the left operand) 32 rows x 3 tiles.
+template <class Beside = Nothing>
+MK_INLINE void add_three(int64_t depth, const B16* a, int64_t lda, int64_t below, const B16* b, Beside&& beside = {}) {
+  if (!below) {
+    for (int64_t k = 0; k < depth; k++, a += kDepth, b += 3 * kTile) {
+      _tile_loadd(6, a, lda * 2);
+      _tile_stream_loadd(7, b, 64);
+      _tile_dpbf16ps(0, 6, 7);
+      _tile_stream_loadd(1, b + kTile, 64);
+      _tile_dpbf16ps(2, 6, 1);
+      _tile_stream_loadd(3, b + 2 * kTile, 64);
+      _tile_dpbf16ps(4, 6, 3);
+      beside();
+    }
+    return;
+  }
+  for (int64_t k = 0; k < depth; k++, a += kDepth, b += 3 * kTile) {
+    _tile_loadd(6, a, lda * 2);
+    _tile_stream_loadd(7, b, 64);
+    _tile_dpbf16ps(0, 6, 7);
+    _tile_loadd(6, a + below, lda * 2);
+    _tile_dpbf16ps(1, 6, 7);
+    _tile_stream_loadd(7, b + kTile, 64);
+    _tile_dpbf16ps(3, 6, 7);
+    beside();
+    _tile_loadd(6, a, lda * 2);
+    _tile_dpbf16ps(2, 6, 7);
+    _tile_stream_loadd(7, b + 2 * kTile, 64);
+    _tile_dpbf16ps(4, 6, 7);
+    _tile_loadd(6, a + below, lda * 2);
+    _tile_dpbf16ps(5, 6, 7);
     beside();
   }
 }

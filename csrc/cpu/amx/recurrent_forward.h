@@ -1,0 +1,211 @@
+// The recurrent family forward in bfloat16 on AMX tiles. z of a panel is a sum tile a vector and block of 16 rows: four
+// vectors side by side for one block, in two passes of 2 x 2 for two; three vectors of one or two blocks at once. The
+// cells of a panel are computed beside the product of the next.
+#pragma once
+#include "cpu/amx/recurrent_tiles.h"
+#include "cpu/generic/recurrent.inl.h"
+
+namespace mk::cpu::MK_LEVEL {
+namespace {
+
+template <class C>
+constexpr int64_t kWide = kBlock* shape_of<C>().vectors();  // columns of a product
+constexpr int64_t kPanel = kBlock * kPanelVectors;
+
+// One panel of a gate matrix: [k block][vector][pair of k][unit][2].
+template <class C>
+void pack_gate_tiles(const B16* weight, int64_t stride, int64_t hidden, int64_t p, int64_t rotation, int64_t count,
+                     B16* out) {
+  for (int64_t k = 0; k < count; k += kDepth)
+    for (int64_t v = 0; v < shape_of<C>().vectors(); v++, out += kTile) {
+      const auto [row, units] = gate_vector<C>(hidden, kBlock, p, v, rotation);
+      const B16* from = weight + row * stride + k;
+      const __mmask32 mask = _bzhi_u32(~0u, unsigned(smaller(kDepth, count - k)));
+      __m512i words[16];
+      for (int64_t l = 0; l < kBlock; l++)
+        words[l] = l < units ? _mm512_maskz_loadu_epi16(mask, from + l * stride) : _mm512_setzero_si512();
+      transpose_words(words);
+      for (int64_t l = 0; l < kBlock; l++) _mm512_storeu_si512(out + l * kDepth, words[l]);
+    }
+}
+
+// One factor of z: rows of `a` times a packed panel of gates.
+struct GateFactor {
+  const B16* a;
+  int64_t lda, depth;
+  const B16* panel;
+};
+
+// The sum of the factors in their order on top of `init`, for up to 32 rows of a panel: c is [row][4 vectors].
+template <int N, class Beside = Nothing>
+MK_INLINE void four_product(int64_t rows, const GateFactor (&factors)[N], const float* init, int64_t ldi, float* c,
+                            Beside&& beside = {}) {
+  if (rows <= kBlock) {
+    load_row(init, ldi);
+    for (const GateFactor& f : factors) add_row(f.depth, f.a, f.lda, f.panel, 4 * kTile, 2 * kTile, beside);
+    return store_row(c, kPanel);
+  }
+  for (int64_t half = 0; half < 2; half++) {
+    load_square(init + half * 32, ldi);
+    for (const GateFactor& f : factors)
+      add_square(f.depth, f.a, f.lda, kDepth, kBlock * f.lda, f.panel + half * 2 * kTile, 4 * kTile, beside);
+    store_square(c + half * 32, kPanel);
+  }
+}
+
+// The same with three vectors.
+template <class Beside = Nothing>
+MK_INLINE void three_product(int64_t rows, const GateFactor& f, const float* init, int64_t ldi, float* c,
+                             Beside&& beside = {}) {
+  const bool below = rows > kBlock;
+  load_three(init, ldi, below);
+  add_three(f.depth, f.a, f.lda, below ? kBlock * f.lda : 0, f.panel, beside);
+  store_three(c, kPanel, below);
+}
+
+template <class C>
+void pack_tiles(const RecurrentForward& f, Span panels) {
+  for (int64_t p = panels.begin; p < panels.end; p++) {
+    pack_gate_tiles<C>(element<B16>(f.weight_ih, 0), f.weight_ih_n, f.H, p, shape_of<C>().rotation, f.I,
+                       element<B16>(f.packed_ih, p * f.k_input * kWide<C>));
+    pack_gate_tiles<C>(element<B16>(f.weight_hh, 0), f.weight_hh_n, f.H, p, 0, f.H,
+                       element<B16>(f.packed_hh, p * f.k_hidden * kWide<C>));
+    pack_bias<C, B16>(f, p);
+    fill_hidden_bias<C, float>(f, p);
+  }
+}
+
+template <class C>
+void start_tiles(const RecurrentForward& f, Span rows) {
+  start_rows<C, B16, B16>(f, rows);
+}
+
+void gather_tiles(const RecurrentForward& f, Span lines, Span rows) {
+  using V = Vec<float>;
+  for (int64_t row = rows.begin; row < rows.end; row++) {
+    const Slot s = f.rows.slot(lines.begin + row / f.rows.rows, row % f.rows.rows);
+    const B16* from = s.b < 0 ? nullptr : element<B16>(f.input, s.t * f.input_t + s.b * f.input_b);
+    B16* to = element<B16>(f.x, row * f.ld_x);
+    for (int64_t j = 0; j < f.k_input; j += V::kLanes) {
+      const int64_t left = !from || f.I - j < 0 ? 0 : smaller(f.I - j, V::kLanes);
+      const __m256i words = left ? _mm256_maskz_loadu_epi16(V::first(left), from + j) : _mm256_setzero_si256();
+      _mm256_storeu_si256((__m256i*)(to + j), words);
+    }
+  }
+}
+
+template <class C>
+void project_tiles(const RecurrentForward& f, Span lines, Span units) {
+  const Tiles shape;
+  const int64_t rows = (lines.end - lines.begin) * f.rows.rows, tiles = tiles_of(rows, kRows), depth = depth_of(f.I);
+  const B16* x = f.x ? element<B16>(f.x, 0) : element<B16>(f.input, lines.begin * f.input_t);
+  const auto out = [&](int64_t u) {
+    return element<float>(f.projected, (u / tiles * f.chunk + rows_of(rows, u % tiles).begin) * kPanel);
+  };
+  for (int64_t u = units.begin; u < units.end; u++) {
+    const int64_t p = u / tiles;
+    const Span r = rows_of(rows, u % tiles);
+    // The weights have pushed what is written next out of the cache: stores would wait for it.
+    Prefetch prefetch(out(u + 1), 256, 4, u + 1 < units.end ? kRows : 0, 2 * depth);
+    const GateFactor input{x + r.begin * f.ld_x, f.ld_x, depth, element<B16>(f.packed_ih, p * f.k_input * kWide<C>)};
+    const float* bias = element<float>(f.bias, p * kPanel);
+    if constexpr (shape_of<C>().vectors() == kPanelVectors)
+      four_product<1>(r.end - r.begin, {input}, bias, 0, out(u), prefetch);
+    else
+      three_product(r.end - r.begin, input, bias, 0, out(u), prefetch);
+  }
+}
+
+// The cells of one unit of work, a few rows at a time.
+template <class C>
+class UnitCells {
+ public:
+  // No more than `calls` advances are needed.
+  void start(const float* z, const float* x, Span rows, int64_t panel, int64_t calls) {
+    z_ = z, x_ = x, rows_ = rows, panel_ = panel, each_ = (rows.end - rows.begin + calls - 1) / calls;
+  }
+  MK_INLINE void advance(const RecurrentForward& f, int64_t l, int64_t parity) {
+    if (rows_.begin < rows_.end) run(f, l, parity, smaller(rows_.begin + each_, rows_.end));
+  }
+  MK_INLINE void finish(const RecurrentForward& f, int64_t l, int64_t parity) {
+    if (rows_.begin < rows_.end) run(f, l, parity, rows_.end);
+  }
+
+ private:
+  __attribute__((noinline)) void run(const RecurrentForward& f, int64_t l, int64_t parity, int64_t end) {
+    cell_rows<C, B16, B16>(f, z_, x_, l, {rows_.begin, end}, panel_, parity);
+    z_ += (end - rows_.begin) * kPanel, x_ += (end - rows_.begin) * kPanel, rows_.begin = end;
+  }
+  const float *z_ = nullptr, *x_ = nullptr;
+  Span rows_{0, 0};
+  int64_t panel_ = 0, each_ = 0;
+};
+
+// What a later product reads, brought in beside that of unit u: x of the next step, of which every unit takes a share
+// of the rows, or what was projected for the unit after u.
+MK_INLINE Prefetch prefetch_beside(const RecurrentForward& f, int64_t l, int64_t row, int64_t u, Span units,
+                                   int64_t calls) {
+  const int64_t tiles = tiles_of(f.rows.rows, kRows), next = u + 1;
+  if (f.fused) {
+    const Span share = tile_of(f.rows.rows, units.end - units.begin, u - units.begin);
+    const int64_t after = f.rows.next(l);
+    const bool some = after >= 0 && after < f.rows.lines;
+    return {element<B16>(f.input, (some ? after : l) * f.input_t + share.begin * f.input_b), f.input_b * 2, f.I / 32,
+            some ? share.end - share.begin : 0, calls};
+  }
+  const Span b = rows_of(f.rows.rows, next % tiles);
+  return {element<float>(f.projected, (next / tiles * f.chunk + row + b.begin) * kPanel), 256, 4,
+          next < units.end ? b.end - b.begin : 0, calls};
+}
+
+// z of rows `r` of panel p; x: what was projected for them. A fused run has no x and leaves xn in z.
+template <class C, class Beside>
+MK_INLINE void step_product(const RecurrentForward& f, int64_t l, Span r, int64_t p, int64_t parity, const float* x,
+                            float* z, Beside&& beside) {
+  constexpr int64_t kHidden = shape_of<C>().hidden * kBlock;
+  const int64_t count = r.end - r.begin;
+  const GateFactor state{element<B16>(f.hidden[parity], r.begin * f.ld_hidden), f.ld_hidden, depth_of(f.H),
+                         element<B16>(f.packed_hh, p * f.k_hidden * kWide<C>)};
+  const GateFactor input{element<B16>(f.input, l * f.input_t + r.begin * f.input_b), f.input_b, depth_of(f.I),
+                         element<B16>(f.packed_ih, p * f.k_input * kWide<C>)};
+  const float* bias = element<float>(f.bias, p * kPanel);
+  if constexpr (shape_of<C>().vectors() == kPanelVectors) {
+    if (f.fused)
+      four_product<2>(count, {input, state}, bias, 0, z, beside);
+    else
+      four_product<1>(count, {state}, x, kPanel, z, beside);
+  } else if (f.fused) {
+    three_product(count, input, bias, 0, z, beside);
+    for (int64_t i = 0; i < count; i++) Vec<float>::load(bias + 3 * kBlock).store(z + i * kPanel + 3 * kBlock);
+    three_product(count, state, z + kHidden, kPanel, z + kHidden, beside);
+  } else {
+    three_product(count, state, x + kHidden, kPanel, z + kHidden, beside);
+  }
+}
+
+template <class C>
+void step_tiles(const RecurrentForward& f, int64_t l, int64_t row, int64_t parity, Span units) {
+  const Tiles shape;
+  alignas(64) float z[2][kRows * kPanel];
+  const int64_t tiles = tiles_of(f.rows.rows, kRows), depth = depth_of(f.H) + (f.fused ? depth_of(f.I) : 0);
+  const int64_t alive = f.rows.alive_at(l);
+  if (units.begin < units.end)
+    fetch_rows(element<B16>(f.hidden[parity], 0), f.ld_hidden, f.H, rows_of(f.rows.rows, units.begin % tiles));
+  UnitCells<C> cells;
+  for (int64_t u = units.begin; u < units.end; u++) {
+    const int64_t p = u / tiles;
+    const Span r = clip(rows_of(f.rows.rows, u % tiles), alive);
+    if (r.begin == r.end) continue;
+    const int64_t calls = depth * (r.end - r.begin > kBlock ? 2 : 1);
+    Prefetch prefetch = prefetch_beside(f, l, row, u, units, calls);
+    const auto beside = [&] { cells.advance(f, l, parity), prefetch(); };
+    const float* x = f.fused ? z[u % 2] : element<float>(f.projected, (p * f.chunk + row + r.begin) * kPanel);
+    step_product<C>(f, l, r, p, parity, x, z[u % 2], beside);
+    cells.finish(f, l, parity);
+    cells.start(z[u % 2], x, r, p, calls);
+  }
+  cells.finish(f, l, parity);
+}
+
+}  // namespace
+}  // namespace mk::cpu::MK_LEVEL

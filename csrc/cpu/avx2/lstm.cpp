@@ -1,3 +1,0 @@
-#include "cpu/avx2/vec.h"
-
-#include "cpu/generic/lstm_table.inl.h"

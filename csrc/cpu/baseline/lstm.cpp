@@ -1,3 +1,0 @@
-#include "cpu/baseline/vec.h"
-
-#include "cpu/generic/lstm_table.inl.h"

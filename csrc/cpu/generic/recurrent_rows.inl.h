@@ -1,0 +1,229 @@
+// The pointwise half of steps over a Cell, one row of one panel at a time: z and x are [rows][4 lanes] in A.
+#pragma once
+#include "cpu/generic/recurrent_state.inl.h"
+
+namespace mk::cpu::MK_LEVEL {
+namespace {
+
+template <class C>
+constexpr CellShape shape_of() {
+  return kShapes[int(C::kCell)];
+}
+template <class C>
+constexpr bool kCarries = shape_of<C>().cell_state || shape_of<C>().direct;
+
+// State of one vector of units that enters line l, where it is given; `left` of the units exist.
+template <class C, class T, class P>
+MK_INLINE void enter(const RecurrentForward& f, int64_t l, int64_t r, int64_t j, int64_t parity, int64_t left) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  const Slot s = f.rows.slot(l, r);
+  if (s.b < 0) return;
+  const Entering<T> hidden = entering<T>(f.rows, f.hidden0, l, r, s);
+  if (!hidden.given) return;
+  (hidden.state ? V::load(hidden.state + j, left) : V::zero()).store(element<P>(f.hidden[parity], r * f.ld_hidden + j));
+  if constexpr (kCarries<C>) {
+    const Entering<T> carry = entering<T>(f.rows, f.carry0, l, r, s);
+    (carry.state ? V::load(carry.state + j, left) : V::zero()).store(element<A>(f.carry, r * f.ld_hidden + j));
+  }
+}
+
+// The state that enters the first line of rows [begin, end); zeros where there are no units, which the products read.
+template <class C, class T, class P>
+void start_rows(const RecurrentForward& f, Span span) {
+  using V = Vec<acc_t<T>>;
+  for (int64_t r = span.begin; r < span.end; r++)
+    for (int64_t j = 0; j < f.ld_hidden; j += V::kLanes) {
+      for (void* hidden : f.hidden) V::zero().store(element<P>(hidden, r * f.ld_hidden + j));
+      if (j < f.H) enter<C, T, P>(f, f.rows.first(), r, j, 0, smaller(f.H - j, V::kLanes));
+    }
+}
+
+// One vector of units of one row at a line where something enters or leaves.
+template <class C, class T, class P, class Part>
+MK_INLINE void event_row(const RecurrentForward& f, const acc_t<T>* z, const acc_t<T>* x, int64_t l, int64_t r,
+                         int64_t j, int64_t parity, Part part) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  const RecurrentRows& rows = f.rows;
+  const Slot s = rows.slot(l, r);
+  const int64_t row = rows.at(s), at = row * f.H + j, lane = r * f.ld_hidden + j;
+  V carry = kCarries<C> ? V::load(element<A>(f.carry, lane)) : V::zero(), h;
+  T* gates = f.gates ? element<T>(f.gates, row * shape_of<C>().saved * f.H + j) : nullptr;
+  C::template forward<T>(f, z, x, carry, h, gates, f.H, part);
+  store(h, element<T>(f.output, at), part);
+  if (f.cells) store(carry, element<T>(f.cells, at), part);
+  h.store(element<P>(f.hidden[1 - parity], lane));
+  if constexpr (kCarries<C>) carry.store(element<A>(f.carry, lane));
+  if (rows.ends(l, r)) {
+    store(h, element<T>(f.h_n, s.b * f.H + j), part);
+    if (f.c_n) store(carry, element<T>(f.c_n, s.b * f.H + j), part);
+  }
+  if (l != rows.last()) enter<C, T, P>(f, rows.next(l), r, j, 1 - parity, smaller(f.H - j, V::kLanes));
+}
+
+// Whole vectors of rows that carry their state on: nothing to ask row by row.
+template <class C, class T, class P>
+MK_INLINE void open_rows(const RecurrentForward& f, const acc_t<T>* z, const acc_t<T>* x, int64_t l, Span span,
+                         int64_t j, int64_t parity) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  // Copies: a store through the pointers could change f for all that the compiler knows.
+  const int64_t width = f.H, ld = f.ld_hidden, saved = shape_of<C>().saved;
+  const RecurrentRows rows = f.rows;
+  A* carries = kCarries<C> ? element<A>(f.carry, span.begin * ld + j) : nullptr;
+  P* hidden = element<P>(f.hidden[1 - parity], span.begin * ld + j);
+  T *output = element<T>(f.output, j), *cells = f.cells ? element<T>(f.cells, j) : nullptr;
+  T* gates = f.gates ? element<T>(f.gates, j) : nullptr;
+  for (int64_t r = span.begin; r < span.end; r++, z += kPanelVectors * V::kLanes, x += kPanelVectors * V::kLanes) {
+    const int64_t at = rows.at(rows.slot(l, r)) * width;
+    V carry = kCarries<C> ? V::load(carries) : V::zero(), h;
+    C::template forward<T>(f, z, x, carry, h, gates ? gates + saved * at : nullptr, width, Full{});
+    h.store(hidden), h.store(output + at);
+    if (cells) carry.store(cells + at);
+    if constexpr (kCarries<C>) carry.store(carries), carries += ld;
+    hidden += ld;
+  }
+}
+
+// Rows [begin, end) of panel p, all in use; z and x hold them from `begin` on.
+template <class C, class T, class P>
+MK_INLINE void cell_rows(const RecurrentForward& f, const acc_t<T>* z, const acc_t<T>* x, int64_t l, Span rows,
+                         int64_t p, int64_t parity) {
+  constexpr int64_t kLanes = Vec<acc_t<T>>::kLanes, kPanel = kPanelVectors * kLanes, kUnits = shape_of<C>().units;
+  const bool open = !f.rows.event(l, kLeaves) && !f.rows.event(f.rows.next(l), kEnters);
+  for (int64_t u = 0; u < kUnits; u++) {
+    const int64_t j = (p * kUnits + u) * kLanes, left = f.H - j;
+    const acc_t<T>*zu = z + u * kLanes, *xu = x + u * kLanes;
+    if (left <= 0) return;
+    if (left >= kLanes && open) {
+      open_rows<C, T, P>(f, zu, xu, l, rows, j, parity);
+      continue;
+    }
+    for (int64_t r = rows.begin; r < rows.end; r++, zu += kPanel, xu += kPanel) {
+      if (left >= kLanes)
+        event_row<C, T, P>(f, zu, xu, l, r, j, parity, Full{});
+      else
+        event_row<C, T, P>(f, zu, xu, l, r, j, parity, Tail{left});
+    }
+  }
+}
+
+template <class T, class P>
+MK_INLINE GradientRow<T, P> gradient_row(const RecurrentBackward& f, P* dz, int64_t l, int64_t r, int64_t j) {
+  using A = acc_t<T>;
+  const RecurrentRows& rows = f.rows;
+  const Slot s = rows.slot(l, r);
+  const int64_t row = rows.at(s), at = row * f.H + j;
+  const bool event = rows.event(l, kEnters);
+  const Entering<T> given = event ? entering<T>(rows, f.state0, l, r, s) : Entering<T>{false, nullptr};
+  const T* old = !given.given ? element<T>(f.states, rows.at(rows.slot(rows.previous(l), r)) * f.H + j)
+                              : (given.state ? given.state + j : nullptr);
+  return {f.gates ? element<T>(f.gates, row * f.shape().saved * f.H + j) : nullptr,
+          element<T>(f.states, at),
+          old,
+          f.doutput ? element<T>(f.doutput, s.t * f.doutput_t + s.b * f.doutput_b + j) : nullptr,
+          f.dcells ? element<T>(f.dcells, s.t * f.dcells_t + s.b * f.dcells_b + j) : nullptr,
+          element<A>(f.dh, r * f.ld_hidden + j),
+          f.dc ? element<A>(f.dc, r * f.ld_hidden + j) : nullptr,
+          dz + r * f.ld_gates + j};
+}
+
+// Gradients that arrive at the end of a sequence.
+template <class T>
+MK_INLINE void arrive(const void* from, int64_t stride, int64_t b, int64_t j, int64_t units, acc_t<T>* to) {
+  using V = Vec<acc_t<T>>;
+  for_each_vec<V>(units, [&](int64_t i, auto part) {
+    (from ? load<V>(element<T>(from, b * stride + j) + i, part) : V::zero()).store(to + i);
+  });
+}
+
+// What flows back out of line l of a row where its state entered from outside: to the given state, and no further.
+template <class T, class Part>
+MK_INLINE Vec<acc_t<T>> leave(const RecurrentBackward& f, int64_t l, int64_t r, int64_t j, Vec<acc_t<T>> flowing,
+                              void* dinitial, void* dreset, Part part) {
+  using V = Vec<acc_t<T>>;
+  const Slot s = f.rows.slot(l, r);
+  if (f.rows.resets(s)) {
+    if (dreset) store(flowing, element<T>(dreset, f.rows.at(s) * f.H + j), part);
+    flowing = V::zero();
+  }
+  if (dinitial && f.rows.starts(l, r)) store(flowing, element<T>(dinitial, s.b * f.H + j), part);
+  return flowing;
+}
+
+template <class C, class T, class P>
+void event_gradients(const RecurrentBackward& f, int64_t l, P* dz, int64_t r, int64_t first, int64_t units) {
+  using V = Vec<acc_t<T>>;
+  const auto row = gradient_row<T, P>(f, dz, l, r, first);
+  if (f.rows.ends(l, r)) {
+    const int64_t b = f.rows.slot(l, r).b;
+    arrive<T>(f.dh_n, f.dh_n_b, b, first, units, row.dh);
+    if (row.dc) arrive<T>(f.dc_n, f.dc_n_b, b, first, units, row.dc);
+  }
+  for_each_vec<V>(units, [&](int64_t i, auto part) {
+    C::template backward<T, P>(f, row, i, f.H, part);
+    if (row.dc && f.rows.event(l, kEnters))
+      leave<T>(f, l, r, first + i, V::load(row.dc + i), f.dc0, f.dreset_c, part).store(row.dc + i);
+  });
+}
+
+template <class T>
+MK_INLINE void prefetch_gradients(const RecurrentBackward& f, int64_t l, int64_t r, int64_t j, int64_t units) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const int64_t saved = f.shape().saved, older = l == f.rows.first() ? l : f.rows.previous(l);
+  const T* states = element<T>(f.states, f.rows.at(f.rows.slot(older, r)) * f.H + j);
+  const T* gates = element<T>(f.gates, saved * f.rows.at(f.rows.slot(l, r)) * f.H + j);
+  for (int64_t i = 0; i < units; i += kLine) {
+    for (int64_t g = 0; g < saved; g++) __builtin_prefetch(gates + g * f.H + i);
+    __builtin_prefetch(states + i);
+  }
+}
+
+// dz of line l in one panel of two vectors; P is what dz is kept in.
+template <class C, class T, class P>
+void panel_gradients(const RecurrentBackward& f, int64_t l, P* dz, Span span, int64_t p) {
+  using V = Vec<acc_t<T>>;
+  const RecurrentRows& rows = f.rows;
+  const int64_t first = p * 2 * V::kLanes, units = smaller(2 * V::kLanes, f.H - first), width = f.H;
+  const Span used = clip(span, rows.alive_at(l));
+  for (int64_t r = used.end; r < span.end; r++)
+    for (int64_t g = 0; g < f.shape().columns; g++)
+      for_each_vec<V>(
+          units, [&](int64_t i, auto part) { store(V::zero(), dz + r * f.ld_gates + g * width + first + i, part); });
+  if (rows.event(l, kEnters) || rows.event(l, kLeaves)) {
+    for (int64_t r = used.begin; r < used.end; r++) event_gradients<C, T, P>(f, l, dz, r, first, units);
+    return;
+  }
+  // Runs of a few lines, far apart: no hardware prefetcher finds what the next call reads.
+  const int64_t before = rows.previous(l);
+  for (int64_t r = used.begin; r < used.end; r++) {
+    const auto row = gradient_row<T, P>(f, dz, l, r, first);
+    prefetch_gradients<T>(f, before, r, first, units);
+    for_each_vec<V>(units, [&](int64_t i, auto part) { C::template backward<T, P>(f, row, i, width, part); });
+  }
+}
+
+// dh that flows to the line before, from the product dz W_hh of rows [begin, end): `width` columns from unit j on.
+template <class T>
+MK_INLINE void pass_back(const RecurrentBackward& f, int64_t l, Span span, int64_t j, int64_t width,
+                         const acc_t<T>* product, int64_t ld) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  const bool direct = f.shape().direct, event = f.rows.event(l, kEnters);
+  for (int64_t r = span.begin; r < span.end; r++, product += ld)
+    for (int64_t i = 0; i < width; i += V::kLanes) {
+      A* dh = element<A>(f.dh, r * f.ld_hidden + j + i);
+      V flowing = V::load(product + i);
+      if (direct) flowing = flowing + V::load(dh);
+      const int64_t left = f.H - j - i;
+      if (event && left >= V::kLanes)
+        flowing = leave<T>(f, l, r, j + i, flowing, f.dh0, f.dreset_h, Full{});
+      else if (event && left > 0)
+        flowing = leave<T>(f, l, r, j + i, flowing, f.dh0, f.dreset_h, Tail{left});
+      flowing.store(dh);
+    }
+}
+
+}  // namespace
+}  // namespace mk::cpu::MK_LEVEL

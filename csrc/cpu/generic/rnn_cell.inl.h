@@ -1,0 +1,28 @@
+// The pointwise step of rnn: h = tanh(z), or max(z, 0)
+#pragma once
+#include "cpu/generic/gates.inl.h"
+#include "cpu/generic/recurrent_state.inl.h"
+
+namespace mk::cpu::MK_LEVEL {
+namespace {
+
+struct RnnCell {
+  static constexpr Cell kCell = Cell::rnn;
+
+  template <class T, class V, class Part>
+  static MK_INLINE void forward(const RecurrentForward& f, const acc_t<T>* z, const acc_t<T>*, V&, V& h, T*, int64_t,
+                                Part) {
+    h = f.relu ? max(V::zero(), V::load(z)) : tanh_for<T>(V::load(z));
+  }
+
+  template <class T, class P, class Part>
+  static MK_INLINE void backward(const RecurrentBackward& f, const GradientRow<T, P>& row, int64_t at, int64_t,
+                                 Part part) {
+    using V = Vec<acc_t<T>>;
+    const V h = load<V>(row.state + at, part), dh = row.arriving(at, part);
+    store(f.relu ? select(V::zero() < h, dh, V::zero()) : dh * (V::set1(1) - h * h), row.dz + at, part);
+  }
+};
+
+}  // namespace
+}  // namespace mk::cpu::MK_LEVEL

@@ -1,0 +1,63 @@
+// The recurrent family, host side: what its files share. Never included by ISA-specific files.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "common/arena.h"
+#include "common/checks.h"
+#include "common/parallel.h"
+#include "cpu/recurrent.h"
+
+namespace mk::cpu {
+
+// The tensors of a call; those that a cell has not are undefined.
+struct RecurrentInputs {
+  InputView input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh;
+  TensorView reset;
+  InputView reset_h, reset_c;
+  TensorView lengths;
+};
+struct RecurrentOutputs {
+  TensorView output, h_n, c_n, cells, gates;
+};
+struct RecurrentUpstream {
+  InputView doutput, dh_n, dc_n, dcells;
+};
+struct RecurrentGradients {
+  TensorView dinput, dh0, dc0, dweight_ih, dweight_hh, dbias_ih, dbias_hh, dreset_h, dreset_c;
+};
+struct RecurrentOptions {
+  const char* op;
+  Cell cell;
+  bool relu, reverse;
+};
+
+// Of every sequence; all T without `lengths`.
+using Lengths = std::vector<int64_t>;
+
+// recurrent_schedule.cpp
+Lengths lengths_of(const char* op, const TensorView& lengths, int64_t T, int64_t B);
+void plan_rows(RecurrentRows& rows, const Lengths& lengths, bool reverse, Scratch& scratch);
+// Zeroes the places of `width` elements of `bytes` each past the ends, rank by rank.
+void zero_past_ends(void* data, const RecurrentRows& rows, const Lengths& lengths, int64_t bytes, Span steps);
+// recurrent_forward.cpp, recurrent_backward.cpp
+void run_recurrent(RecurrentForward& f, const Lengths& lengths, bool reverse, DType type);
+void run_recurrent(RecurrentBackward& f, const Lengths& lengths, bool reverse, DType type);
+
+inline Span share(int64_t n, int rank, int size) { return {n * rank / size, n * (rank + 1) / size}; }
+
+// Ranks that pay: a barrier costs a few hundred nanoseconds, so a step must be longer than that by far.
+inline int ranks_for(Cell cell, int64_t batch, int64_t hidden, int64_t units) {
+  constexpr int64_t kStepFlops = 100000;
+  const int64_t flops = 2 * kShapes[int(cell)].gates * batch * hidden * hidden;
+  const int64_t ranks = std::min(units, flops / kStepFlops);
+  return ranks <= 1 ? 1 : int(std::min<int64_t>(ranks, num_threads()));
+}
+
+// Lines of chunk i in running order, as a span.
+inline Span chunk_of(const RecurrentRows& rows, int64_t lines, int64_t i, bool backwards) {
+  const int64_t begin = i * lines, end = std::min(begin + lines, rows.lines);
+  return backwards ? Span{rows.lines - end, rows.lines - begin} : Span{begin, end};
+}
+
+}  // namespace mk::cpu
