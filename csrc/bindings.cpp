@@ -14,6 +14,7 @@ namespace py = pybind11;
   OP(content)      \
   OP(gru_gates)    \
   OP(lstm_gates)   \
+  OP(lstm_options) \
   OP(memory_read)  \
   OP(memory_write) \
   OP(recurrent)    \

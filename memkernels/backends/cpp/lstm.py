@@ -1,17 +1,20 @@
-"""lstm on the CPU (csrc/cpu/recurrent.cpp)."""
+"""lstm on the CPU: csrc/cpu/recurrent.cpp, and csrc/cpu/lstm_options.cpp where a step needs whole rows or draws lots."""
 
+from memkernels._C import LstmNumbers
 from memkernels._C import lstm as _forward
 from memkernels._C import lstm_backward as _backward
+from memkernels._C import lstm_options as _options
+from memkernels._C import lstm_options_backward as _options_backward
+from memkernels._C import lstm_recall as _recall
 from memkernels.backends.cpp._heads import block_diagonal, diagonal_blocks
 
 
-def supports(
-    input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norm_weight, norm_bias, weight_co, reset, reset_h, reset_c,
-    lengths, seed, reverse, num_heads, zoneout_h, zoneout_c, recurrent_dropout, expected, recompute, return_cells, training,
-):  # fmt: skip
-    if weight_hr is peephole is norm_weight is weight_co is None and not recompute:
-        return "knows no zoneout or recurrent dropout" if zoneout_h or zoneout_c or recurrent_dropout else None
-    return "knows no peephole, layer_norm, output_gate, weight_hr or recompute"
+def supports(*flat):
+    return None
+
+
+def _plain(weight_hr, peephole, norm_weight, weight_co, zoneout_h, zoneout_c, recurrent_dropout):
+    return weight_hr is peephole is norm_weight is weight_co is None and not (zoneout_h or zoneout_c or recurrent_dropout)
 
 
 def forward(
@@ -19,6 +22,13 @@ def forward(
     weight_co, reset, reset_h, reset_c, lengths, seed, reverse, num_heads, zoneout_h, zoneout_c, recurrent_dropout, expected, recompute,
     return_cells, training,
 ):  # fmt: skip
+    if not _plain(weight_hr, peephole, norm_weight, weight_co, zoneout_h, zoneout_c, recurrent_dropout):
+        inputs = (
+            input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norm_weight, norm_bias, weight_co, reset, reset_h,
+            reset_c, lengths, seed,
+        )  # fmt: skip
+        numbers = LstmNumbers(reverse, num_heads, zoneout_h, zoneout_c, recurrent_dropout, expected)
+        return _options((output, h_n, c_n, cells, gates), inputs, numbers)
     if num_heads > 1:
         weight_hh = block_diagonal(weight_hh, num_heads, 4)
     _forward(
@@ -32,6 +42,22 @@ def backward(
     norm_weight, norm_bias, weight_co, reset, reset_h, reset_c, lengths, seed, output, cells, gates, reverse, num_heads,
     zoneout_h, zoneout_c, recurrent_dropout, expected, recompute, return_cells, training,
 ):  # fmt: skip
+    plain = _plain(weight_hr, peephole, norm_weight, weight_co, zoneout_h, zoneout_c, recurrent_dropout)
+    if recompute or not plain:
+        inputs = (
+            input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norm_weight, norm_bias, weight_co, reset, reset_h,
+            reset_c, lengths, seed,
+        )  # fmt: skip
+        numbers = LstmNumbers(reverse, num_heads, zoneout_h, zoneout_c, recurrent_dropout, expected)
+    if recompute:
+        cells, gates = (input.new_empty((*input.shape[:2], width)) for width in (c0.shape[1], 4 * c0.shape[1]))
+        _recall(cells, gates, output, inputs, numbers)
+    if not plain:
+        gradients = (
+            dinput, dh0, dc0, dweight_ih, dweight_hh, dbias_ih, dbias_hh, dweight_hr, dpeephole, dnorm_weight, dnorm_bias, dweight_co,
+            dreset_h, dreset_c,
+        )  # fmt: skip
+        return _options_backward(gradients, (doutput, dh_n, dc_n, dcells), inputs, (output, cells, gates), numbers)
     dheads = dweight_hh
     if num_heads > 1:
         weight_hh = block_diagonal(weight_hh, num_heads, 4)
