@@ -110,8 +110,10 @@ def lstm(
     drawn: Any = _NOTHING_DRAWN
     if (
         (peephole is layer_norm is weight_co is weight_hr is reset_state is seed is None)
-        and (zoneout.__class__ is tuple and zoneout == _NO_ZONEOUT)
-        and (recurrent_dropout.__class__ is float and recurrent_dropout == 0.0)
+        and isinstance(zoneout, tuple)
+        and zoneout == _NO_ZONEOUT
+        and isinstance(recurrent_dropout, float)
+        and recurrent_dropout == 0.0
         and (num_heads.__class__ is int and num_heads == 1 and output_gate == "standard")
     ):
         sizes = SIGNATURE(input, weight_hh, weight_ih, bias_ih, bias_hh, reset, lengths, h0, c0)
