@@ -1,4 +1,4 @@
-"""What PyTorch's test_nn.py checks of its recurrent modules (its file is not installed with torch), of ours; each test names those it stands for.
+"""What PyTorch's test_nn.py (not installed with torch) checks of its recurrent modules, of ours; each test names those it stands for.
 
 Left out: test_error_RNN_seq_len_zero, because an empty sequence is legal here and returns the state, and what needs two GPUs.
 """
@@ -57,7 +57,7 @@ def test_wrong_sizes(kind, batch_first):
         module = make(kind, 3, 5, 2, batch_first=batch_first, **projection)
         x = torch.randn(4, 4, 3, dtype=torch.float64)
         for state in wrong_states(module):
-            with pytest.raises(RuntimeError, match="Expected hidden.*size.*got"):
+            with pytest.raises(RuntimeError, match=r"Expected hidden.*size.*got"):
                 module(x, state)
         with pytest.raises(RuntimeError, match=r"input.size\(-1\) must be equal to input_size"):
             module(torch.randn(4, 4, 7, dtype=torch.float64), random_state(module, 4))
@@ -94,7 +94,7 @@ def test_cells_in_a_loop(kind, bias):
 def test_no_rows(kind):
     """test_RNN_input_size_zero, and the same of a cell: test_RNN_cell_forward_zero_hidden_size is in test_nn_cells.py"""
     module = make(kind, 3, 4)
-    output, state = module(torch.zeros(5, 0, 3, dtype=torch.float64))
+    output, _ = module(torch.zeros(5, 0, 3, dtype=torch.float64))
     assert output.shape == (5, 0, 4)
     output.sum().backward()
     assert all(torch.count_nonzero(p.grad) == 0 for p in module.parameters())
@@ -191,7 +191,7 @@ def test_packed_sequences_as_torch_makes_them(kind):
     module = make(kind, 5, 6, bidirectional=True, batch_first=True)
     rows = [torch.randn(n, 5, dtype=torch.float64) for n in (2, 5, 1)]
     packed = rnn_utils.pack_sequence(rows, enforce_sorted=False)
-    output, state = module(packed)
+    output, _ = module(packed)
     assert torch.equal(output.sorted_indices, packed.sorted_indices) and torch.equal(output.unsorted_indices, packed.unsorted_indices)
     padded, lengths = rnn_utils.pad_packed_sequence(output, batch_first=True, total_length=8)
     assert padded.shape == (3, 8, 12) and lengths.tolist() == [2, 5, 1] and not padded[0, 2:].any()
