@@ -32,7 +32,7 @@ def test_docstring_examples(name):
     assert found.attempted and not found.failed
 
 
-@pytest.mark.parametrize("name", ["language_model", "episodes"])
+@pytest.mark.parametrize("name", ["language_model", "episodes", "reset_policy"])
 def test_example(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name])
     runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")

@@ -214,6 +214,8 @@ def test_copies_and_functional_call(kind):
     other.load_state_dict(doubled)
     assert torch.equal(got, other(x)[0]) and not torch.equal(got, expected)
     assert ours.float()(x.float())[0].dtype == torch.float32
+    got = torch.func.functional_call(ours, {k: v.double() for k, v in ours.state_dict().items()}, (x,))[0]
+    torch.testing.assert_close(got.float(), ours(x.float())[0])
 
 
 @kinds

@@ -133,6 +133,13 @@ class Recurrent(torch.nn.RNNBase):
         output, last, seen = self._run(input.transpose(0, 1), hx, segments, cells)
         return output.transpose(0, 1), last, _apply(Tensor.transpose, seen, 0, 1)
 
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """torch's check, of the weights of this call: `functional_call` and FSDP replace them behind torch's list of them."""
+        listed = self._flat_weights[0]
+        if listed is None or listed.dtype != self.weight_ih_l0.dtype:
+            self._init_flat_weights()
+        super().check_input(input, batch_sizes)
+
     def _check_ranks(self, input: Tensor, hx: States) -> None:
         """torch's errors, word by word."""
         name, rank = self.mode.partition("_")[0], input.dim()
