@@ -104,6 +104,8 @@ def general_empty(like: torch.Tensor, shape: tuple[int, ...] | None, dtype: torc
 # What compiled code of torch allocates with: without parsing of arguments and dispatch, a third of the time of `torch.empty`.
 empty_strided_cpu = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
 
+deterministic = torch._C._get_deterministic_algorithms  # what the public function, one of Python's, calls
+
 # The C++ backend, once imported, puts faster ones here.
 call_kind: Callable[[tuple[Any, ...], int], int] = _call_kind
 empty: Callable[[torch.Tensor, tuple[int, ...] | None, torch.dtype | None], torch.Tensor] = general_empty

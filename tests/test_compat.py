@@ -112,12 +112,18 @@ class _Watched(torch.autograd.Function):
 @pytest.mark.parametrize("shape", [None, (), (0, 4), (2, 0, 3), (5, 4)])
 @pytest.mark.parametrize("dtype", [None, torch.float64])
 def test_empty_is_as_torch_makes_it(like, shape, dtype):
+    torch.use_deterministic_algorithms(False)  # the fixture for all tests puts it back
     for context in (torch.enable_grad, torch.inference_mode):
         with context():
             found, expected = _compat.empty(like, shape, dtype), _compat.general_empty(like, shape, dtype)
         for what in ("shape", "dtype", "device", "requires_grad"):
             assert getattr(found, what) == getattr(expected, what)
         assert found.stride() == expected.stride() and found.is_inference() == expected.is_inference()
+
+
+def test_empty_is_filled_where_torch_fills():
+    assert torch.are_deterministic_algorithms_enabled()
+    assert _compat.empty(torch.ones(3), None, None).isnan().all()
 
 
 def test_eager_apply_records_the_gradient():

@@ -15,7 +15,7 @@ namespace {
 struct Torch {
   PyTypeObject *tensor, *parameter;  // the classes of plain tensors
   std::vector<PyObject*> watchers;
-  PyObject *forward_ad, *grad_enabled, *empty_strided, *general_empty;
+  PyObject *forward_ad, *grad_enabled, *deterministic, *empty_strided, *general_empty;
   PyObject *current_level, *is_neg, *requires_grad, *dtype;  // names
 };
 Torch torch{};
@@ -23,12 +23,13 @@ Torch torch{};
 PyObject* kept(const py::handle& object) { return object.inc_ref().ptr(); }
 
 void bind_torch(const py::type& tensor, const py::type& parameter, const py::list& watchers,
-                const py::object& forward_ad, const py::object& grad_enabled, const py::object& empty_strided,
-                const py::object& general_empty) {
+                const py::object& forward_ad, const py::object& grad_enabled, const py::object& deterministic,
+                const py::object& empty_strided, const py::object& general_empty) {
   torch.tensor = reinterpret_cast<PyTypeObject*>(kept(tensor));
   torch.parameter = reinterpret_cast<PyTypeObject*>(kept(parameter));
   for (const py::handle watcher : watchers) torch.watchers.push_back(kept(watcher));
   torch.forward_ad = kept(forward_ad), torch.grad_enabled = kept(grad_enabled);
+  torch.deterministic = kept(deterministic);
   torch.empty_strided = kept(empty_strided), torch.general_empty = kept(general_empty);
   torch.current_level = PyUnicode_InternFromString("_current_level");
   torch.is_neg = PyUnicode_InternFromString("is_neg");
@@ -149,7 +150,9 @@ PyObject* empty(PyObject*, PyObject* const* args, Py_ssize_t n) {
   return guarded([&]() -> PyObject* {
     dlpack::Tensor view;
     py::tuple sizes, strides;
-    if (!view_of(args[0], &view) || view.device.type != dlpack::kCPU || !layout_of(view, args[1], sizes, strides))
+    // Deterministic torch fills fresh memory.
+    if (truth(PyObject_CallNoArgs(torch.deterministic)) || !view_of(args[0], &view) ||
+        view.device.type != dlpack::kCPU || !layout_of(view, args[1], sizes, strides))
       return PyObject_Vectorcall(torch.general_empty, args, 3, nullptr);
     const auto dtype = args[2] == Py_None ? py::reinterpret_steal<py::object>(PyObject_GetAttr(args[0], torch.dtype))
                                           : py::reinterpret_borrow<py::object>(args[2]);
@@ -168,7 +171,7 @@ PyMethodDef fast(const char* name, Function function) {
 
 void bind_calls(py::module_& m) {
   m.def("bind_torch", &bind_torch, py::arg("tensor"), py::arg("parameter"), py::arg("watchers"), py::arg("forward_ad"),
-        py::arg("grad_enabled"), py::arg("empty_strided"), py::arg("general_empty"));
+        py::arg("grad_enabled"), py::arg("deterministic"), py::arg("empty_strided"), py::arg("general_empty"));
   static PyMethodDef functions[] = {
       fast("call_kind", &call_kind), fast("tensor_key", &tensor_key), fast("empty", &empty), {}};
   if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();

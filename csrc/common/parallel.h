@@ -19,6 +19,7 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -157,7 +158,7 @@ class TeamState {
 
 template <class Body>
 void team(int size, const Body& body) {
-  if (size > num_threads()) size = num_threads();
+  if (size > 1) size = std::min(size, num_threads());
   if (size > 1) {
     struct Context {
       const Body& body;

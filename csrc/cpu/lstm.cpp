@@ -71,7 +71,7 @@ Call arguments(const Inputs& in, bool reverse) {
 int ranks_for(int64_t batch, int64_t hidden, int64_t units) {
   constexpr int64_t kStepFlops = 100000;
   const int64_t ranks = std::min<int64_t>(units, 8 * batch * hidden * hidden / kStepFlops);
-  return int(std::clamp<int64_t>(ranks, 1, num_threads()));
+  return ranks <= 1 ? 1 : int(std::min<int64_t>(ranks, num_threads()));
 }
 
 // Steps of chunk i in running order, as a span of t.

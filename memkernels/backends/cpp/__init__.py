@@ -12,6 +12,7 @@ _C.bind_torch(
     list(_compat.WATCHERS),
     _compat.forward_ad,
     torch.is_grad_enabled,
+    _compat.deterministic,
     _compat.empty_strided_cpu,
     _compat.general_empty,
 )
