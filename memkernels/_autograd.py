@@ -135,17 +135,43 @@ def _differentiate(op: Op, backward_function: Any, args: tuple[Any, ...]) -> Any
 
 
 def _backward_function(op: Op) -> Any:
-    """Its own backward differentiates the reference, so every order is right, never silently zero."""
+    """Its own backward is the reference's `second_order`, or differentiates the reference: every order is right, never silently zero."""
+    explicit = getattr(op.reference, "second_order", None)
+    n_saved = op.end_inputs if explicit is None else op.end_saved
 
     def forward(*args: Any) -> Any:
         return op.backward_op(*args)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[: op.end_inputs])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:n_saved])
         ctx.options, ctx.needs, ctx.n_args = inputs[op.end_saved : -1], inputs[-1], len(inputs)
 
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
-        leaves, n = ctx.saved_tensors, op.end_douts
+        saved, asked = ctx.saved_tensors, [c if need else None for c, need in zip(cotangents, ctx.needs)]
+        if all(c is None for c in asked):
+            return (None,) * ctx.n_args
+        found = _explicit(ctx, saved, asked) if explicit else None
+        return _by_reference(ctx, saved[: op.end_inputs], asked) if found is None else found
+
+    def _explicit(ctx: Any, saved: tuple[Any, ...], cotangents: list[Any]) -> tuple[Any, ...] | None:
+        """The gradient that nobody differentiates again, by the explicit pass if there is one for this call."""
+        given = (*saved, *cotangents)
+        if torch.is_grad_enabled() or _compat.call_kind(given, len(given)) != PLAIN_CALL:
+            return None
+        places = [*range(op.end_douts), *(op.end_douts + i for i in op.differentiable)]
+        needs = [ctx.needs_input_grad[i] for i in places]
+        found = op.reference.second_order(cotangents, needs, *saved, *ctx.options)
+        if found is None:
+            return None
+        gradients: list[Any] = [None] * ctx.n_args
+        for i, need, gradient in zip(places, needs, found):
+            if need and saved[i] is not None:
+                gradients[i] = gradient
+        return tuple(gradients)
+
+    def _by_reference(ctx: Any, leaves: tuple[Any, ...], asked: list[Any]) -> tuple[Any, ...]:
+        n = op.end_douts
         active = [i for i, t in enumerate(leaves) if t is not None and (i < n or op.inputs[i - n].differentiable)]
 
         def pure(*primals: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -155,8 +181,8 @@ def _backward_function(op: Op) -> Any:
             return op.pure_backward(values[:n], values[n:], ctx.options, ctx.needs)
 
         values, pullback = torch.func.vjp(pure, *(leaves[i] for i in active))[:2]
-        asked = [c for c, need in zip(cotangents, ctx.needs) if need]
-        found = pullback(tuple(torch.zeros_like(v) if c is None else c for c, v in zip(asked, values)))
+        cotangents = [c for c, need in zip(asked, ctx.needs) if need]
+        found = pullback(tuple(torch.zeros_like(v) if c is None else c for c, v in zip(cotangents, values)))
         gradients: list[Any] = [None] * ctx.n_args
         for i, gradient in zip(active, found):
             gradients[i] = gradient

@@ -108,6 +108,15 @@ def products(dz: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     return dz.flatten(0, 1).mT @ seen.flatten(0, 1)
 
 
+def summed(*pairs: tuple[torch.Tensor | None, torch.Tensor | None]) -> torch.Tensor | None:
+    """The sum of the products of pairs of matrices, of those pairs that are whole; None without any."""
+    found = None
+    for left, right in pairs:
+        if left is not None and right is not None:
+            found = left @ right if found is None else found.addmm_(left, right)
+    return found
+
+
 def total(dz: torch.Tensor) -> torch.Tensor:
     return dz.sum((0, 1))
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from memkernels.backends.reference._lstm_cell import Cell, normalise, normalise_backward
+from memkernels.backends.reference._lstm_second import SecondOrder
 from memkernels.backends.reference._math import compute
 from memkernels.backends.reference._recurrence import Rows, blocks, each, products, total, without_steps
 
@@ -110,6 +111,22 @@ def backward(doutput, dh_n, dc_n, dcells, *flat):
     found.append(None if cell.weight_co is None else products(dz_o, c_new))
     found += dresets or [None, None]
     return tuple(None if d is None else d.to(dtype) for d in found)
+
+
+def second_order(cotangents, needs, doutput, dh_n, dc_n, dcells, *flat):
+    call, saved, doutputs = Call(*flat[:17], *flat[20:]), flat[17:20], (doutput, dh_n, dc_n, dcells)
+    changed = (call.weight_hr, call.peephole, call.norm_weight, call.weight_co)
+    drawn = call.zoneout_h or call.zoneout_c or call.recurrent_dropout
+    if drawn or call.recompute or not call.input.shape[0] or any(t is not None for t in changed):
+        return None
+    second = SecondOrder(call, cotangents, saved)
+    (h_n, c_n), (h, c) = second.tangents()
+    found = [h, h_n, c_n, c]
+    if True not in needs[len(found) :]:
+        return [*found, *[None] * 14]
+    adjoints = second.adjoints(doutputs)
+    found += second.gradients(needs[len(found) :], adjoints[0], second.adjoint_tangents(adjoints))
+    return [d if d is None else d.to(call.input.dtype) for d in found]
 
 
 def _projected_backward(cell, seen, dz):
