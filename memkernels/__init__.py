@@ -15,11 +15,14 @@ from memkernels.ops import (
     attention,
     content_address,
     content_read,
+    gru,
+    gru_gates,
     lstm,
     lstm_gates,
     memory_read,
     memory_write,
     memory_write_,
+    rnn,
 )
 
 if TYPE_CHECKING:
@@ -38,11 +41,14 @@ __all__ = [
     "content_read",
     "cpu_level",
     "explain",
+    "gru",
+    "gru_gates",
     "lstm",
     "lstm_gates",
     "memory_read",
     "memory_write",
     "memory_write_",
+    "rnn",
 ]
 
 _LAZY = ("bench", "models", "nn", "testing")

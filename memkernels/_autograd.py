@@ -37,17 +37,21 @@ def _class(op: Op, suffix: str, **methods: Any) -> Any:
 
 
 def _forward_rule(op: Op, call: Any) -> Any:
-    return _vmap.rule(call, [a.batch for a in op.inputs], [o.batch for o in op.outputs], lambda args: False)
+    def depends_on_rows(args: tuple[Any, ...]) -> bool:
+        return any(args[i] is not None for i in op.by_row)
+
+    return _vmap.rule(call, [a.batch for a in op.inputs], [o.batch for o in op.outputs], depends_on_rows)
 
 
 def _backward_rule(op: Op, call: Any) -> Any:
     douts = [op.outputs[i].batch for i in op.differentiable_outputs]
     out_axes = [op.inputs[i].batch for i in op.differentiable]
 
-    def sums_over_batch(args: tuple[Any, ...]) -> bool:
-        return any(need and axis is None for need, axis in zip(args[-1], out_axes))
+    def must_loop(args: tuple[Any, ...]) -> bool:
+        sums_over_batch = any(need and axis is None for need, axis in zip(args[-1], out_axes))
+        return sums_over_batch or any(args[op.end_douts + i] is not None for i in op.by_row)
 
-    return _vmap.rule(call, [*douts, *(a.batch for a in op.inputs), *(o.batch for o in op.saved)], out_axes, sums_over_batch)
+    return _vmap.rule(call, [*douts, *(a.batch for a in op.inputs), *(o.batch for o in op.saved)], out_axes, must_loop)
 
 
 def _forward_function(op: Op, general: Any) -> Any:

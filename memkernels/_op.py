@@ -13,12 +13,16 @@ from memkernels import _backends
 
 @dataclass(frozen=True)
 class Arg:
-    """A tensor argument. `batch` is the axis of B in it, None for a tensor that the whole batch shares."""
+    """A tensor argument. `batch` is the axis of B in it, None for a tensor that the whole batch shares.
+
+    `by_row`: what it does to a row depends on the place of the row in the batch (a seed), so that vmap may not fold into the batch.
+    """
 
     name: str
     differentiable: bool = True
     optional: bool = False
     batch: int | None = 0
+    by_row: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Op:
         self.differentiable = tuple(i for i, a in enumerate(inputs) if a.differentiable)
         self.differentiable_outputs = tuple(i for i, o in enumerate(outputs) if o.differentiable)
         self.saved_outputs = tuple(i for i, o in enumerate(outputs) if o.save)
+        self.by_row = tuple(i for i, a in enumerate(inputs) if a.by_row)
         # Where the arguments of the backward op end: upstream gradients, inputs, saved outputs, then options and needs.
         self.end_douts = len(self.differentiable_outputs)
         self.end_inputs = self.end_douts + len(inputs)

@@ -1,108 +1,127 @@
-"""`lstm` in plain torch: a loop over T, with its gradient written out."""
+"""`lstm` in plain torch: the loop over T of one cell (`_lstm_cell.py`), products and sums for all steps at once around it."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from memkernels.backends.reference._lstm_cell import Cell, normalise, normalise_backward
 from memkernels.backends.reference._math import compute
+from memkernels.backends.reference._recurrence import Rows, blocks, each, products, total, without_steps
 
 
-def _keep(condition, t):
-    """`t` where the condition holds, exact zero elsewhere (NaN included)."""
-    return torch.where(condition[:, None], t, torch.zeros_like(t))
+class Call(NamedTuple):
+    """The flat arguments of the op."""
+
+    input: Any
+    h0: Any
+    c0: Any
+    weight_ih: Any
+    weight_hh: Any
+    bias_ih: Any
+    bias_hh: Any
+    weight_hr: Any
+    peephole: Any
+    norm_weight: Any
+    norm_bias: Any
+    weight_co: Any
+    reset: Any
+    reset_h: Any
+    reset_c: Any
+    lengths: Any
+    seed: Any
+    reverse: bool
+    num_heads: int
+    zoneout_h: float
+    zoneout_c: float
+    recurrent_dropout: float
+    expected: bool
+    recompute: bool
+    return_cells: bool
+    training: bool
 
 
-def _kept(reset, active):
-    """Rows whose state enters the step; a reset past the end of a row means nothing."""
-    return ~reset if active is None else ~(reset & active)
-
-
-def _steps(count, reverse):
-    return range(count - 1, -1, -1) if reverse else range(count)
-
-
-def forward(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, reset, lengths, reverse, return_cells, training):
-    dtype, count = input.dtype, input.shape[0]
-    w_hh = compute(weight_hh)
-    projected = compute(input) @ compute(weight_ih).mT
-    for bias in (bias_ih, bias_hh):
-        projected = projected if bias is None else projected + compute(bias)
-    h, c = compute(h0), compute(c0)
-    empty = h.new_zeros(0)
-    output: list[Any] = [None] * count
-    cells: list[Any] = [None] * count
-    gates: list[Any] = [None] * count
-    for t in _steps(count, reverse):
-        active = None if lengths is None else t < lengths
-        if reset is not None:
-            h, c = _keep(_kept(reset[t], active), h), _keep(_kept(reset[t], active), c)
-        zi, zf, zg, zo = (projected[t] + h @ w_hh.mT).chunk(4, -1)
-        i, f, g, o = torch.sigmoid(zi), torch.sigmoid(zf), torch.tanh(zg), torch.sigmoid(zo)
-        c_new = f * c + i * g
-        h_new = o * torch.tanh(c_new)
-        output[t], cells[t], gates[t] = h_new, c_new, torch.cat([i, f, g, o], -1)
-        if active is None:
-            h, c = h_new, c_new
-        else:
-            output[t], cells[t], gates[t] = (_keep(active, v) for v in (output[t], cells[t], gates[t]))
-            h, c = torch.where(active[:, None], h_new, h), torch.where(active[:, None], c_new, c)
-    h_all = torch.stack(output) if count else h.new_zeros(0, *h.shape)
-    c_all = torch.stack(cells) if count else h_all
-    g_all = torch.stack(gates) if count else h.new_zeros(0, h.shape[0], 4 * h.shape[1])
-    results = (h_all, h.clone(), c.clone(), c_all if training or return_cells else empty, g_all if training else empty)
+def forward(*flat):
+    call = Call(*flat)
+    dtype, rows = call.input.dtype, Rows(call.input.shape[0], call.reverse, call.reset, call.lengths)
+    keep = call.training and not call.recompute
+    (h_n, c_n), kept = _run(call, rows, Cell(call, rows), keep)
+    if not rows.count:
+        kept = [h_n.new_zeros(0, *h_n.shape), c_n.new_zeros(0, *c_n.shape), c_n.new_zeros(0, len(c_n), 4 * c_n.shape[1])]
+    missing = h_n.new_zeros(0)
+    results = (kept[0], h_n.clone(), c_n.clone(), kept[1] if keep or call.return_cells else missing, kept[2] if keep else missing)
     return tuple(r.to(dtype) for r in results)
 
 
-def backward(
-    doutput, dh_n, dc_n, dcells, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, reset, lengths,
-    output, cells, gates, reverse, return_cells, training,
-):  # fmt: skip
-    dtype, count = input.dtype, input.shape[0]
-    first, before = (count - 1, 1) if reverse else (0, -1)
-    w_ih, w_hh = compute(weight_ih), compute(weight_hh)
-    h_start, c_start = compute(h0), compute(c0)
-    output, cells, gates = compute(output), compute(cells), compute(gates)
-    dh = torch.zeros_like(h_start) if dh_n is None else compute(dh_n)
-    dc = torch.zeros_like(c_start) if dc_n is None else compute(dc_n)
-    dz_steps: list[Any] = [None] * count
-    entering_steps: list[Any] = [None] * count
-    for t in _steps(count, not reverse):
-        h, c = (h_start, c_start) if t == first else (output[t + before], cells[t + before])
-        active = None if lengths is None else t < lengths
-        if reverse and lengths is not None and t != first:
-            # A row that ends before step t + 1 starts here, from the initial state.
-            started = (t + 1 < lengths)[:, None]
-            h, c = torch.where(started, h, h_start), torch.where(started, c, c_start)
-        if reset is not None:
-            h, c = _keep(_kept(reset[t], active), h), _keep(_kept(reset[t], active), c)
-        entering_steps[t] = h
-        i, f, g, o = gates[t].chunk(4, -1)
-        tanh_c = torch.tanh(cells[t])
-        dh_t = dh if doutput is None else dh + compute(doutput[t])
-        dc_t = dc if dcells is None else dc + compute(dcells[t])
-        dc_t = dc_t + dh_t * o * (1 - tanh_c * tanh_c)
-        do = dh_t * tanh_c * o * (1 - o)
-        dz_t = torch.cat([dc_t * g * i * (1 - i), dc_t * c * f * (1 - f), dc_t * i * (1 - g * g), do], -1)
-        dz_steps[t] = dz_t if active is None else _keep(active, dz_t)
-        dh_old, dc_old = dz_steps[t] @ w_hh, dc_t * f
-        if reset is not None:
-            dh_old, dc_old = _keep(_kept(reset[t], active), dh_old), _keep(_kept(reset[t], active), dc_old)
-        dh = dh_old if active is None else torch.where(active[:, None], dh_old, dh)
-        dc = dc_old if active is None else torch.where(active[:, None], dc_old, dc)
-    dz = torch.stack(dz_steps).flatten(0, 1) if count else h_start.new_zeros(0, w_hh.shape[0])
-    entering = torch.stack(entering_steps).flatten(0, 1) if count else h_start.new_zeros(0, w_hh.shape[1])
-    dbias = dz.sum(0).to(dtype)
-    dinput = (dz @ w_ih).reshape(input.shape).to(dtype)
-    seen = compute(input)
-    if lengths is not None and count:
-        # What lies past the end of a row may be anything, NaN included.
-        alive = torch.arange(count, device=lengths.device)[:, None] < lengths
-        seen = torch.where(alive[:, :, None], seen, torch.zeros_like(seen))
-    dw_ih = (dz.mT @ seen.reshape(-1, input.shape[2])).to(dtype) if input.numel() else torch.zeros_like(weight_ih)
-    dw_hh = (dz.mT @ entering).to(dtype)
-    return (
-        dinput, dh.to(dtype), dc.to(dtype), dw_ih, dw_hh,
-        None if bias_ih is None else dbias, None if bias_hh is None else dbias.clone(),
-    )  # fmt: skip
+def _run(call, rows, cell, keep):
+    """((h_n, c_n), [h, c, and the activated gates if they are to be kept])."""
+    x = each(cell.projected(rows.living(compute(call.input)), call.bias_ih, call.bias_hh))
+
+    def step(t, h, c):
+        return cell.step(t, x[t], h, c, keep)
+
+    return rows.forward(step, [compute(call.h0), compute(call.c0)], [compute(call.reset_h), compute(call.reset_c)])
+
+
+def backward(doutput, dh_n, dc_n, dcells, *flat):
+    call, (output, cells, gates) = Call(*flat[:17], *flat[20:]), flat[17:20]
+    dtype, rows = call.input.dtype, Rows(call.input.shape[0], call.reverse, call.reset, call.lengths)
+    h0, c0 = compute(call.h0), compute(call.c0)
+    dstates = [torch.zeros_like(s) if d is None else compute(d) for s, d in ((h0, dh_n), (c0, dc_n))]
+    if not rows.count:
+        return without_steps((*call[:12], *call[13:15]), dstates)
+    cell = Cell(call, rows)
+    if call.recompute:
+        cells, gates = _run(call, rows, cell, True)[1][1:]
+    h_old = rows.entering(h0, compute(output), compute(call.reset_h))
+    c_old = rows.entering(c0, compute(cells), compute(call.reset_c))
+    if cell.drop is not None:
+        h_old = h_old * cell.drop
+    i, f, g, o = compute(gates).unflatten(-1, (4, cell.hidden)).unbind(2)
+    c_new = torch.addcmul(f * c_old, i, g) if call.zoneout_c else compute(cells)
+    normal_c: Any = None
+    normal_h: Any = None
+    bounded = c_new
+    if cell.norm is not None:
+        normal_c, normal_h = normalise(c_new), normalise(h_old @ cell.weight.mT)
+        bounded = normal_c[0] * cell.norm[2][0] + cell.norm[2][1]
+    bounded = torch.tanh(bounded)
+    slope_gates = torch.stack([g * i * (1 - i), c_old * f * (1 - f), i * (1 - g * g)], 2)
+    slopes: list[Any] = [each(s) for s in (slope_gates, bounded * o * (1 - o), o * (1 - bounded * bounded), f)]
+    slopes += [None if n is None else list(zip(*map(each, n))) for n in (normal_c, normal_h)]
+
+    def step(t, dh, dc):
+        return cell.step_backward(t, dh, dc, slopes)
+
+    resets = call.reset_h is not None
+    (dh0, dc0), (dz, dh, dy, dproduct), dresets = rows.backward(step, dstates, [compute(doutput), compute(dcells)], resets)
+    dinput, dweight_ih, dnorm_x = _projected_backward(cell, rows.living(compute(call.input)), dz)
+    dbias, dz_o = total(dz), dz[..., 3 * cell.hidden :]
+    found = [dinput, dh0, dc0, dweight_ih, blocks(products(dproduct, h_old), 4, call.num_heads), dbias, dbias.clone()]
+    found.append(None if cell.weight_hr is None else products(dh, o * bounded))
+    found.append(None if cell.peephole is None else _peephole_backward(dz, c_old, c_new))
+    if cell.norm is None:
+        found += [None, None]
+    else:
+        found += [torch.cat([dnorm_x[0], total(dz * normal_h[0]), total(dy * normal_c[0])]), torch.cat([dnorm_x[1], total(dz), total(dy)])]
+    found.append(None if cell.weight_co is None else products(dz_o, c_new))
+    found += dresets or [None, None]
+    return tuple(None if d is None else d.to(dtype) for d in found)
+
+
+def _projected_backward(cell, seen, dz):
+    """Gradients of the input, of weight_ih, and of gamma and beta of the input's layer norm."""
+    ignored = cell.weight_co is not None
+    dx, dnorm = dz[..., : 3 * cell.hidden] if ignored else dz, None
+    if cell.norm is not None:
+        normal, scale = normalise(seen @ cell.weight_ih.mT)
+        dnorm = [torch.nn.functional.pad(total(d), (0, cell.hidden if ignored else 0)) for d in (dx * normal, dx)]
+        dx = normalise_backward(dx * cell.norm[0][0][: dx.shape[-1]], normal, scale)
+    dweight = products(dx, seen)
+    return dx @ cell.weight_ih, torch.nn.functional.pad(dweight, (0, 0, 0, cell.hidden)) if ignored else dweight, dnorm
+
+
+def _peephole_backward(dz, c_old, c_new):
+    i, f, _, o = dz.unflatten(-1, (4, c_old.shape[-1])).unbind(2)
+    return torch.stack([total(i * c_old), total(f * c_old), total(o * c_new)])

@@ -158,8 +158,13 @@ def _lstm_bwd_kernel(
         tl.debug_barrier()
 
 
-def supports(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, reset, lengths, reverse, return_cells, training):
-    return refuse(input)
+def supports(
+    input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norm_weight, norm_bias, weight_co, reset, reset_h, reset_c,
+    lengths, seed, reverse, num_heads, zoneout_h, zoneout_c, recurrent_dropout, expected, recompute, return_cells, training,
+):  # fmt: skip
+    if weight_hr is peephole is norm_weight is weight_co is reset_h is None and num_heads == 1 and not recompute:
+        return "knows no zoneout or recurrent dropout" if zoneout_h or zoneout_c or recurrent_dropout else refuse(input)
+    return "knows no peephole, layer_norm, output_gate, weight_hr, reset_state, num_heads or recompute"
 
 
 def _launch_steps(kernel, steps, count, tensors, sizes, *args, reverse, dtype):
@@ -175,8 +180,10 @@ def _launch_steps(kernel, steps, count, tensors, sizes, *args, reverse, dtype):
 
 
 def forward(
-    output, h_n, c_n, cells, gates, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, reset, lengths, reverse, return_cells, training
-):
+    output, h_n, c_n, cells, gates, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norm_weight, norm_bias,
+    weight_co, reset, reset_h, reset_c, lengths, seed, reverse, num_heads, zoneout_h, zoneout_c, recurrent_dropout, expected, recompute,
+    return_cells, training,
+):  # fmt: skip
     (count, batch, width), hidden, dtype = input.shape, weight_hh.shape[1], input.dtype
     projected = input.new_empty(count * batch, 4 * hidden, dtype=torch.float32)
     _matmul.matmul(projected, input.reshape(count * batch, width), weight_ih.mT, dtype, bias_ih, bias_hh)
@@ -205,8 +212,10 @@ def _entering(h0, output, reset, lengths, reverse):
 
 
 def backward(
-    dinput, dh0, dc0, dweight_ih, dweight_hh, dbias_ih, dbias_hh, doutput, dh_n, dc_n, dcells, input, h0, c0, weight_ih, weight_hh,
-    bias_ih, bias_hh, reset, lengths, output, cells, gates, reverse, return_cells, training,
+    dinput, dh0, dc0, dweight_ih, dweight_hh, dbias_ih, dbias_hh, dweight_hr, dpeephole, dnorm_weight, dnorm_bias, dweight_co,
+    dreset_h, dreset_c, doutput, dh_n, dc_n, dcells, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole,
+    norm_weight, norm_bias, weight_co, reset, reset_h, reset_c, lengths, seed, output, cells, gates, reverse, num_heads,
+    zoneout_h, zoneout_c, recurrent_dropout, expected, recompute, return_cells, training,
 ):  # fmt: skip
     (count, batch, width), hidden, dtype = input.shape, weight_hh.shape[1], input.dtype
     dz = input.new_empty(count * batch, 4 * hidden, dtype=torch.float32)
