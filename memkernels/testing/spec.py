@@ -53,11 +53,14 @@ class Input:
 
 
 def size(term: str, dims: Mapping[str, int]) -> int:
-    """The size of one term such as "B", "4H", "2S+1" or "3"."""
+    """The size of one term such as "B", "4H", "2S+1" or "3"; letters that are not given ("HP") stand for those they begin with ("H")."""
     match = re.fullmatch(r"(\d*)([A-Za-z]*)(?:\+(\d+))?", term)
     if match is None or not (match[1] or match[2]):
         raise ValueError(f"dims: cannot read {term!r}")
-    return int(match[1] or 1) * (dims[match[2]] if match[2] else 1) + int(match[3] or 0)
+    letters = match[2]
+    while len(letters) > 1 and letters not in dims:
+        letters = letters[:-1]
+    return int(match[1] or 1) * (dims[letters] if letters else 1) + int(match[3] or 0)
 
 
 @dataclass(frozen=True)

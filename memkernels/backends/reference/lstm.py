@@ -95,6 +95,8 @@ def backward(doutput, dh_n, dc_n, dcells, *flat):
         return cell.step_backward(t, dh, dc, slopes)
 
     resets = call.reset_h is not None
+    if call.recompute and not call.return_cells:
+        dcells = None  # what stands for cells that were not asked for
     (dh0, dc0), (dz, dh, dy, dproduct), dresets = rows.backward(step, dstates, [compute(doutput), compute(dcells)], resets)
     dinput, dweight_ih, dnorm_x = _projected_backward(cell, rows.living(compute(call.input)), dz)
     dbias, dz_o = total(dz), dz[..., 3 * cell.hidden :]
