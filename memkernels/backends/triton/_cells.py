@@ -105,7 +105,7 @@ def before(all_ptr, first_ptr, t, b, unit, length, tile, B, N, REVERSE: tl.const
     if REVERSE:
         new, earlier = t + 1 >= length, t + 1
     else:
-        new, earlier = (t == 0) & (length >= 0), t - 1
+        new, earlier = tl.zeros_like(length) == t, t - 1
     own = b[:, None] * N + unit[None, :]
     past = tl.load(all_ptr + earlier * B * N + own, mask=tile & (new == 0)[:, None], other=0.0)
     initial = tl.load(first_ptr + own, mask=tile & new[:, None], other=0.0)

@@ -91,24 +91,38 @@ def pointwise(hidden: int) -> Rows:
 
 
 @dataclass(frozen=True)
-class Steps:
-    """Tiles of lstm: batch rows x hidden units, summed over block_k at a time; `persistent`: one program runs all steps of its rows."""
+class Recurrence:
+    """Tiles of a recurrent layer: batch rows x hidden units (x state units), summed over block_k; `resident`: one program runs all steps."""
 
     block_b: int
     block_h: int
+    block_p: int
     block_k: int
     num_warps: int
-    persistent: bool
+    resident: bool
 
 
-def lstm(hidden: int, wide: bool, interpreted: bool = False) -> Steps:
-    """`wide`: float32 weights, of which half as many fit. The interpreter is paid by the operation, whatever its size."""
-    block_h = power_of_two(hidden, 16)
+def recurrence(
+    units: int, state: int, heads: int, extra: tuple[int, bool], wide: bool, backward: bool, interpreted: bool = False
+) -> Recurrence:
+    """Of one head: `units` hidden units and `state` elements of what enters weight_hh. `extra`: further square weights of a step, and whether
+    it has a layer norm; both need whole rows. `wide`: float32. The interpreter is paid by the operation, whatever its size."""
+    block_h, block_p = power_of_two(units, 16), power_of_two(state, 16)
+    largest = max(block_h, block_p)
+    more, norm = extra
     limit = 64 if wide else 128
-    persistent = block_h <= limit
-    block_h = block_h if persistent else 128 if interpreted else 32
-    block_k = min(256 if interpreted else 32, power_of_two(hidden, 16))
-    return Steps(16, block_h, block_k, 8 if block_h > (32 if wide else 64) else 4, persistent)
+    if heads == 1 or not (more or norm):
+        if largest <= limit:
+            return Recurrence(16, block_h, block_p, 16, 8 if largest > (32 if wide else 64) else 4, True)
+    block = 128 if interpreted else 32
+    return Recurrence(16, block, 16, min(256 if interpreted else 32, power_of_two(max(units, state), 16)), 4, False)
+
+
+def recurrence_rows(hidden: int, whole: bool) -> Recurrence:
+    """Of a step without products; `whole`: a program sums over whole rows."""
+    block_h = power_of_two(hidden, 16) if whole else min(128, power_of_two(hidden, 16))
+    block_b = max(1, 1024 // block_h)
+    return Recurrence(block_b, block_h, 16, 16, max(4, min(16, block_h // 256)), False)
 
 
 @dataclass(frozen=True)

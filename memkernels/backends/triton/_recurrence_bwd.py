@@ -174,12 +174,12 @@ def recurrence_bwd_kernel(
     begin, end = span(first, last, length + (1 if SOURCE == LOOP else 0), T, REVERSE)
     for step in range(begin, end):
         t = tl.cast(step if REVERSE else T - 1 - step, tl.int64)
-        running = (t < length) & (t >= 0)
+        running = (t < length) & (tl.zeros_like(length) <= t)
         live, alive = running[:, None], tile & running[:, None]
         starts = restarts(reset_ptr, t, b, running, reset_stride_t, reset_stride_b)
         if SOURCE == LOOP:
             later = t - 1 if REVERSE else t + 1
-            ran = (later < length) & (later >= 0)
+            ran = (later < length) & (tl.zeros_like(length) <= later)
             total = _streamed(
                 dhidden_ptr, weight_ptr, later, b, ran, head, j, part, B, DH, DP, gate, GATES, BLOCK_B, BLOCK_H, BLOCK_K, PRECISION
             )
