@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from memkernels import _backends, _vmap
-from memkernels._compat import autocast_enabled, eager_apply, plain_call, plain_gradients
+from memkernels import _backends, _compat, _vmap
+from memkernels._compat import PLAIN_CALL, autocast_enabled, eager_apply
 from memkernels._op import Op, filled
 
 
@@ -113,7 +113,7 @@ def _eager_function(op: Op, general: Any) -> Any:
 
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         saved, needed = ctx.saved_tensors, ctx.needs_input_grad  # once: some hooks hand a saved tensor out only once
-        plain = not torch.is_grad_enabled() and ctx.backend is None and plain_call((*grads, *saved)) and plain_gradients(grads)
+        plain = not torch.is_grad_enabled() and ctx.backend is None and _compat.call_kind((*grads, *saved), len(grads)) == PLAIN_CALL
         doutputs = [grads[i] for i in op.differentiable_outputs]
         if not plain or all([g is None for g in doutputs]):
             return general(ctx, saved, grads)

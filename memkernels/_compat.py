@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,25 +61,52 @@ def jit_tracing() -> bool:
     return torch._C._get_tracing_state() is not None
 
 
+# True where somebody looks at or changes calls: a transform, autocast, a mode, a profiler, a trace.
+WATCHERS = (
+    torch._C._are_functorch_transforms_active,
+    torch._C._is_any_autocast_enabled,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    torch._C._autograd._profiler_enabled,
+    torch._C._get_tracing_state,
+)
+
+
 def plain_call(args: tuple[Any, ...]) -> bool:
     """True if nobody looks at or changes this call: no transform, forward-mode level, autocast, mode, trace, profiler or tensor subclass.
 
     Such a call needs none of what the dispatcher does, which is half of what a small call costs.
     """
-    return not (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._get_tracing_state() is not None
-    ) and _PLAIN_ARGUMENTS.issuperset(map(type, args))
+    return not (forward_ad_active() or any(watcher() for watcher in WATCHERS)) and _PLAIN_ARGUMENTS.issuperset(map(type, args))
 
 
-def plain_gradients(tensors: tuple[Any, ...]) -> bool:
-    """False where a tensor that looks plain hides a batch (`is_grads_batched=True`) or a sign (`z.conj().imag`)."""
-    return True not in [t is not None and (t.is_neg() or torch._C._functorch.is_legacy_batchedtensor(t)) for t in tensors]
+ROUTED, PLAIN_CALL, RECORDED = range(3)
+
+
+def _call_kind(args: tuple[Any, ...], inputs: int) -> int:
+    """ROUTED: the dispatcher must see the call. Else PLAIN_CALL, or RECORDED if one of the first `inputs` arguments wants a gradient.
+
+    What looks plain may hide a sign (`z.conj().imag`) or a batch (the gradients of `is_grads_batched=True`).
+    """
+    tensors = [t for t in args[:inputs] if t is not None]
+    if not plain_call(args) or True in [t.is_neg() or torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors]:
+        return ROUTED
+    return RECORDED if torch.is_grad_enabled() and True in [t.requires_grad for t in tensors] else PLAIN_CALL
+
+
+def general_empty(like: torch.Tensor, shape: tuple[int, ...] | None, dtype: torch.dtype | None) -> torch.Tensor:
+    """A contiguous tensor on the device of `like`; its shape and dtype are those of `like` where they are None."""
+    if shape is None and dtype is None:
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+    return like.new_empty(like.shape if shape is None else shape, dtype=dtype)
+
+
+# What compiled code of torch allocates with: without parsing of arguments and dispatch, a third of the time of `torch.empty`.
+empty_strided_cpu = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
+
+# The C++ backend, once imported, puts faster ones here.
+call_kind: Callable[[tuple[Any, ...], int], int] = _call_kind
+empty: Callable[[torch.Tensor, tuple[int, ...] | None, torch.dtype | None], torch.Tensor] = general_empty
 
 
 def eager_apply(function: type[torch.autograd.Function]) -> Any:

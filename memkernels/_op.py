@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from memkernels import _backends
+from memkernels import _backends, _compat
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Op:
         self.name, self.inputs, self.outputs = name, inputs, outputs
         self.options, self.allocate, self.autocast = options, allocate, autocast
         self.reference = _backends.reference(name)
+        self.n_inputs = len(inputs)
         self.saved = tuple(o for o in outputs if o.save)
         self.differentiable = tuple(i for i, a in enumerate(inputs) if a.differentiable)
         self.differentiable_outputs = tuple(i for i, o in enumerate(outputs) if o.differentiable)
@@ -90,7 +91,7 @@ class Op:
 
     def compute(self, *args: Any) -> tuple[torch.Tensor | None, ...]:
         """All outputs; None for one that was not asked for."""
-        module, is_reference = _backends.choose(self.name, args[0].device.type, args)
+        module, is_reference = _backends.choose(self.name, _device_type(args[0]), args)
         if is_reference:
             return self.allocate(*args) if args[0].is_meta else fresh(module.forward(*args), args)
         outputs = self.allocate(*args)
@@ -105,7 +106,7 @@ class Op:
 
     def gradients(self, doutputs: Any, inputs: Any, saved: Any, options: Any, needs: Any) -> list[torch.Tensor | None]:
         """One gradient per differentiable input, None where `needs` says so."""
-        module, is_reference = _backends.choose(self.name, inputs[0].device.type, (*inputs, *options))
+        module, is_reference = _backends.choose(self.name, _device_type(inputs[0]), (*inputs, *options))
         if is_reference:
             found = module.backward(*doutputs, *inputs, *saved, *options)
             return self._reference_gradients(found, (*doutputs, *inputs, *saved), inputs, needs)
@@ -140,14 +141,24 @@ def _returns(n: int) -> str:
     return "Tensor" if n == 1 else f"({', '.join(['Tensor'] * n)})"
 
 
+def _device_type(tensor: torch.Tensor) -> str:
+    """`tensor.device.type`, for tensors on a CPU in a quarter of the time."""
+    return "cpu" if tensor.is_cpu else tensor.device.type
+
+
 def empty_like(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor of the same size and type; takes two thirds of the time of `new_empty`."""
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    """A contiguous tensor of the same size and type."""
+    return _compat.empty(tensor, None, None)
+
+
+def new_empty(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A contiguous tensor on the device of `like`, of its dtype unless one is given; for a small call faster than `like.new_empty`."""
+    return _compat.empty(like, shape, dtype)
 
 
 def filled(outputs: Iterable[torch.Tensor | None], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Torch ops return tensors only: an empty one stands for None."""
-    return tuple(like.new_empty(0) if t is None else t for t in outputs)
+    return tuple(new_empty(like, (0,)) if t is None else t for t in outputs)
 
 
 def single(outputs: tuple[Any, ...]) -> Any:

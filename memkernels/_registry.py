@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from memkernels import _autograd, _backends
-from memkernels._compat import autocast_enabled, forward_ad_active, functorch_active, plain_call
-from memkernels._op import Arg, Op, Out, empty_like
+from memkernels import _autograd, _backends, _compat
+from memkernels._compat import PLAIN_CALL, RECORDED, ROUTED, autocast_enabled, forward_ad_active, functorch_active
+from memkernels._op import Arg, Op, Out, empty_like, new_empty
 
-__all__ = ["OPS", "Arg", "Out", "capture", "define_inplace", "define_op", "empty_like", "explain"]
+__all__ = ["OPS", "Arg", "Out", "capture", "define_inplace", "define_op", "empty_like", "explain", "new_empty"]
 
 LIBRARY = torch.library.Library("memkernels", "DEF")
 OPS: dict[str, RoutedOp] = {}
@@ -28,12 +28,10 @@ class RoutedOp(Op):
             return self._routed(args)
         if _capturing is not None and _capturing == threading.get_ident():
             raise _Captured(self, args)
-        tensors = [t for t in args[: len(self.inputs)] if t is not None]
-        if not plain_call(args) or True in [t.is_neg() for t in tensors]:
-            return self._routed(args)
-        if torch.is_grad_enabled() and True in [t.requires_grad for t in tensors]:
-            return self.eager_apply(*args)
-        return self.compute(*args)  # type: ignore[return-value]
+        kind = _compat.call_kind(args, self.n_inputs)
+        if kind == PLAIN_CALL:
+            return self.compute(*args)  # type: ignore[return-value]
+        return self.eager_apply(*args) if kind == RECORDED else self._routed(args)
 
     def _routed(self, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         device = args[0].device.type
@@ -179,7 +177,7 @@ class InplaceOp:
             raise _Captured(self.of, args)
         if autocast_enabled(args[0].device.type):  # the memory keeps its dtype, the others follow it
             args = tuple(a.to(args[0].dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
-        if torch.compiler.is_compiling() or not plain_call(args) or True in [t.is_neg() for t in args if isinstance(t, torch.Tensor)]:
+        if torch.compiler.is_compiling() or _compat.call_kind(args, len(args)) == ROUTED:
             self.op(*args)
         else:
             self.run(*args)

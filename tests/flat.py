@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from cases import Case
 
-from memkernels import _backends, _registry
+from memkernels import _backends, _compat, _registry
 from memkernels.testing import compare, inputs
 from memkernels.testing.spec import Tensors
 
@@ -42,13 +42,13 @@ def backward_arguments(op: _registry.RoutedOp, args: tuple[Any, ...], outputs: A
 @contextmanager
 def plain_torch() -> Iterator[None]:
     """Inside, every op is its reference's forward in plain torch: no op, no Function, no vmap rule."""
-    routed, plain_call = _registry.RoutedOp._route, _registry.plain_call
-    _registry.plain_call = lambda args: False
+    routed, call_kind = _registry.RoutedOp._route, _compat.call_kind
+    _compat.call_kind = lambda args, inputs: _compat.ROUTED
     _registry.RoutedOp._route = lambda self, args: tuple(_backends.reference(self.name).forward(*args))  # type: ignore[method-assign]
     try:
         yield
     finally:
-        _registry.RoutedOp._route, _registry.plain_call = routed, plain_call  # type: ignore[method-assign]
+        _registry.RoutedOp._route, _compat.call_kind = routed, call_kind  # type: ignore[method-assign]
 
 
 def of_tensors(case: Case, given: Tensors, forced: bool = True) -> tuple[Callable[..., tuple[torch.Tensor, ...]], list[torch.Tensor]]:

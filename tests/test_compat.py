@@ -76,6 +76,50 @@ def test_autocast_is_asked_of_every_device():
     assert not _compat.autocast_enabled("meta")
 
 
+KINDS = {"python": _compat._call_kind, "in use": lambda args, inputs: _compat.call_kind(args, inputs)}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_kinds_of_calls(kind):
+    plain, leaf = torch.ones(2), torch.ones(2, requires_grad=True)
+    negative = torch.complex(plain, plain).conj().imag
+    assert kind((plain, None, 1.0), 2) == kind((plain, leaf), 1) == _compat.PLAIN_CALL
+    assert kind((plain, leaf, "text"), 2) == _compat.RECORDED
+    for routed in ((plain, negative), (plain, [1]), (plain, plain.as_subclass(type("Sub", (torch.Tensor,), {})))):
+        assert kind(routed, 2) == _compat.ROUTED
+    with torch.no_grad():
+        assert kind((plain, leaf), 2) == _compat.PLAIN_CALL
+    with torch.autograd.forward_ad.dual_level():
+        assert kind((plain, leaf), 2) == _compat.ROUTED
+    seen = []
+    torch.autograd.grad(_Watched.apply(leaf, kind, seen), leaf, torch.eye(2), is_grads_batched=True)
+    assert seen == [_compat.ROUTED]
+
+
+class _Watched(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, kind, seen):
+        ctx.kind, ctx.seen = kind, seen
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.seen.append(ctx.kind((grad,), 1))
+        return grad, None, None
+
+
+@pytest.mark.parametrize("like", [torch.ones(2, 3).T, torch.ones(0, 3), torch.ones(()), torch.ones(2, 3, dtype=torch.bfloat16)])
+@pytest.mark.parametrize("shape", [None, (), (0, 4), (2, 0, 3), (5, 4)])
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_empty_is_as_torch_makes_it(like, shape, dtype):
+    for context in (torch.enable_grad, torch.inference_mode):
+        with context():
+            found, expected = _compat.empty(like, shape, dtype), _compat.general_empty(like, shape, dtype)
+        for what in ("shape", "dtype", "device", "requires_grad"):
+            assert getattr(found, what) == getattr(expected, what)
+        assert found.stride() == expected.stride() and found.is_inference() == expected.is_inference()
+
+
 def test_eager_apply_records_the_gradient():
     x = torch.ones(2, requires_grad=True)
     _compat.eager_apply(Double)(x).sum().backward()

@@ -115,22 +115,50 @@ class TensorView {
   bool defined_ = false;
 };
 
+// An input of a kernel that needs the last dimension as a run of memory: a tensor in which it is strided is copied, and
+// the copy lives as long as the view.
+class InputView : public TensorView {
+ public:
+  bool inner_strided() const {
+    const int last = ndim() - 1;
+    return defined() && last >= 0 && size(last) > 1 && stride(last) != 1;
+  }
+  pybind11::object copy;
+};
+
 }  // namespace mk
 
 namespace pybind11::detail {
+// None becomes an undefined view.
+inline void load_view(handle source, mk::TensorView& view) {
+  if (source.is_none()) return;
+  const auto* api = mk::dlpack::exchange();
+  if (!api) throw import_error("memkernels: bind() has not been called");
+  if (api->view(source.ptr(), view.raw()) != 0) {
+    PyErr_Clear();
+    throw type_error("expected a dense torch.Tensor or None, got " +
+                     std::string(str(type::handle_of(source).attr("__name__"))));
+  }
+  view.mark_defined();
+}
+
 template <>
 struct type_caster<mk::TensorView> {
   PYBIND11_TYPE_CASTER(mk::TensorView, const_name("torch.Tensor | None"));
   bool load(handle source, bool) {
-    if (source.is_none()) return true;  // an undefined view
-    const auto* api = mk::dlpack::exchange();
-    if (!api) throw import_error("memkernels: bind() has not been called");
-    if (api->view(source.ptr(), value.raw()) != 0) {
-      PyErr_Clear();
-      throw type_error("expected a dense torch.Tensor or None, got " +
-                       std::string(str(type::handle_of(source).attr("__name__"))));
-    }
-    value.mark_defined();
+    load_view(source, value);
+    return true;
+  }
+};
+
+template <>
+struct type_caster<mk::InputView> {
+  PYBIND11_TYPE_CASTER(mk::InputView, const_name("torch.Tensor | None"));
+  bool load(handle source, bool) {
+    load_view(source, value);
+    if (!value.inner_strided()) return true;
+    value.copy = source.attr("contiguous")();
+    load_view(value.copy, value);
     return true;
   }
 };

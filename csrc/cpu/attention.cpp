@@ -99,8 +99,8 @@ double work(const AttentionArgs& a) {
   return 2.0 * double(a.batch * a.heads) * double(a.queries * a.keys) * double(a.width + a.value_width + 16);
 }
 
-void forward(const TensorView& out, const TensorView& lse, const TensorView& query, const TensorView& key,
-             const TensorView& value, const TensorView& mask, const TensorView& seed, double scale, double dropout,
+void forward(const TensorView& out, const TensorView& lse, const InputView& query, const InputView& key,
+             const InputView& value, const InputView& mask, const TensorView& seed, double scale, double dropout,
              int64_t left, int64_t right, int64_t shift) {
   AttentionArgs a = arguments(query, key, value, mask, seed, {scale, dropout, left, right, shift});
   const DType dtype = query.dtype();
@@ -203,8 +203,8 @@ void* written(const char* name, const TensorView& t, std::initializer_list<int64
 }
 
 void backward(const TensorView& dquery, const TensorView& dkey, const TensorView& dvalue, const TensorView& dmask,
-              const TensorView& dout, const TensorView& dlse, const TensorView& query, const TensorView& key,
-              const TensorView& value, const TensorView& mask, const TensorView& seed, const TensorView& out,
+              const InputView& dout, const TensorView& dlse, const InputView& query, const InputView& key,
+              const InputView& value, const InputView& mask, const TensorView& seed, const InputView& out,
               const TensorView& lse, double scale, double dropout, int64_t left, int64_t right, int64_t shift) {
   AttentionArgs a = arguments(query, key, value, mask, seed, {scale, dropout, left, right, shift});
   const DType dtype = query.dtype();

@@ -145,8 +145,8 @@ void run_backward(Call& call) {
 }
 
 void content_read(const TensorView& read, const TensorView& weights, const TensorView& lse, const TensorView& total,
-                  const TensorView& memory, const TensorView& key, const TensorView& strength, const TensorView& value,
-                  const TensorView& mask, const std::string& similarity, bool return_weights) {
+                  const InputView& memory, const InputView& key, const InputView& strength, const InputView& value,
+                  const InputView& mask, const std::string& similarity, bool return_weights) {
   Call call = prepare("content_read", memory, key, strength, value, mask, similarity);
   ContentArgs& a = call.a;
   check_output(call.op, "read", read, {a.batch, a.heads, a.value_width}, call.type);
@@ -158,8 +158,8 @@ void content_read(const TensorView& read, const TensorView& weights, const Tenso
   run_forward(call, return_weights ? weights : TensorView());
 }
 
-void content_address(const TensorView& weights, const TensorView& lse, const TensorView& memory, const TensorView& key,
-                     const TensorView& strength, const TensorView& mask, const std::string& similarity) {
+void content_address(const TensorView& weights, const TensorView& lse, const InputView& memory, const InputView& key,
+                     const InputView& strength, const InputView& mask, const std::string& similarity) {
   Call call = prepare("content_address", memory, key, strength, TensorView(), mask, similarity);
   ContentArgs& a = call.a;
   check_output(call.op, "weights", weights, {a.batch, a.heads, a.rows}, call.type);
@@ -195,9 +195,9 @@ void set_gradients(Call& call, const TensorView& dmemory, const TensorView& dkey
 }
 
 void content_read_backward(const TensorView& dmemory, const TensorView& dkey, const TensorView& dstrength,
-                           const TensorView& dvalue, const TensorView& dread, const TensorView& dweights,
-                           const TensorView& memory, const TensorView& key, const TensorView& strength,
-                           const TensorView& value, const TensorView& mask, const TensorView& lse,
+                           const TensorView& dvalue, const InputView& dread, const InputView& dweights,
+                           const InputView& memory, const InputView& key, const InputView& strength,
+                           const InputView& value, const InputView& mask, const TensorView& lse,
                            const TensorView& total, const std::string& similarity) {
   Call call = prepare("content_read", memory, key, strength, value, mask, similarity);
   ContentArgs& a = call.a;
@@ -210,8 +210,8 @@ void content_read_backward(const TensorView& dmemory, const TensorView& dkey, co
 }
 
 void content_address_backward(const TensorView& dmemory, const TensorView& dkey, const TensorView& dstrength,
-                              const TensorView& dweights, const TensorView& memory, const TensorView& key,
-                              const TensorView& strength, const TensorView& mask, const TensorView& lse,
+                              const InputView& dweights, const InputView& memory, const InputView& key,
+                              const InputView& strength, const InputView& mask, const TensorView& lse,
                               const std::string& similarity) {
   Call call = prepare("content_address", memory, key, strength, TensorView(), mask, similarity);
   set_gradients(call, dmemory, dkey, dstrength, TensorView(), dweights, lse);

@@ -135,9 +135,9 @@ void run_forward(const LstmForward& f, const LstmKernels& kernels, int dtype, in
 }
 
 void forward(const TensorView& output, const TensorView& h_n, const TensorView& c_n, const TensorView& cells,
-             const TensorView& gates, const TensorView& input, const TensorView& h0, const TensorView& c0,
-             const TensorView& weight_ih, const TensorView& weight_hh, const TensorView& bias_ih,
-             const TensorView& bias_hh, const TensorView& reset, const TensorView& lengths, bool reverse) {
+             const TensorView& gates, const InputView& input, const InputView& h0, const InputView& c0,
+             const InputView& weight_ih, const InputView& weight_hh, const InputView& bias_ih, const InputView& bias_hh,
+             const TensorView& reset, const TensorView& lengths, bool reverse) {
   auto f = arguments<LstmForward>({input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, reset, lengths}, reverse);
   const DType type = input.dtype();
   const int64_t T = f.rows.T, B = f.rows.B;
@@ -325,14 +325,15 @@ void backward(const Gradients& to, const Upstream& from, const Inputs& in, const
 void bind_lstm(pybind11::module_& m) {
   namespace py = pybind11;
   using View = const TensorView&;
+  using In = const InputView&;
   m.def("lstm", &forward, py::arg("output"), py::arg("h_n"), py::arg("c_n"), py::arg("cells"), py::arg("gates"),
         py::arg("input"), py::arg("h0"), py::arg("c0"), py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih"),
         py::arg("bias_hh"), py::arg("reset"), py::arg("lengths"), py::arg("reverse"));
   // d<inputs>, d<outputs>, inputs, saved outputs: the order of a backend's backward.
   m.def("lstm_backward", [](View dinput, View dh0, View dc0, View dweight_ih, View dweight_hh, View dbias_ih,
-                            View dbias_hh, View doutput, View dh_n, View dc_n, View dcells, View input, View h0,
-                            View c0, View weight_ih, View weight_hh, View bias_ih, View bias_hh, View reset,
-                            View lengths, View output, View cells, View gates, bool reverse) {
+                            View dbias_hh, In doutput, In dh_n, In dc_n, In dcells, In input, In h0, In c0,
+                            In weight_ih, In weight_hh, View bias_ih, View bias_hh, View reset, View lengths,
+                            View output, View cells, View gates, bool reverse) {
     backward({dinput, dh0, dc0, dweight_ih, dweight_hh, dbias_ih, dbias_hh}, {doutput, dh_n, dc_n, dcells},
              {input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, reset, lengths}, output, cells, gates, reverse);
   });

@@ -31,8 +31,8 @@ LstmGatesArgs arguments(const TensorView& gates, const TensorView& cell, const T
   return a;
 }
 
-void forward(const TensorView& h, const TensorView& c, const TensorView& gates, const TensorView& cell,
-             const TensorView& peephole) {
+void forward(const TensorView& h, const TensorView& c, const InputView& gates, const InputView& cell,
+             const InputView& peephole) {
   LstmGatesArgs a = arguments(gates, cell, peephole);
   check_output(kOp, "h", h, {a.batch, a.hidden}, cell.dtype());
   check_output(kOp, "c", c, {a.batch, a.hidden}, cell.dtype());
@@ -52,8 +52,8 @@ void take_upstream(const char* name, const TensorView& from, const LstmGatesArgs
   data = from.data(), stride = from.stride(0);
 }
 
-void backward(const TensorView& dgates, const TensorView& dcell, const TensorView& dpeephole, const TensorView& dh,
-              const TensorView& dc, const TensorView& gates, const TensorView& cell, const TensorView& peephole) {
+void backward(const TensorView& dgates, const TensorView& dcell, const TensorView& dpeephole, const InputView& dh,
+              const InputView& dc, const InputView& gates, const InputView& cell, const InputView& peephole) {
   LstmGatesArgs a = arguments(gates, cell, peephole);
   take_upstream("dh", dh, a, cell.dtype(), a.dh, a.dh_b);
   take_upstream("dc", dc, a, cell.dtype(), a.dc, a.dc_b);

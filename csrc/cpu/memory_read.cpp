@@ -31,7 +31,7 @@ MemoryReadArgs arguments(const TensorView& memory, const TensorView& weights) {
 // the threads.
 int64_t chunk_rows(const MemoryReadArgs& a) { return std::max<int64_t>(512, 16 * a.heads); }
 
-void forward(const TensorView& read, const TensorView& memory, const TensorView& weights) {
+void forward(const TensorView& read, const InputView& memory, const InputView& weights) {
   MemoryReadArgs a = arguments(memory, weights);
   check_output(kOp, "read", read, {a.batch, a.heads, a.width}, memory.dtype());
   a.read = read.data();
@@ -57,8 +57,8 @@ void forward(const TensorView& read, const TensorView& memory, const TensorView&
   });
 }
 
-void backward(const TensorView& dmemory, const TensorView& dweights, const TensorView& dread, const TensorView& memory,
-              const TensorView& weights) {
+void backward(const TensorView& dmemory, const TensorView& dweights, const InputView& dread, const InputView& memory,
+              const InputView& weights) {
   MemoryReadArgs a = arguments(memory, weights);
   check_tensor(kOp, "dread", dread, {a.batch, a.heads, a.width}, memory.dtype());
   check_inner(kOp, "dread", dread);

@@ -49,8 +49,8 @@ void for_each_chunk(const MemoryWriteArgs& a, DType type, int64_t chunks, const 
   });
 }
 
-void forward(const TensorView& written, const TensorView& memory, const TensorView& weights, const TensorView& erase,
-             const TensorView& add) {
+void forward(const TensorView& written, const InputView& memory, const InputView& weights, const InputView& erase,
+             const InputView& add) {
   MemoryWriteArgs a = arguments(memory, weights, erase, add);
   check_tensor(kOp, "written", written, {a.batch, a.rows, a.width}, memory.dtype());
   check_inner(kOp, "written", written);
@@ -66,8 +66,8 @@ void forward(const TensorView& written, const TensorView& memory, const TensorVi
 }
 
 void backward(const TensorView& dmemory, const TensorView& dweights, const TensorView& derase, const TensorView& dadd,
-              const TensorView& dwritten, const TensorView& memory, const TensorView& weights, const TensorView& erase,
-              const TensorView& add) {
+              const InputView& dwritten, const InputView& memory, const InputView& weights, const InputView& erase,
+              const InputView& add) {
   MemoryWriteArgs a = arguments(memory, weights, erase, add);
   const DType type = memory.dtype();
   check_tensor(kOp, "dwritten", dwritten, {a.batch, a.rows, a.width}, type);

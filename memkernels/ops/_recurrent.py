@@ -37,13 +37,16 @@ def check_heads(op: str, num_heads: Any, weight_hh: torch.Tensor, hidden: int, w
     """num_heads divides the hidden units and the width of the state that enters them, and weight_hh has the width of one head."""
     if not isinstance(num_heads, (int, torch.SymInt)) or isinstance(num_heads, bool):
         fail(op, "num_heads", "an int", repr(num_heads), TypeError)
-    sizes = f"H={hidden}" if letter == "H" else f"H={hidden}, {letter}={width}"
     if num_heads < 1 or hidden % num_heads or width % num_heads:
-        fail(op, "num_heads", f"a divisor of {sizes}", num_heads)
+        fail(op, "num_heads", f"a divisor of {_sizes(hidden, width, letter)}", num_heads)
     if weight_hh.shape[1] * num_heads != width:
         factor = weight_hh.shape[0] // hidden if hidden else 1
         first = "H" if factor == 1 else f"{factor}H"
-        fail(op, "weight_hh", f"[{first} {letter}/{num_heads}] with {sizes}", f"shape {tuple(weight_hh.shape)}")
+        fail(op, "weight_hh", f"[{first} {letter}/{num_heads}] with {_sizes(hidden, width, letter)}", f"shape {tuple(weight_hh.shape)}")
+
+
+def _sizes(hidden: int, width: int, letter: str) -> str:
+    return f"H={hidden}" if letter == "H" else f"H={hidden}, {letter}={width}"
 
 
 def entering(op: str, name: str, got: torch.Tensor, input: torch.Tensor, width: int, letter: str = "H") -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from memkernels._checks import Signature, check_choice, check_dense, check_flag, check_number, check_tensor, fail
-from memkernels._registry import Arg, Out, define_op, empty_like
+from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
 
 CORNERS = ("top-left", "bottom-right")
 
@@ -173,8 +173,8 @@ def _window(window):
 def _allocate(query, key, value, attn_mask, seed, scale, dropout_p, left, right, causal):
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     batch, heads, queries, width = query.shape
-    out = empty_like(query) if width == value.shape[3] else query.new_empty((batch, heads, queries, value.shape[3]))
-    return out, query.new_empty((batch, heads, queries), dtype=wide)
+    out = empty_like(query) if width == value.shape[3] else new_empty(query, (batch, heads, queries, value.shape[3]))
+    return out, new_empty(query, (batch, heads, queries), wide)
 
 
 SIGNATURE = Signature("attention", query="B NH Q D", key="B NHk K D", value="B NHk K V")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from memkernels._checks import Signature, check_choice
-from memkernels._registry import Arg, Out, define_op, empty_like
+from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
 
 SIMILARITIES = ("cosine", "dot", "l2")
 
@@ -63,8 +63,8 @@ def content_address(
 def _allocate(memory, key, strength, mask, similarity):
     wide = torch.float64 if memory.dtype == torch.float64 else torch.float32
     batch, heads, _ = key.shape
-    lse = empty_like(strength) if wide == strength.dtype else strength.new_empty((batch, heads), dtype=wide)
-    return memory.new_empty((batch, heads, memory.shape[1])), lse
+    lse = empty_like(strength) if wide == strength.dtype else new_empty(strength, (batch, heads), wide)
+    return new_empty(memory, (batch, heads, memory.shape[1])), lse
 
 
 SIGNATURE = Signature("content_address", memory="B N W", key="B R W", strength="B R", mask=("B N | None", torch.bool))

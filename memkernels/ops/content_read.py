@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from memkernels._checks import Signature, check_choice
-from memkernels._registry import Arg, Out, define_op, empty_like
+from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
 
 SIMILARITIES = ("cosine", "dot", "l2")
 
@@ -75,11 +75,11 @@ def content_read(
 def _allocate(memory, key, strength, value, mask, similarity, return_weights):
     wide = torch.float64 if memory.dtype == torch.float64 else torch.float32
     batch, heads, _ = key.shape
-    read = empty_like(key) if value is None else key.new_empty((batch, heads, value.shape[2]))
-    weights = memory.new_empty((batch, heads, memory.shape[1])) if return_weights else None
+    read = empty_like(key) if value is None else new_empty(key, (batch, heads, value.shape[2]))
+    weights = new_empty(memory, (batch, heads, memory.shape[1])) if return_weights else None
     if wide == key.dtype:
         return read, weights, empty_like(strength), empty_like(read)
-    return read, weights, strength.new_empty((batch, heads), dtype=wide), read.new_empty(read.shape, dtype=wide)
+    return read, weights, new_empty(strength, (batch, heads), wide), new_empty(read, read.shape, wide)
 
 
 SIGNATURE = Signature(

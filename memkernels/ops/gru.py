@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from memkernels._checks import Signature
-from memkernels._registry import Arg, Out, define_op, empty_like
+from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
 from memkernels.ops._recurrent import check_flags, check_heads, check_lengths, check_reset_state, entering, needs_gradients
 
 
@@ -95,9 +95,9 @@ def _allocate(
     steps, batch, _ = input.shape
     hidden = h0.shape[1]
     return (
-        input.new_empty((steps, batch, hidden)),
+        new_empty(input, (steps, batch, hidden)),
         empty_like(h0),
-        input.new_empty((steps, batch, 4 * hidden)) if training and not recompute else None,
+        new_empty(input, (steps, batch, 4 * hidden)) if training and not recompute else None,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from memkernels._checks import Signature, check_choice, check_number, fail
-from memkernels._registry import Arg, Out, define_op, empty_like
+from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
 from memkernels.ops._recurrent import check_flags, check_heads, check_lengths, check_reset_state, entering, needs_gradients, pair
 
 OUTPUT_GATES = ("standard", "cell")
@@ -110,8 +110,10 @@ def lstm(
     drawn: Any = _NOTHING_DRAWN
     if (
         (peephole is layer_norm is weight_co is weight_hr is reset_state is seed is None)
-        and (zoneout is _NO_ZONEOUT or (zoneout.__class__ is tuple and zoneout == _NO_ZONEOUT))
-        and (recurrent_dropout.__class__ is float and recurrent_dropout == 0.0)
+        and isinstance(zoneout, tuple)
+        and zoneout == _NO_ZONEOUT
+        and isinstance(recurrent_dropout, float)
+        and recurrent_dropout == 0.0
         and (num_heads.__class__ is int and num_heads == 1 and output_gate == "standard")
     ):
         sizes = SIGNATURE(input, weight_hh, weight_ih, bias_ih, bias_hh, reset, lengths, h0, c0)
@@ -191,11 +193,11 @@ def _allocate(
     steps, batch, _ = input.shape
     hidden, saving = c0.shape[1], training and not recompute
     return (
-        input.new_empty((steps, batch, h0.shape[1])),
+        new_empty(input, (steps, batch, h0.shape[1])),
         empty_like(h0),
         empty_like(c0),
-        input.new_empty((steps, batch, hidden)) if saving or return_cells else None,
-        input.new_empty((steps, batch, 4 * hidden)) if saving else None,
+        new_empty(input, (steps, batch, hidden)) if saving or return_cells else None,
+        new_empty(input, (steps, batch, 4 * hidden)) if saving else None,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from memkernels._checks import Signature
-from memkernels._registry import Arg, Out, define_op
+from memkernels._registry import Arg, Out, define_op, new_empty
 
 
 def memory_read(memory: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -47,7 +47,7 @@ def memory_read(memory: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def _allocate(memory, weights):
-    return (memory.new_empty((memory.shape[0], weights.shape[1], memory.shape[2])),)
+    return (new_empty(memory, (memory.shape[0], weights.shape[1], memory.shape[2])),)
 
 
 SIGNATURE = Signature("memory_read", memory="B N W", weights="B R N")

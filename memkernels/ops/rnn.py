@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from memkernels._checks import Signature, check_choice
-from memkernels._registry import Arg, Out, define_op, empty_like
+from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
 from memkernels.ops._recurrent import check_flags, check_heads, check_lengths, check_reset_state, entering, needs_gradients
 
 NONLINEARITIES = ("tanh", "relu")
@@ -93,7 +93,7 @@ def rnn(
 
 
 def _allocate(input, h0, weight_ih, weight_hh, bias_ih, bias_hh, reset, reset_h, lengths, relu, reverse, num_heads, training):
-    return input.new_empty((*input.shape[:2], h0.shape[1])), empty_like(h0)
+    return new_empty(input, (*input.shape[:2], h0.shape[1])), empty_like(h0)
 
 
 SIGNATURE = Signature(

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import torch
+
 from memkernels import _C, _checks, _compat, _config
 
 _C.bind(_compat.dlpack_exchange_api(), _compat.torch_parallel_for_address(), _compat.torch_num_threads_address())
-_C.bind_tensor_classes(*_compat.PLAIN)
-_checks.key_of = _C.tensor_key
+_C.bind_torch(
+    *_compat.PLAIN,
+    list(_compat.WATCHERS),
+    _compat.forward_ad,
+    torch.is_grad_enabled,
+    _compat.empty_strided_cpu,
+    _compat.general_empty,
+)
+_checks.key_of, _compat.call_kind, _compat.empty = _C.tensor_key, _C.call_kind, _C.empty
 if (_level := _config.cpu_level()) is not None:
     _C.set_cpu_level(_level)
 

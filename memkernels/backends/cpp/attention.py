@@ -2,23 +2,23 @@
 
 from memkernels._C import attention as _forward
 from memkernels._C import attention_backward as _backward
-from memkernels._C import inner_contiguous
 
 
 def supports(query, key, value, attn_mask, seed, scale, dropout_p, left, right, causal):
     return None
 
 
-def forward(out, lse, query, key, value, attn_mask, seed, *options):
-    _forward(out, lse, *inner_contiguous(query, key, value, attn_mask), seed, *_numbers(query, key, *options))
+def forward(out, lse, query, key, value, attn_mask, seed, scale, dropout_p, left, right, causal):
+    shift = 0 if causal == "top-left" else _shift(query, key)
+    _forward(out, lse, query, key, value, attn_mask, seed, scale, dropout_p, left, right, shift)
 
 
-def backward(dquery, dkey, dvalue, dattn_mask, dout, dlse, query, key, value, attn_mask, seed, out, lse, *options):
-    tensors = inner_contiguous(dout, query, key, value, attn_mask, out)
-    dout, inputs, out = tensors[0], tensors[1:-1], tensors[-1]
-    _backward(dquery, dkey, dvalue, dattn_mask, dout, dlse, *inputs, seed, out, lse, *_numbers(query, key, *options))
+def backward(dquery, dkey, dvalue, dattn_mask, dout, dlse, query, key, value, *rest):
+    *others, causal = rest  # attn_mask, seed, out, lse, scale, dropout_p, left, right
+    shift = 0 if causal == "top-left" else _shift(query, key)
+    _backward(dquery, dkey, dvalue, dattn_mask, dout, dlse, query, key, value, *others, shift)
 
 
-def _numbers(query, key, scale, dropout_p, left, right, causal):
-    """The options as the kernels take them: the corner becomes the key at which query 0 stands."""
-    return scale, dropout_p, left, right, key.shape[2] - query.shape[2] if causal == "bottom-right" else 0
+def _shift(query, key):
+    """The key at which query 0 stands if the last query stands at the last key."""
+    return key.shape[2] - query.shape[2]

@@ -1,6 +1,5 @@
 """lstm on the CPU (csrc/cpu/lstm.cpp)."""
 
-from memkernels._C import inner_contiguous
 from memkernels._C import lstm as _forward
 from memkernels._C import lstm_backward as _backward
 
@@ -19,8 +18,7 @@ def forward(
     weight_co, reset, reset_h, reset_c, lengths, seed, reverse, num_heads, zoneout_h, zoneout_c, recurrent_dropout, expected, recompute,
     return_cells, training,
 ):  # fmt: skip
-    inputs = inner_contiguous(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)
-    _forward(output, h_n, c_n, cells, gates, *inputs, reset, lengths, reverse)
+    _forward(output, h_n, c_n, cells, gates, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, reset, lengths, reverse)
 
 
 def backward(
@@ -29,8 +27,7 @@ def backward(
     norm_weight, norm_bias, weight_co, reset, reset_h, reset_c, lengths, seed, output, cells, gates, reverse, num_heads,
     zoneout_h, zoneout_c, recurrent_dropout, expected, recompute, return_cells, training,
 ):  # fmt: skip
-    inputs = inner_contiguous(doutput, dh_n, dc_n, dcells, input, h0, c0, weight_ih, weight_hh)
     _backward(
-        dinput, dh0, dc0, dweight_ih, dweight_hh, dbias_ih, dbias_hh, *inputs, bias_ih, bias_hh, reset, lengths, output, cells, gates,
-        reverse,
+        dinput, dh0, dc0, dweight_ih, dweight_hh, dbias_ih, dbias_hh, doutput, dh_n, dc_n, dcells, input, h0, c0, weight_ih, weight_hh,
+        bias_ih, bias_hh, reset, lengths, output, cells, gates, reverse,
     )  # fmt: skip

@@ -6,10 +6,11 @@ states) -> (gradients of the states that enter, other things to keep). Everythin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+States = list[Any] | tuple[Any, ...]  # tensors, some None
 
 
 class Rows:
@@ -41,9 +42,7 @@ class Rows:
             found = found.masked_fill(self.starts, 0) if reset_state is None else torch.where(self.starts, reset_state, found)
         return self.living(found)
 
-    def forward(
-        self, step: Callable[..., Any], states: Sequence[torch.Tensor], reset_states: Sequence[torch.Tensor | None]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def forward(self, step: Any, states: States, reset_states: States) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """(final states, what was kept of every step as "T B ..."): first the new states, then what the step returned beside them."""
         alive, starts, resets = each(self.alive), each(self.starts), [each(r) for r in reset_states]
         kept: list[Any] = [None] * self.count
@@ -57,7 +56,7 @@ class Rows:
         return list(states), [self.living(torch.stack(column)) for column in zip(*kept)]
 
     def backward(
-        self, step: Callable[..., Any], dstates: Sequence[torch.Tensor], dkept: Sequence[torch.Tensor | None], resets: bool
+        self, step: Any, dstates: States, dkept: States, resets: bool
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
         """From the gradients of the final states and of the states of every step: (gradients of the initial states, what the steps
         returned as "T B ...", gradients of the states to reset to, if asked for)."""
@@ -113,8 +112,8 @@ def total(dz: torch.Tensor) -> torch.Tensor:
     return dz.sum((0, 1))
 
 
-def without_steps(inputs: Sequence[torch.Tensor | None], dstates: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+def without_steps(inputs: States, dstates: States) -> tuple[torch.Tensor | None, ...]:
     """The gradients of a call of no steps, whose inputs are: input, initial states, others. The states pass, nothing else matters."""
     found = [None if t is None else torch.zeros_like(t) for t in inputs]
-    found[1 : 1 + len(dstates)] = [d.to(inputs[0].dtype) for d in dstates]  # type: ignore[union-attr]
+    found[1 : 1 + len(dstates)] = [d.to(inputs[0].dtype) for d in dstates]
     return tuple(found)

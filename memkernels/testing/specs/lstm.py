@@ -126,7 +126,7 @@ _PAIRS = {"state": ("h0", "c0"), "reset_state": ("reset_h", "reset_c"), "layer_n
 
 def _call(function, inputs, options):
     rest = {k: v for k, v in inputs.items() if k not in ("input", *(name for pair in _PAIRS.values() for name in pair))}
-    pairs = {name: None if inputs[pair[0]] is None else tuple(inputs[k] for k in pair) for name, pair in _PAIRS.items()}
+    pairs = {name: tuple(inputs[k] for k in pair) for name, pair in _PAIRS.items() if inputs.get(pair[0]) is not None}
     return function(inputs["input"], pairs.pop("state"), **rest, **pairs, **options)
 
 

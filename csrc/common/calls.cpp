@@ -1,0 +1,177 @@
+#include "common/calls.h"
+
+#include <algorithm>
+#include <iterator>
+#include <vector>
+
+#include "common/tensor_view.h"
+
+namespace py = pybind11;
+
+namespace mk {
+namespace {
+
+// Objects of Python; they live as long as the process.
+struct Torch {
+  PyTypeObject *tensor, *parameter;  // the classes of plain tensors
+  std::vector<PyObject*> watchers;
+  PyObject *forward_ad, *grad_enabled, *empty_strided, *general_empty;
+  PyObject *current_level, *is_neg, *requires_grad, *dtype;  // names
+};
+Torch torch{};
+
+PyObject* kept(const py::handle& object) { return object.inc_ref().ptr(); }
+
+void bind_torch(const py::type& tensor, const py::type& parameter, const py::list& watchers,
+                const py::object& forward_ad, const py::object& grad_enabled, const py::object& empty_strided,
+                const py::object& general_empty) {
+  torch.tensor = reinterpret_cast<PyTypeObject*>(kept(tensor));
+  torch.parameter = reinterpret_cast<PyTypeObject*>(kept(parameter));
+  for (const py::handle watcher : watchers) torch.watchers.push_back(kept(watcher));
+  torch.forward_ad = kept(forward_ad), torch.grad_enabled = kept(grad_enabled);
+  torch.empty_strided = kept(empty_strided), torch.general_empty = kept(general_empty);
+  torch.current_level = PyUnicode_InternFromString("_current_level");
+  torch.is_neg = PyUnicode_InternFromString("is_neg");
+  torch.requires_grad = PyUnicode_InternFromString("requires_grad");
+  torch.dtype = PyUnicode_InternFromString("dtype");
+}
+
+bool plain_tensor(PyObject* object) { return Py_TYPE(object) == torch.tensor || Py_TYPE(object) == torch.parameter; }
+
+bool plain_option(PyObject* object) {
+  return object == Py_None || PyBool_Check(object) || PyFloat_CheckExact(object) || PyLong_CheckExact(object) ||
+         PyUnicode_CheckExact(object);
+}
+
+bool view_of(PyObject* tensor, dlpack::Tensor* view) {
+  if (!plain_tensor(tensor)) return false;
+  if (dlpack::exchange()->view(tensor, view) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
+// The truth of what a call returned; the result is consumed.
+bool truth(PyObject* result) {
+  if (!result) throw py::error_already_set();
+  const int found = PyObject_IsTrue(result);
+  Py_DECREF(result);
+  if (found < 0) throw py::error_already_set();
+  return found;
+}
+
+bool watched() {
+  for (PyObject* watcher : torch.watchers)
+    if (truth(PyObject_CallNoArgs(watcher))) return true;
+  PyObject* level = PyObject_GetAttr(torch.forward_ad, torch.current_level);
+  if (!level) throw py::error_already_set();
+  const long value = PyLong_AsLong(level);
+  Py_DECREF(level);
+  return value >= 0;
+}
+
+enum Kind : long { kRouted, kPlain, kRecorded };
+
+Kind kind_of(PyObject* args, Py_ssize_t inputs) {
+  const Py_ssize_t n = PyTuple_GET_SIZE(args);
+  for (Py_ssize_t i = 0; i < n; i++) {
+    PyObject* argument = PyTuple_GET_ITEM(args, i);
+    if (!plain_tensor(argument) && !plain_option(argument)) return kRouted;
+  }
+  if (watched()) return kRouted;
+  bool recorded = truth(PyObject_CallNoArgs(torch.grad_enabled)), asked = false;
+  for (Py_ssize_t i = 0; i < std::min(inputs, n); i++) {
+    PyObject* argument = PyTuple_GET_ITEM(args, i);
+    if (!plain_tensor(argument)) continue;
+    dlpack::Tensor
+        view;  // of what has no memory of its own, such as a batch of tensors that looks like one, there is none
+    if (!view_of(argument, &view) || truth(PyObject_CallMethodNoArgs(argument, torch.is_neg))) return kRouted;
+    asked = asked || (recorded && truth(PyObject_GetAttr(argument, torch.requires_grad)));
+  }
+  return asked ? kRecorded : kPlain;
+}
+
+// Hands C++ exceptions over to Python: these functions are called the way Python calls its own, without pybind11's
+// conversions.
+template <class Body>
+PyObject* guarded(const Body& body) {
+  try {
+    return body();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+PyObject* call_kind(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  if (n != 2 || !PyTuple_Check(args[0])) return PyErr_Format(PyExc_TypeError, "call_kind: expected (args, inputs)");
+  return guarded([&] { return PyLong_FromLong(kind_of(args[0], PyLong_AsSsize_t(args[1]))); });
+}
+
+PyObject* tensor_key(PyObject*, PyObject* const* tensors, Py_ssize_t count) {
+  int64_t words[256];
+  size_t n = 0;
+  for (Py_ssize_t i = 0; i < count; i++) {
+    if (n + 2 > std::size(words)) Py_RETURN_NONE;
+    if (tensors[i] == Py_None) {
+      words[n++] = -1;
+      continue;
+    }
+    dlpack::Tensor view;
+    if (!view_of(tensors[i], &view) || n + 2 + size_t(view.ndim) > std::size(words)) Py_RETURN_NONE;
+    words[n++] = int64_t(view.ndim) << 32 | int64_t(view.dtype.code) << 24 | view.dtype.bits << 16 | view.dtype.lanes;
+    words[n++] = int64_t(view.device.type) << 32 | uint32_t(view.device.id);
+    n = size_t(std::copy_n(view.shape, view.ndim, words + n) - words);
+  }
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(words), Py_ssize_t(n * sizeof(int64_t)));
+}
+
+// (sizes, strides) of a contiguous tensor like `view`, or of these sizes; false where they are not plain integers.
+bool layout_of(const dlpack::Tensor& view, PyObject* shape, py::tuple& sizes, py::tuple& strides) {
+  const Py_ssize_t ndim = shape == Py_None ? view.ndim : PyTuple_Check(shape) ? PyTuple_GET_SIZE(shape) : -1;
+  if (ndim < 0) return false;
+  sizes = py::tuple(size_t(ndim)), strides = py::tuple(size_t(ndim));
+  int64_t stride = 1;
+  for (Py_ssize_t i = ndim - 1; i >= 0; i--) {
+    PyObject* given = shape == Py_None ? nullptr : PyTuple_GET_ITEM(shape, i);
+    if (given && !PyLong_CheckExact(given)) return false;
+    const int64_t size = given ? PyLong_AsLongLong(given) : view.shape[i];
+    PyTuple_SET_ITEM(sizes.ptr(), i, PyLong_FromLongLong(size));
+    PyTuple_SET_ITEM(strides.ptr(), i, PyLong_FromLongLong(stride));
+    stride *= std::max<int64_t>(size, 1);
+  }
+  return true;
+}
+
+PyObject* empty(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  if (n != 3) return PyErr_Format(PyExc_TypeError, "empty: expected (like, shape, dtype)");
+  return guarded([&]() -> PyObject* {
+    dlpack::Tensor view;
+    py::tuple sizes, strides;
+    if (!view_of(args[0], &view) || view.device.type != dlpack::kCPU || !layout_of(view, args[1], sizes, strides))
+      return PyObject_Vectorcall(torch.general_empty, args, 3, nullptr);
+    const auto dtype = args[2] == Py_None ? py::reinterpret_steal<py::object>(PyObject_GetAttr(args[0], torch.dtype))
+                                          : py::reinterpret_borrow<py::object>(args[2]);
+    if (!dtype) return nullptr;
+    PyObject* given[] = {sizes.ptr(), strides.ptr(), dtype.ptr()};
+    return PyObject_Vectorcall(torch.empty_strided, given, 3, nullptr);
+  });
+}
+
+template <class Function>
+PyMethodDef fast(const char* name, Function function) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr};
+}
+
+}  // namespace
+
+void bind_calls(py::module_& m) {
+  m.def("bind_torch", &bind_torch, py::arg("tensor"), py::arg("parameter"), py::arg("watchers"), py::arg("forward_ad"),
+        py::arg("grad_enabled"), py::arg("empty_strided"), py::arg("general_empty"));
+  static PyMethodDef functions[] = {
+      fast("call_kind", &call_kind), fast("tensor_key", &tensor_key), fast("empty", &empty), {}};
+  if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
+}
+
+}  // namespace mk
