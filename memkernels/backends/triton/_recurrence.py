@@ -16,7 +16,7 @@ from memkernels.backends.triton import _cells, _launch, _matmul
 from memkernels.backends.triton import _recurrence_bwd as bwd
 from memkernels.backends.triton import _recurrence_fwd as fwd
 from memkernels.backends.triton._cells import before, drop, enter, restarts, rows_of
-from memkernels.backends.triton._common import INTERPRETED, lanes, rounded, run, store
+from memkernels.backends.triton._common import INTERPRETED, Aot, aot, device_of, lanes, rounded, run, store
 from memkernels.backends.triton._random import threshold
 
 GATES = {_cells.LSTM.value: 4, _cells.GRU.value: 3, _cells.TANH.value: 1, _cells.RELU.value: 1}
@@ -76,10 +76,16 @@ class Layer:
         """A step needs all of a row."""
         return any(t is not None for t in (self.norm_weight, self.weight_co, self.weight_hr))
 
-    def launch(self, backward: bool = False) -> _launch.Recurrence:
-        whole = sum(t is not None for t in (self.weight_co, self.weight_hr)), self.norm_weight is not None
+    def launch(self, backward: bool) -> _launch.Recurrence:
+        more = sum(t is not None for t in (self.weight_co, self.weight_hr))
+        device = device_of(self.weight.device)
         units, state = self.hidden // self.heads, self.state // self.heads
-        return _launch.recurrence(units, state, self.heads, whole, self.dtype == torch.float32, backward, INTERPRETED)
+        if self.whole and self.heads > 1:
+            units = state = _launch.MAX_WIDTH  # no program holds a row
+        return _launch.recurrence(
+            units, state, GATES[self.cell], more, self.norm_weight is not None, self.weight.element_size(), backward, device.shared_bytes,
+            INTERPRETED,
+        )  # fmt: skip
 
     def drawn(self) -> dict[str, Any]:
         dropping = self.dropout > 0
@@ -165,7 +171,7 @@ class Launcher:
         self._run(grid, tile, first, last, heads | dict(SOURCE=fwd.SCRATCH) | tensors | dict(STAGE=stage))
 
     def _run(self, grid: tuple[int, int], tile: _launch.Recurrence, first: int, last: int, arguments: dict[str, Any]) -> None:
-        blocks = dict(BLOCK_B=tile.block_b, BLOCK_H=tile.block_h, BLOCK_P=tile.block_p, BLOCK_K=tile.block_k)
+        blocks = dict(BLOCK_B=tile.block_b, BLOCK_H=tile.block_h, BLOCK_P=tile.block_p, BLOCK_K=tile.block_k, AHEAD=tile.ahead)
         arguments = self.arguments | arguments
         tensors = [n for n in self.kernel.arg_names if n.endswith("_ptr")]
         rest = {k: v for k, v in arguments.items() if k not in tensors}
@@ -291,3 +297,32 @@ def input_gradients(
     if dweight is not None:
         dweight[d.shape[1] :].zero_()
         _matmul.matmul(dweight[: d.shape[1]], d.mT, seen, layer.dtype)
+
+
+FLOATS = ("c_state", "projected", "hidden", "scratch", "gate_o", "new", "dz", "dhidden", "dh_state", "dc_state", "dnew", "dmemory", "dgate_o")
+OPTIONAL = ("lengths_ptr", "order_ptr", "reset_ptr", "reset_h_ptr", "reset_c_ptr", "seed_ptr", "dcells_ptr")
+
+
+def entry(name: str, cell: int, backward: bool, dtype: torch.dtype, hidden: int, absent: tuple[str, ...], given: tuple[str, ...] = ()) -> Aot:
+    """A kernel of a layer of `hidden` units for ahead-of-time compilation, without the tensors in `absent`, with the options `given`."""
+    kernel = bwd.recurrence_bwd_kernel if backward else fwd.recurrence_fwd_kernel
+    more, norm = sum(n in given for n in ("weight_co_ptr", "weight_hr_ptr")), "norm_weight_ptr" in given
+    tile = _launch.recurrence(hidden, hidden, GATES[cell], more, norm, dtype.itemsize, backward, AOT_SHARED)
+    absent = tuple(n for n in (*absent, *OPTIONAL) if n not in given)
+    constants: dict[str, Any] = dict.fromkeys(absent)
+    constants |= {a: 0 for a in kernel.arg_names if "stride" in a and a.rsplit("_stride", 1)[0] + "_ptr" in absent}
+    constants |= {a: 1 for a in kernel.arg_names if a.endswith("stride_h") and a not in constants}
+    constants |= dict(
+        CELL=cell, REVERSE=False, ZONEOUT=0, DROPOUT=False, SOURCE=fwd.RESIDENT.value if tile.resident else fwd.LOOP.value, STAGE=0,
+        BLOCK_B=tile.block_b, BLOCK_H=tile.block_h, BLOCK_P=tile.block_p, BLOCK_K=tile.block_k, AHEAD=tile.ahead,
+        PRECISION=_matmul.product_precision(dtype),
+    )  # fmt: skip
+    types = {f"{a}_ptr": "*fp32" for a in FLOATS} | {f"{a}_ptr": "*i64" for a in ("lengths", "order", "seed")} | {"reset_ptr": "*i1"}
+    types |= dict.fromkeys(("zoneout_h", "zoneout_c", "keep_scale"), "fp32")
+    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    return aot(f"{name}_{'bwd' if backward else 'fwd'}_H{hidden}", kernel, dtype, constants, types, tile.num_warps)
+
+
+AOT_SHARED = 166912  # of an A100, the least of the three devices
+STAGED = ("hidden_ptr", "scratch_ptr", "gate_o_ptr", "dnew_ptr", "dmemory_ptr", "dgate_o_ptr", "dnormed_ptr", "raw_ptr", "dreset_h_ptr", "dreset_c_ptr")
+LSTM_ONLY = ("cells_ptr", "c_state_ptr", "dc_state_ptr", "c0_ptr", "peephole_ptr", "norm_weight_ptr", "norm_bias_ptr", "weight_co_ptr", "weight_hr_ptr")

@@ -146,7 +146,7 @@ def recurrence_bwd_kernel(
     reset_stride_t, reset_stride_b, reset_h_stride_t, reset_h_stride_b, reset_h_stride_h, reset_c_stride_t, reset_c_stride_b,
     reset_c_stride_h, zoned_h, zoned_c, dropped, zoneout_h, zoneout_c, keep_scale,
     CELL: tl.constexpr, REVERSE: tl.constexpr, ZONEOUT: tl.constexpr, DROPOUT: tl.constexpr, SOURCE: tl.constexpr, STAGE: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Step s is time T - 1 - s, or s where the layer runs in reverse."""
     GATES: tl.constexpr = 4 if CELL == LSTM else (3 if CELL == GRU else 1)
@@ -172,7 +172,7 @@ def recurrence_bwd_kernel(
     if CELL == LSTM and (STAGE == ALL or STAGE == REST):
         dc = tl.load(dc_state_ptr + own, mask=tile, other=0.0)
     begin, end = span(first, last, length + (1 if SOURCE == LOOP else 0), T, REVERSE)
-    for step in range(begin, end):
+    for step in tl.range(begin, end, num_stages=AHEAD):
         t = tl.cast(step if REVERSE else T - 1 - step, tl.int64)
         running = (t < length) & (tl.zeros_like(length) <= t)
         live, alive = running[:, None], tile & running[:, None]

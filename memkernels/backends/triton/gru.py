@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from memkernels.backends.triton import _cells, _matmul, _recurrence
-from memkernels.backends.triton._common import refuse
+from memkernels.backends.triton._common import AOT_DTYPES, refuse
 
 
 def supports(input, h0, weight_ih, weight_hh, bias_ih, bias_hh, reset, reset_h, lengths, reverse, num_heads, recompute, training):
@@ -75,3 +75,11 @@ def backward(
         _matmul.weight_gradient(dweight_hh, dhidden, entered, layer.hidden, num_heads, input.dtype)
     _recurrence.total(dbias_ih, dz)
     _recurrence.total(dbias_hh, dhidden)
+
+
+AOT = [
+    _recurrence.entry("gru", _cells.GRU.value, backward, dtype, hidden, (*_recurrence.LSTM_ONLY, *_recurrence.STAGED))
+    for dtype in AOT_DTYPES
+    for hidden in (64, 512)
+    for backward in (False, True)
+]

@@ -14,7 +14,7 @@ import torch
 
 from memkernels.backends.triton import _cells, _matmul, _recurrence
 from memkernels.backends.triton import _recurrence_fwd as fwd
-from memkernels.backends.triton._common import refuse
+from memkernels.backends.triton._common import AOT_DTYPES, refuse
 
 
 class Call(NamedTuple):
@@ -226,3 +226,16 @@ def _cell_side(call, layer, want, dz, raw, dnormed, dnew, cells, gates):
     if want.peephole is not None:
         di, df, _, do = dz.chunk(4, 1)
         want.peephole.copy_(torch.stack([(di * c_old).sum(0), (df * c_old).sum(0), (do * c_new).sum(0)]))
+
+
+_PLAIN = (*_recurrence.STAGED, "bias_ptr", *(n for n in _recurrence.LSTM_ONLY if n.startswith(("peephole", "norm", "weight"))))
+_RAGGED = ("lengths_ptr", "order_ptr", "reset_ptr", "peephole_ptr")
+AOT = [
+    entry
+    for dtype in AOT_DTYPES
+    for backward in (False, True)
+    for entry in (
+        *(_recurrence.entry("lstm", _cells.LSTM.value, backward, dtype, hidden, _PLAIN) for hidden in (64, 128, 512)),
+        _recurrence.entry("lstm_ragged", _cells.LSTM.value, backward, dtype, 64, _PLAIN, _RAGGED),
+    )
+] + [entry for dtype in AOT_DTYPES for entry in _matmul.entries(dtype)]

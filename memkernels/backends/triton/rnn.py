@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from memkernels.backends.triton import _cells, _matmul, _recurrence
-from memkernels.backends.triton._common import refuse
+from memkernels.backends.triton._common import AOT_DTYPES, refuse
 
 
 def supports(input, h0, weight_ih, weight_hh, bias_ih, bias_hh, reset, reset_h, lengths, relu, reverse, num_heads, training):
@@ -51,3 +51,11 @@ def backward(
         _matmul.weight_gradient(dweight_hh, dz, entered, layer.hidden, num_heads, input.dtype)
     for gradient in (dbias_ih, dbias_hh):
         _recurrence.total(gradient, dz)
+
+
+AOT = [
+    _recurrence.entry("rnn", _cells.TANH.value, backward, dtype, hidden, (*_recurrence.LSTM_ONLY, *_recurrence.STAGED, "gates_ptr", "bias_ptr"))
+    for dtype in AOT_DTYPES
+    for hidden in (64, 512)
+    for backward in (False, True)
+]
