@@ -55,7 +55,7 @@ def test_launches_are_frozen_and_depend_on_no_batch():
     launch = _launch.content(100, 4, 64, None)
     with pytest.raises(dataclasses.FrozenInstanceError):
         launch.block_n = 1
-    for function in (_launch.content, _launch.memory_read, _launch.memory_write, _launch.lstm, _launch.attention, _launch.pointwise):
+    for function in (_launch.content, _launch.memory_read, _launch.memory_write, _launch.recurrence, _launch.recurrence_rows, _launch.attention, _launch.pointwise):
         assert "batch" not in function.__code__.co_varnames
 
 
@@ -79,11 +79,20 @@ def test_attention_launch():
     assert _launch.attention(65, 65536, 64, 64, False, "forward", (8, 0)).splits == 1
 
 
-def test_lstm_launch():
-    assert _launch.lstm(128, wide=False).persistent and not _launch.lstm(129, wide=False).persistent
-    assert _launch.lstm(64, wide=True).persistent and not _launch.lstm(65, wide=True).persistent
-    assert _launch.lstm(100, wide=False).block_h == 128
-    assert _launch.lstm(64, wide=True).num_warps == 8
+def recurrence(units, *, gates=4, more=0, norm=False, element=2, backward=True, shared=232448):
+    return _launch.recurrence(units, units, gates, more, norm, element, backward, shared)
+
+
+def test_recurrence_launch():
+    assert recurrence(128).resident and not recurrence(129).resident
+    assert recurrence(64, element=4).resident and not recurrence(65, element=4).resident
+    assert recurrence(100).block_h == recurrence(100).block_p == 128
+    assert recurrence(128).ahead == 2 and recurrence(128, shared=166912).ahead == 1
+    assert recurrence(128, more=2, norm=True).ahead == 1
+    assert not recurrence(128, shared=101376).resident and recurrence(64, shared=101376).resident
+    assert not recurrence(64, element=4, more=2, norm=True, shared=101376).resident
+    assert _launch.recurrence_rows(1000, whole=True).block_h == 1024
+    assert _launch.recurrence_rows(1000, whole=False).block_h == 128
 
 
 def test_attention_arguments():

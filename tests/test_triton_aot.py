@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton")
 pytestmark = pytest.mark.timeout(1200)
 
-MODULES = ("memory_read", "memory_write", "content_address", "content_read", "lstm_gates", "lstm", "attention")
+MODULES = ("memory_read", "memory_write", "content_address", "content_read", "lstm_gates", "lstm", "gru_gates", "gru", "rnn", "attention")
 # ptxas sometimes parks a value or two on the stack to reach the next step of occupancy; a real spill is an order of magnitude more.
 STACK_BYTES = 32
 QUICK = {
@@ -23,7 +23,11 @@ QUICK = {
     "content_read_fwd_cosine_fp32",
     "content_read_bwd_cosine_bf16",
     "lstm_gates_bwd_fp32",
+    "lstm_fwd_H64_fp32",
     "lstm_bwd_H64_bf16",
+    "lstm_bwd_H128_bf16",
+    "gru_fwd_H64_bf16",
+    "rnn_bwd_H512_fp32",
     "attention_fwd_D64_causal_bf16",
     "attention_dkey_D64_bf16",
     "attention_dquery_D64_causal_bf16",

@@ -38,7 +38,7 @@ def tanh(x):
 
 @triton.jit
 def sigmoid(x):
-    return 1 / (1 + tl.exp(-x))
+    return 1 / (1 + tl.exp2(x * -1.4426950408889634))
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def strides(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:
     return (0,) * dims if tensor is None else tensor.stride()
 
 
-SIZES = frozenset("NWVDKQHM")  # multiples of 16 in a typical call, which lets loads be vectors
+SIZES = frozenset((*"NWVDKQHMP", "DH", "DP"))  # multiples of 16 in a typical call, which lets loads be vectors
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 

@@ -91,24 +91,45 @@ def pointwise(hidden: int) -> Rows:
 
 
 @dataclass(frozen=True)
-class Steps:
-    """Tiles of lstm: batch rows x hidden units, summed over block_k at a time; `persistent`: one program runs all steps of its rows."""
+class Recurrence:
+    """Tiles of a recurrent layer: batch rows x hidden units (x state units), summed over block_k.
+
+    `resident`: one program runs all steps of a head with its weights in shared memory; `ahead`: steps whose loads are under way at once.
+    """
 
     block_b: int
     block_h: int
+    block_p: int
     block_k: int
     num_warps: int
-    persistent: bool
+    ahead: int
+    resident: bool
 
 
-def lstm(hidden: int, wide: bool, interpreted: bool = False) -> Steps:
-    """`wide`: float32 weights, of which half as many fit. The interpreter is paid by the operation, whatever its size."""
-    block_h = power_of_two(hidden, 16)
-    limit = 64 if wide else 128
-    persistent = block_h <= limit
-    block_h = block_h if persistent else 128 if interpreted else 32
-    block_k = min(256 if interpreted else 32, power_of_two(hidden, 16))
-    return Steps(16, block_h, block_k, 8 if block_h > (32 if wide else 64) else 4, persistent)
+def recurrence(
+    units: int, state: int, gates: int, more: int, norm: bool, element: int, backward: bool, shared_bytes: int, interpreted: bool = False
+) -> Recurrence:
+    """Of one head: `units` hidden units, `state` elements of what enters weight_hh. `more`: further square weights of a step; `norm`: it has a
+    layer norm; `element`: bytes of a weight. float32 weights are not held without loads ahead: what LLVM makes of that loop is broken."""
+    block_h, block_p = power_of_two(units, 16), power_of_two(state, 16)
+    largest = max(block_h, block_p)
+    if largest <= (64 if element == 4 else 128):
+        tile = 16 * largest * 4
+        weights = (gates + more) * largest * largest * element
+        loads = gates + (2 + (gates if norm else 0) if backward else 0)
+        warps = 8 if largest > (32 if element == 4 else 64) else 4
+        for ahead, need in ((2, weights + (3 + loads) * tile), (1, weights + 2 * tile)):
+            if need <= shared_bytes and (ahead == 2 or element < 4):
+                return Recurrence(16, block_h, block_p, 16, warps, ahead, True)
+    block = 128 if interpreted else 32
+    return Recurrence(16, block, 16, min(256 if interpreted else 32, power_of_two(max(units, state), 16)), 4, 2, False)
+
+
+def recurrence_rows(hidden: int, whole: bool) -> Recurrence:
+    """Of a step without products; `whole`: a program sums over whole rows."""
+    block_h = power_of_two(hidden, 16) if whole else min(128, power_of_two(hidden, 16))
+    block_b = max(1, 1024 // block_h)
+    return Recurrence(block_b, block_h, 16, 16, max(4, min(16, block_h // 256)), 1, False)
 
 
 @dataclass(frozen=True)

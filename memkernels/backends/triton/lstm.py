@@ -1,271 +1,241 @@
-"""A whole LSTM layer over time on Triton.
+"""A whole LSTM layer over time on Triton, with every option; see _recurrence_fwd for the formulae's parts and who owns what.
 
-Products over all steps (input @ weight_ih.T, and in backward dz with input, weights and states) are one matrix product each. The recurrent
-part: a program owns a tile of batch rows x hidden units and, for each step, multiplies the state that enters it by its rows of weight_hh
-and applies the gates. Where all hidden units fit one program it runs all T steps (the state goes through global memory, behind a barrier);
-else one launch is one step. Lengths and resets are read on the device. float32 sums; c and dz stay float32 between steps.
-Bytes a step: 4*s*H^2 of weights (cached), 16+7s a hidden unit.
+Products over all steps (input @ weight_ih.T, and in backward dz with input, weights and states) are one matrix product each. Where a
+program cannot hold a head (more than 128 units, 64 in float32), or holds only a part of a row of which layer norm, output_gate="cell" or a
+projection need all, a step is one launch or several. Bytes a hidden unit and step: forward 16 + 6s, backward 16 + 6s, and the weights
+where they do not stay in registers.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
-import triton
-import triton.language as tl
 
-from memkernels.backends.triton import _launch, _matmul
-from memkernels.backends.triton._common import (
-    AOT_DTYPES,
-    INTERPRETED,
-    aot,
-    dot,
-    lanes,
-    refuse,
-    rounded,
-    run,
-    sigmoid,
-    store,
-    strides,
-    sum_splits,
-    tanh,
-)
+from memkernels.backends.triton import _cells, _matmul, _recurrence
+from memkernels.backends.triton import _recurrence_fwd as fwd
+from memkernels.backends.triton._common import AOT_DTYPES, refuse
 
 
-@triton.jit
-def _masks(reset_ptr, lengths_ptr, t, b, B, reset_stride_t, reset_stride_b, lengths_stride):
-    """(the row is not past its end, the state that enters step t stays)."""
-    active = b < B
-    if lengths_ptr is not None:
-        active = active & (t < tl.load(lengths_ptr + b * lengths_stride, mask=active, other=0))
-    kept = b < B
-    if reset_ptr is not None:
-        kept = (tl.load(reset_ptr + t * reset_stride_t + b * reset_stride_b, mask=b < B, other=0) == 0) | (active == 0)
-    return active, kept
+class Call(NamedTuple):
+    """The flat arguments of the op."""
 
+    input: torch.Tensor
+    h0: torch.Tensor
+    c0: torch.Tensor
+    weight_ih: torch.Tensor
+    weight_hh: torch.Tensor
+    bias_ih: Any
+    bias_hh: Any
+    weight_hr: Any
+    peephole: Any
+    norm_weight: Any
+    norm_bias: Any
+    weight_co: Any
+    reset: Any
+    reset_h: Any
+    reset_c: Any
+    lengths: Any
+    seed: Any
+    reverse: bool
+    num_heads: int
+    zoneout_h: float
+    zoneout_c: float
+    recurrent_dropout: float
+    expected: bool
+    recompute: bool
+    return_cells: bool
+    training: bool
 
-@triton.jit(do_not_specialize=["first", "last"])
-def _lstm_fwd_kernel(
-    output_ptr, cells_ptr, gates_ptr, h_state_ptr, c_state_ptr, projected_ptr, weight_ptr, reset_ptr, lengths_ptr, first, last, T, B, H,
-    weight_stride_o, weight_stride_i, reset_stride_t, reset_stride_b, lengths_stride, REVERSE: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64) * BLOCK_B + lanes(BLOCK_B)
-    h = tl.program_id(1).to(tl.int64) * BLOCK_H + lanes(BLOCK_H)
-    tile = (b < B)[:, None] & (h < H)[None, :]
-    own = b[:, None] * H + h[None, :]
-    gate, size = tl.cast(H, tl.int64), tl.cast(B, tl.int64) * H
-    for step in range(first, last):
-        t = tl.cast(T - 1 - step if REVERSE else step, tl.int64)
-        active, kept = _masks(reset_ptr, lengths_ptr, t, b, B, reset_stride_t, reset_stride_b, lengths_stride)
-        entering = h_state_ptr + (step % 2) * size
-        projected = projected_ptr + t * size * 4 + 4 * b[:, None] * H + h[None, :]
-        i, f = tl.load(projected, mask=tile, other=0.0), tl.load(projected + gate, mask=tile, other=0.0)
-        g, o = tl.load(projected + 2 * gate, mask=tile, other=0.0), tl.load(projected + 3 * gate, mask=tile, other=0.0)
-        for start in range(0, H, BLOCK_K):
-            k = start + lanes(BLOCK_K)
-            old = tl.load(entering + b[:, None] * H + k[None, :], mask=kept[:, None] & (k < H)[None, :], other=0.0)
-            weight = weight_ptr + h[None, :] * weight_stride_o + k[:, None] * weight_stride_i
-            part, down = (k < H)[:, None] & (h < H)[None, :], gate * weight_stride_o
-            i = dot(old, tl.load(weight, mask=part, other=0.0), i, PRECISION)
-            f = dot(old, tl.load(weight + down, mask=part, other=0.0), f, PRECISION)
-            g = dot(old, tl.load(weight + 2 * down, mask=part, other=0.0), g, PRECISION)
-            o = dot(old, tl.load(weight + 3 * down, mask=part, other=0.0), o, PRECISION)
-        i, f, g, o = sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
-        c_old = tl.load(c_state_ptr + own, mask=tile, other=0.0)
-        c = f * tl.where(kept[:, None], c_old, 0.0) + i * g
-        new = o * tanh(c)
-        running = active[:, None]
-        store(output_ptr + t * size + own, tl.where(running, new, 0.0), mask=tile)
-        if cells_ptr is not None:
-            store(cells_ptr + t * size + own, tl.where(running, c, 0.0), mask=tile)
-        if gates_ptr is not None:
-            gates = gates_ptr + t * size * 4 + 4 * b[:, None] * H + h[None, :]
-            store(gates, tl.where(running, i, 0.0), mask=tile)
-            store(gates + gate, tl.where(running, f, 0.0), mask=tile)
-            store(gates + 2 * gate, tl.where(running, g, 0.0), mask=tile)
-            store(gates + 3 * gate, tl.where(running, o, 0.0), mask=tile)
-        unchanged = tl.load(entering + own, mask=tile, other=0.0)
-        store(h_state_ptr + (1 - step % 2) * size + own, tl.where(running, rounded(new, unchanged.dtype), unchanged), mask=tile)
-        store(c_state_ptr + own, tl.where(running, c, c_old), mask=tile)
-        tl.debug_barrier()
-
-
-@triton.jit(do_not_specialize=["first", "last"])
-def _lstm_bwd_kernel(
-    dz_ptr, dh_state_ptr, dc_state_ptr, doutput_ptr, dcells_ptr, cells_ptr, gates_ptr, c_first_ptr, weight_ptr, reset_ptr, lengths_ptr,
-    first, last, T, B, H, doutput_stride_t, doutput_stride_b, doutput_stride_h, dcells_stride_t, dcells_stride_b, dcells_stride_h,
-    c_first_stride_b, c_first_stride_h, weight_stride_o, weight_stride_i, reset_stride_t, reset_stride_b, lengths_stride,
-    REVERSE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Step s first takes dh from the dz of step s - 1; step T does only that."""
-    b = tl.program_id(0).to(tl.int64) * BLOCK_B + lanes(BLOCK_B)
-    h = tl.program_id(1).to(tl.int64) * BLOCK_H + lanes(BLOCK_H)
-    tile = (b < B)[:, None] & (h < H)[None, :]
-    own = b[:, None] * H + h[None, :]
-    gate, size = tl.cast(H, tl.int64), tl.cast(B, tl.int64) * H
-    for step in range(first, last):
-        dh = tl.load(dh_state_ptr + own, mask=tile, other=0.0)
-        if step > 0:
-            t = tl.cast(step - 1 if REVERSE else T - step, tl.int64)
-            active, kept = _masks(reset_ptr, lengths_ptr, t, b, B, reset_stride_t, reset_stride_b, lengths_stride)
-            total = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
-            for start in range(0, 4 * H, BLOCK_K):
-                k = start + lanes(BLOCK_K)
-                dz = tl.load(
-                    dz_ptr + t * size * 4 + 4 * b[:, None] * H + k[None, :], mask=(b < B)[:, None] & (k < 4 * H)[None, :], other=0.0
-                )
-                weight = weight_ptr + k[:, None] * weight_stride_o + h[None, :] * weight_stride_i
-                total = dot(dz, tl.load(weight, mask=(k < 4 * H)[:, None] & (h < H)[None, :], other=0.0), total, PRECISION)
-            dh = tl.where(active[:, None], tl.where(kept[:, None], total, 0.0), dh)
-            store(dh_state_ptr + own, dh, mask=tile)
-        if step < T:
-            t = tl.cast(step if REVERSE else T - 1 - step, tl.int64)
-            active, kept = _masks(reset_ptr, lengths_ptr, t, b, B, reset_stride_t, reset_stride_b, lengths_stride)
-            before = t + 1 if REVERSE else t - 1
-            from_first = b < 0
-            if before < 0 or before >= T:
-                from_first = b >= 0
-            elif REVERSE and lengths_ptr is not None:
-                from_first = before >= tl.load(lengths_ptr + b * lengths_stride, mask=b < B, other=0)
-            c_first = tl.load(
-                c_first_ptr + b[:, None] * c_first_stride_b + h[None, :] * c_first_stride_h, mask=tile & from_first[:, None], other=0.0
-            )
-            c_before = tl.load(cells_ptr + before * size + own, mask=tile & (from_first == 0)[:, None], other=0.0)
-            c_old = tl.where(kept[:, None], tl.where(from_first[:, None], c_first, c_before).to(tl.float32), 0.0)
-            gates = gates_ptr + t * size * 4 + 4 * b[:, None] * H + h[None, :]
-            i, f = tl.load(gates, mask=tile, other=0.0).to(tl.float32), tl.load(gates + gate, mask=tile, other=0.0).to(tl.float32)
-            g, o = (
-                tl.load(gates + 2 * gate, mask=tile, other=0.0).to(tl.float32),
-                tl.load(gates + 3 * gate, mask=tile, other=0.0).to(tl.float32),
-            )
-            bounded = tanh(tl.load(cells_ptr + t * size + own, mask=tile, other=0.0).to(tl.float32))
-            dc_old = tl.load(dc_state_ptr + own, mask=tile, other=0.0)
-            dc = dc_old
-            if doutput_ptr is not None:
-                place = t * doutput_stride_t + b[:, None] * doutput_stride_b + h[None, :] * doutput_stride_h
-                dh += tl.load(doutput_ptr + place, mask=tile, other=0.0).to(tl.float32)
-            if dcells_ptr is not None:
-                place = t * dcells_stride_t + b[:, None] * dcells_stride_b + h[None, :] * dcells_stride_h
-                dc += tl.load(dcells_ptr + place, mask=tile, other=0.0).to(tl.float32)
-            dc += dh * o * (1 - bounded * bounded)
-            running = active[:, None]
-            dz = dz_ptr + t * size * 4 + 4 * b[:, None] * H + h[None, :]
-            store(dz, tl.where(running, dc * g * i * (1 - i), 0.0), mask=tile)
-            store(dz + gate, tl.where(running, dc * c_old * f * (1 - f), 0.0), mask=tile)
-            store(dz + 2 * gate, tl.where(running, dc * i * (1 - g * g), 0.0), mask=tile)
-            store(dz + 3 * gate, tl.where(running, dh * bounded * o * (1 - o), 0.0), mask=tile)
-            store(dc_state_ptr + own, tl.where(running, tl.where(kept[:, None], dc * f, 0.0), dc_old), mask=tile)
-        tl.debug_barrier()
-
-
-def supports(
-    input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norm_weight, norm_bias, weight_co, reset, reset_h, reset_c,
-    lengths, seed, reverse, num_heads, zoneout_h, zoneout_c, recurrent_dropout, expected, recompute, return_cells, training,
-):  # fmt: skip
-    if weight_hr is peephole is norm_weight is weight_co is reset_h is None and num_heads == 1 and not recompute:
-        return "knows no zoneout or recurrent dropout" if zoneout_h or zoneout_c or recurrent_dropout else refuse(input)
-    return "knows no peephole, layer_norm, output_gate, weight_hr, reset_state, num_heads or recompute"
-
-
-def _launch_steps(kernel, steps, count, tensors, sizes, *args, reverse, dtype):
-    """All steps in one launch, or one launch a step."""
-    _, batch, hidden = sizes
-    grid = _launch.ceil_div(batch, steps.block_b), _launch.ceil_div(hidden, steps.block_h)
-    ranges = [(0, count)] if steps.persistent else [(s, s + 1) for s in range(count)]
-    for first, last in ranges:
-        run(
-            kernel, grid, *tensors, first, last, *sizes, *args, REVERSE=reverse, BLOCK_B=steps.block_b, BLOCK_H=steps.block_h,
-            BLOCK_K=steps.block_k, PRECISION=_matmul.product_precision(dtype), num_warps=steps.num_warps,
+    def layer(self) -> _recurrence.Layer:
+        whole = {
+            name: None if (t := getattr(self, name)) is None else t.contiguous()
+            for name in ("lengths", "peephole", "norm_weight", "norm_bias", "weight_co", "weight_hr")
+        }
+        return _recurrence.Layer(
+            _cells.LSTM.value, *self.input.shape[:2], self.c0.shape[1], self.h0.shape[1], self.num_heads, self.input.dtype,
+            self.weight_hh.contiguous(), self.h0.contiguous(), self.reverse, self.reset, self.reset_h, c0=self.c0.contiguous(),
+            reset_c=self.reset_c, seed=self.seed, zoneout=(self.zoneout_h, self.zoneout_c), expected=self.expected,
+            dropout=self.recurrent_dropout, **whole,
         )  # fmt: skip
 
+    def used(self) -> int:
+        """Rows of weight_ih that count: output_gate="cell" ignores those of o."""
+        return self.weight_ih.shape[0] if self.weight_co is None else 3 * self.c0.shape[1]
 
-def forward(
-    output, h_n, c_n, cells, gates, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norm_weight, norm_bias,
-    weight_co, reset, reset_h, reset_c, lengths, seed, reverse, num_heads, zoneout_h, zoneout_c, recurrent_dropout, expected, recompute,
-    return_cells, training,
-):  # fmt: skip
-    (count, batch, width), hidden, dtype = input.shape, weight_hh.shape[1], input.dtype
-    projected = input.new_empty(count * batch, 4 * hidden, dtype=torch.float32)
-    _matmul.matmul(projected, input.reshape(count * batch, width), weight_ih.mT, dtype, bias_ih, bias_hh)
-    h_state = input.new_empty(2, batch, hidden)
-    h_state[0].copy_(h0)
-    c_state = c0.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    tensors = (
-        output, cells, gates, h_state, c_state, projected, weight_hh, reset, lengths
-    )  # fmt: skip
-    _launch_steps(
-        _lstm_fwd_kernel, _launch.lstm(hidden, dtype == torch.float32, INTERPRETED), count, tensors, (count, batch, hidden),
-        *weight_hh.stride(), *strides(reset, 2), *strides(lengths, 1), reverse=reverse, dtype=dtype,
-    )  # fmt: skip
-    h_n.copy_(h_state[count % 2])
+
+def supports(*call):
+    return refuse(call[0])
+
+
+def _norm(call, begin, end):
+    return call.norm_weight[begin:end].float(), call.norm_bias[begin:end].float()
+
+
+def _raw_input(call, layer):
+    """W_ih x of the gates that see x."""
+    used = call.used()
+    raw = call.input.new_empty(layer.steps * layer.batch, used, dtype=torch.float32)
+    _matmul.matmul(raw, call.input.reshape(raw.shape[0], call.weight_ih.shape[1]), call.weight_ih[:used].mT, layer.dtype)
+    return raw
+
+
+def _project(call, layer):
+    """The input's part of the gates, both biases in it."""
+    projected = call.input.new_empty(layer.steps * layer.batch, 4 * layer.hidden, dtype=torch.float32)
+    if call.norm_weight is None and call.weight_co is None:
+        x = call.input.reshape(projected.shape[0], call.weight_ih.shape[1])
+        _matmul.matmul(projected, x, call.weight_ih.mT, layer.dtype, call.bias_ih, call.bias_hh)
+        return projected
+    raw, used = _raw_input(call, layer), call.used()
+    if call.norm_weight is not None:
+        raw = torch.layer_norm(raw, (used,), *_norm(call, 0, used))
+    projected[:, :used] = raw
+    projected[:, used:] = 0
+    for bias in (call.bias_ih, call.bias_hh):
+        if bias is not None:
+            projected += bias
+    return projected
+
+
+def forward(output, h_n, c_n, cells, gates, *flat):
+    call = Call(*flat)
+    layer = call.layer()
+    projected, c_state = _project(call, layer), _recurrence.state_of(call.c0, call.c0)
+    h_n.copy_(call.h0)
+    _recurrence.forward(layer, output, h_n, projected, cells_ptr=cells, gates_ptr=gates, c_state_ptr=c_state)
     c_n.copy_(c_state)
 
 
-def _entering(h0, output, reset, lengths, reverse):
-    """The state that entered each step, "T B H"."""
-    count = output.shape[0]
-    entering = torch.cat([output[1:], h0[None]] if reverse else [h0[None], output[:-1]])
-    if reverse and lengths is not None:
-        starts = torch.arange(1, count + 1, device=output.device)[:, None] >= lengths
-        entering = torch.where(starts[..., None], h0, entering)
-    return entering if reset is None else entering.masked_fill_(reset[..., None], 0)
+def _rebuilt(call, layer, raw):
+    """(cells, gates) from the outputs: all gates by one product a weight, cells by a scan."""
+    total, hidden = _project(call, layer), layer.hidden
+    total += raw if call.norm_weight is None else torch.layer_norm(raw, (4 * hidden,), *_norm(call, 4 * hidden, 8 * hidden))
+    cells = total.new_empty(layer.steps, layer.batch, hidden)
+    gates, c_state = torch.empty_like(total), _recurrence.state_of(call.c0, call.c0)
+    _recurrence.scan(layer, total, cells_ptr=cells, gates_ptr=gates, c_state_ptr=c_state)
+    if call.weight_co is not None:
+        c_new = _new_cells(layer, gates, layer.entered(cells, layer.c0, layer.reset_c, False))
+        inner = torch.empty_like(c_new)
+        _matmul.matmul(inner, c_new, layer.weight_co.mT, layer.dtype)
+        inner += total[:, 3 * hidden :]
+        gates[:, 3 * hidden :] = torch.sigmoid(inner if call.peephole is None else inner + call.peephole[2] * c_new)
+    return cells, gates
 
 
-def backward(
-    dinput, dh0, dc0, dweight_ih, dweight_hh, dbias_ih, dbias_hh, dweight_hr, dpeephole, dnorm_weight, dnorm_bias, dweight_co,
-    dreset_h, dreset_c, doutput, dh_n, dc_n, dcells, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole,
-    norm_weight, norm_bias, weight_co, reset, reset_h, reset_c, lengths, seed, output, cells, gates, reverse, num_heads,
-    zoneout_h, zoneout_c, recurrent_dropout, expected, recompute, return_cells, training,
-):  # fmt: skip
-    (count, batch, width), hidden, dtype = input.shape, weight_hh.shape[1], input.dtype
-    dz = input.new_empty(count * batch, 4 * hidden, dtype=torch.float32)
-    dh, dc = (
-        torch.zeros(batch, hidden, dtype=torch.float32, device=input.device) if d is None
-        else d.to(torch.float32, copy=True, memory_format=torch.contiguous_format) for d in (dh_n, dc_n)
+def _new_cells(layer, gates, c_old):
+    """Before zoneout."""
+    i, f, g, _ = gates.view(-1, 4 * layer.hidden).float().chunk(4, 1)
+    return f * c_old + i * g
+
+
+class Gradients(NamedTuple):
+    """Of the inputs that have one, in the order of the declaration; None where nobody needs it."""
+
+    input: Any
+    h0: Any
+    c0: Any
+    weight_ih: Any
+    weight_hh: Any
+    bias_ih: Any
+    bias_hh: Any
+    weight_hr: Any
+    peephole: Any
+    norm_weight: Any
+    norm_bias: Any
+    weight_co: Any
+    reset_h: Any
+    reset_c: Any
+
+
+def backward(*flat):
+    want, (doutput, dh_n, dc_n, dcells) = Gradients(*flat[:14]), flat[14:18]
+    call, (output, cells, gates) = Call(*flat[18:35], *flat[38:]), flat[35:38]
+    layer = call.layer()
+    call = call._replace(input=_recurrence.living(layer, call.input))
+    rows, hidden = layer.steps * layer.batch, layer.hidden
+    normed = call.norm_weight is not None
+    new = lambda width: call.input.new_empty(rows, width, dtype=torch.float32)  # noqa: E731
+    dz, dh, dc = new(4 * hidden), _recurrence.state_of(dh_n, call.h0), _recurrence.state_of(dc_n, call.c0)
+    entered = layer.entered(output, layer.h0, layer.reset_h, layer.dropout > 0)
+    raw = None
+    if normed or call.recompute:
+        raw = new(4 * hidden)
+        _matmul.hidden_product(raw, entered, layer.weight, hidden, layer.heads, layer.dtype)
+    if call.recompute:
+        cells, gates = _rebuilt(call, layer, raw)
+    dhidden = new(4 * hidden) if normed else dz
+    dnormed = new(hidden) if normed else None
+    dnew = None if call.weight_hr is None else new(layer.state).view(layer.steps, layer.batch, layer.state)
+    _recurrence.backward(
+        layer, dz, dhidden, dh, doutput, dc_state_ptr=dc, dnew_ptr=dnew, dnormed_ptr=dnormed, dcells_ptr=dcells, output_ptr=output,
+        cells_ptr=cells, gates_ptr=gates, c0_ptr=layer.c0, raw_ptr=raw, dreset_h_ptr=want.reset_h, dreset_c_ptr=want.reset_c,
     )  # fmt: skip
-    dcells = dcells if training or return_cells else None
-    tensors = dz, dh, dc, doutput, dcells, cells, gates, c0, weight_hh, reset, lengths
-    _launch_steps(
-        _lstm_bwd_kernel, _launch.lstm(hidden, dtype == torch.float32, INTERPRETED), count + 1, tensors, (count, batch, hidden),
-        *strides(doutput, 3), *strides(dcells, 3), *c0.stride(), *weight_hh.stride(),
-        *strides(reset, 2), *strides(lengths, 1), reverse=reverse, dtype=dtype,
-    )  # fmt: skip
-    for gradient, found in ((dh0, dh), (dc0, dc)):
+    for gradient, found in ((want.h0, dh), (want.c0, dc)):
         if gradient is not None:
             gradient.copy_(found)
-    if dinput is not None:
-        _matmul.matmul(dinput.view(count * batch, width), dz, weight_ih, dtype)
-    if dweight_ih is not None:
-        _matmul.matmul(dweight_ih, dz.mT, input.reshape(count * batch, width), dtype)
-    if dweight_hh is not None:
-        entering = _entering(h0, output, reset, lengths, reverse) if count else output
-        _matmul.matmul(dweight_hh, dz.mT, entering.reshape(count * batch, hidden), dtype)
-    for gradient in (dbias_ih, dbias_hh):
-        if gradient is not None:
-            sum_splits(gradient, dz)
+    _input_side(call, layer, want, dz)
+    if want.weight_hh is not None:
+        _matmul.weight_gradient(want.weight_hh, dhidden, entered, hidden, layer.heads, layer.dtype)
+    for gradient in (want.bias_ih, want.bias_hh):
+        _recurrence.total(gradient, dz)
+    _cell_side(call, layer, want, dz, raw, dnormed, dnew, cells, gates)
 
 
-def _aot(name, kernel, dtype, hidden):
-    steps = _launch.lstm(hidden, dtype == torch.float32)
-    constants = dict(
-        REVERSE=False, BLOCK_B=steps.block_b, BLOCK_H=steps.block_h, BLOCK_K=steps.block_k, PRECISION=_matmul.product_precision(dtype),
-        reset_ptr=None, lengths_ptr=None, dcells_ptr=None, reset_stride_t=0, reset_stride_b=0, lengths_stride=0,
-    )  # fmt: skip
-    constants |= {a: 1 for a in kernel.arg_names if a.endswith(("stride_h", "stride_i"))}
-    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
-    types = {f"{a}_ptr": "*fp32" for a in ("c_state", "projected", "dz", "dh_state", "dc_state")}
-    return aot(f"{name}_H{hidden}", kernel, dtype, constants, types, steps.num_warps)
+def _norm_backward(d, raw, weight, input_too):
+    """Gradients of (the values before a layer norm, if asked for, its weight, its bias)."""
+    shape = (raw.shape[1],)
+    _, mean, scale = torch.native_layer_norm(raw, shape, None, None, 1e-5)
+    return torch.ops.aten.native_layer_norm_backward(d, raw, shape, mean, scale, weight, weight, [input_too, True, True])
 
 
+def _input_side(call, layer, want, dz):
+    """Gradients of the input, of weight_ih and of the input's layer norm."""
+    used = call.used()
+    d = dz[:, :used]
+    if call.norm_weight is not None:
+        d, *dnorm = _norm_backward(d.contiguous(), _raw_input(call, layer), _norm(call, 0, used)[0], True)
+        for gradient, found in zip((want.norm_weight, want.norm_bias), dnorm, strict=True):
+            if gradient is not None:
+                gradient[: 4 * layer.hidden].zero_()
+                gradient[:used] = found
+    _recurrence.input_gradients(layer, want.input, want.weight_ih, d, call.input, call.weight_ih)
+
+
+def _cell_side(call, layer, want, dz, raw, dnormed, dnew, cells, gates):
+    """Gradients of what acts on the cell, and of the hidden part's layer norm."""
+    hidden, normed = layer.hidden, call.norm_weight is not None
+    if all(d is None for d in (want.weight_hr, want.peephole, want.norm_weight, want.norm_bias, want.weight_co)):
+        return
+    c_old = layer.entered(cells, layer.c0, layer.reset_c, False)
+    c_new = _new_cells(layer, gates, c_old)
+    if normed:
+        found = (
+            _norm_backward(dz, raw, _norm(call, 4 * hidden, 8 * hidden)[0], False),
+            _norm_backward(dnormed, c_new, _norm(call, 8 * hidden, 9 * hidden)[0], False),
+        )
+        for i, gradient in ((1, want.norm_weight), (2, want.norm_bias)):
+            if gradient is not None:
+                gradient[4 * hidden :] = torch.cat([part[i] for part in found])
+    if want.weight_hr is not None:
+        bounded = torch.layer_norm(c_new, (hidden,), *_norm(call, 8 * hidden, 9 * hidden)) if normed else c_new
+        memory = gates.view(-1, 4 * hidden)[:, 3 * hidden :] * torch.tanh(bounded)
+        _matmul.matmul(want.weight_hr, dnew.view(len(memory), layer.state).mT, memory, layer.dtype)
+    if want.weight_co is not None:
+        _matmul.matmul(want.weight_co, dz[:, 3 * hidden :].mT, c_new, layer.dtype)
+    if want.peephole is not None:
+        di, df, _, do = dz.chunk(4, 1)
+        want.peephole.copy_(torch.stack([(di * c_old).sum(0), (df * c_old).sum(0), (do * c_new).sum(0)]))
+
+
+_PLAIN = (*_recurrence.STAGED, "bias_ptr", *(n for n in _recurrence.LSTM_ONLY if n.startswith(("peephole", "norm", "weight"))))
+_RAGGED = ("lengths_ptr", "order_ptr", "reset_ptr", "peephole_ptr")
 AOT = [
     entry
     for dtype in AOT_DTYPES
+    for backward in (False, True)
     for entry in (
-        *_matmul.entries(dtype),
-        *(
-            _aot(name, kernel, dtype, hidden)
-            for hidden in (64, 512)
-            for name, kernel in (("lstm_fwd", _lstm_fwd_kernel), ("lstm_bwd", _lstm_bwd_kernel))
-        ),
+        *(_recurrence.entry("lstm", _cells.LSTM.value, backward, dtype, hidden, _PLAIN) for hidden in (64, 128, 512)),
+        _recurrence.entry("lstm_ragged", _cells.LSTM.value, backward, dtype, 64, _PLAIN, _RAGGED),
     )
-]
+] + [entry for dtype in AOT_DTYPES for entry in _matmul.entries(dtype)]
