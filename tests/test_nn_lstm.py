@@ -190,6 +190,33 @@ def test_randomness_is_replayed_in_backward():
     assert torch.autograd.gradcheck(call, (x,))
 
 
+def test_everything_at_once_to_the_second_order():
+    module = make("LSTM", 2, 4, **{**OPTIONS, "proj_size": 2, "recurrent_dropout": 0.3})
+    names, leaves = zip(*module.named_parameters())  # random below: layer norm of a state of zeros has no finite differences
+    kwargs = {"reset": torch.tensor([[False, True], [True, False]]), "lengths": torch.tensor([2, 1]), "return_cells": True}
+
+    def call(x, h, c, *weights):
+        torch.manual_seed(3)
+        output, state, cells = torch.func.functional_call(module, dict(zip(names, weights)), (x, (h, c)), kwargs)
+        return output, *state, cells
+
+    inputs = [torch.randn(2, 2, 2, dtype=torch.float64), *random_state(module, 2)]
+    inputs = [t.requires_grad_() for t in inputs] + [torch.randn_like(p).requires_grad_() for p in leaves]
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+
+
+def test_everything_at_once_compiles_into_one_graph():
+    module = make("LSTM", INPUT, HIDDEN, 2, **OPTIONS)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    x = torch.randn(STEPS, BATCH, INPUT, dtype=torch.float64)
+    kwargs = {"reset": torch.rand(STEPS, BATCH) < 0.4, "lengths": torch.tensor([4, 1, 3]), "return_cells": True}
+    assert not torch.equal(compiled(x, **kwargs)[0], compiled(x, **kwargs)[0])
+    module.eval()
+    for found in zip(with_gradients(module, x, **kwargs), with_gradients(compiled, x, **kwargs), strict=True):
+        torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
