@@ -14,6 +14,8 @@ import torch
 from memkernels.backends.reference._math import compute
 from memkernels.backends.reference._recurrence import Rows, blocks, dense, each, summed
 
+SPAN = 1 << 16  # elements of a state that are worked on at a time, small enough for a cache
+
 
 class SecondOrder:
     """One call. `slopes`: how c moves with z_i, z_f, z_g, and h with z_o; `through`: how h moves with c."""
@@ -21,32 +23,46 @@ class SecondOrder:
     def __init__(self, call: Any, moves: Any, saved: Any):
         self.rows = rows = Rows(call.input.shape[0], call.reverse, call.reset, call.lengths)
         self.shape, self.hidden, self.num_heads = call.input.shape, call.c0.shape[1], call.num_heads
-        output, cells, gates = (compute(t) for t in saved)
+        output, self.cells, gates = (compute(t) for t in saved)
         self.seen, self.resets = _flat(rows.living(compute(call.input))), call.reset_h is not None
         self.h_old = rows.entering(compute(call.h0), output, compute(call.reset_h))
-        self.c_old = rows.entering(compute(call.c0), cells, compute(call.reset_c))
+        self.c_old = rows.entering(compute(call.c0), self.cells, compute(call.reset_c))
         self.weight_ih, self.weight_hh = compute(call.weight_ih), dense(compute(call.weight_hh), 4, call.num_heads)
-        self.gates, self.bounded = gates.unflatten(-1, (4, self.hidden)), torch.tanh(cells)
-        i, f, g, o = self.gates.unbind(2)
-        self.forget, self.through = f, o * (1 - self.bounded * self.bounded)
-        self.slopes = torch.stack([g * i * (1 - i), self.c_old * f * (1 - f), i * (1 - g * g), self.bounded * o * (1 - o)], 2)
+        self.gates = gates.unflatten(-1, (4, self.hidden))
+        self.bounded, self.through = torch.empty_like(self.cells), torch.empty_like(self.cells)
+        self.slopes = torch.empty_like(self.gates)
+        for t in self._spans():
+            self._slopes(t)
         self._take(moves)
+
+    def _spans(self) -> list[slice]:
+        steps = max(1, SPAN // max(self.c_old[0].numel(), 1))
+        return [slice(t, t + steps) for t in range(0, self.shape[0], steps)]
+
+    def _slopes(self, t: slice) -> None:
+        (i, _, g, o), y = self.gates[t].unbind(2), torch.tanh(self.cells[t], out=self.bounded[t])
+        torch.mul(o, 1 - y * y, out=self.through[t])
+        slopes = torch.sub(self.gates[t], self.gates[t].square(), out=self.slopes[t])
+        for gate, factor in enumerate((g, self.c_old[t], None, y)):
+            if factor is not None:
+                slopes[:, :, gate] *= factor
+        torch.mul(i, 1 - g * g, out=slopes[:, :, 2])
 
     def _take(self, moves: Any) -> None:
         x, h0, c0, self.move_ih, move_hh, *biases = (compute(m) for m in moves[:7])
         self.move_seen = None if x is None else _flat(self.rows.living(x))
         self.move_hh = None if move_hh is None else dense(move_hh, 4, self.num_heads)
-        self.move_biases = [b for b in biases if b is not None]
+        self.move_bias = sum(b for b in biases if b is not None)
         self.move_states = [torch.zeros_like(s[0]) if m is None else m for m, s in ((h0, self.h_old), (c0, self.c_old))]
         self.move_resets = [compute(m) for m in moves[-2:]]
 
     def tangents(self) -> tuple[Any, Any]:
         """(final h and c, h and c of every step) as they move."""
         dz = summed((self.seen, _turned(self.move_ih)), (self.move_seen, self.weight_ih.mT), (_flat(self.h_old), _turned(self.move_hh)))
-        dz = torch.zeros_like(self.slopes) if dz is None else dz.view(self.slopes.shape)
-        for bias in self.move_biases:
-            dz += bias.view(4, self.hidden)
-        weight, forget, through = self.weight_hh.mT.contiguous(), each(self.forget), each(self.through)
+        dz = torch.zeros_like(_flat(self.slopes.flatten(2))) if dz is None else dz
+        dz += self.move_bias
+        self.dz = dz = dz.view(self.slopes.shape)
+        weight, forget, through = self.weight_hh.mT.contiguous(), each(self.gates[:, :, 1]), each(self.through)
         (z_i, z_f, z_g, z_o), (s_i, s_f, s_g, s_o) = ([each(part) for part in t.unbind(2)] for t in (dz, self.slopes))
         z = each(dz.flatten(2))
 
@@ -56,55 +72,64 @@ class SecondOrder:
             return (torch.mul(s_o[t], z_o[t]).addcmul_(c, through[t]), c), ()
 
         final, (h, c) = self.rows.forward(step, self.move_states, self.move_resets)
-        self.dz, self.moved_cells = dz, c
+        self.move_cells = c
         self.move_h, self.move_c = (self.rows.entering(*given) for given in zip(self.move_states, (h, c), self.move_resets))
         return final, (h, c)
 
-    def _parts(self, dz: torch.Tensor) -> Any:
-        """Of every step: all of dz, what moves c of it, what moves h, and the slopes of both."""
-        return [each(part) for part in (dz.flatten(2), dz[:, :, :3], dz[:, :, 3], self.slopes[:, :, :3], self.slopes[:, :, 3])]
 
     def adjoints(self, doutputs: Any) -> Any:
         """Backward again: gradients of the gates' arguments, of h, of c, of every step."""
         doutput, dh_n, dc_n, dcells = (compute(d) for d in doutputs)
         dstates = [torch.zeros_like(s) if d is None else d for d, s in zip((dh_n, dc_n), self.move_states)]
-        dz = torch.empty_like(self.slopes)
-        (z, z_c, z_o, s_c, s_o), forget, through = self._parts(dz), each(self.forget), each(self.through)
+        dh_all, dc_all = (
+            torch.zeros_like(s) if d is None else self.rows.living(d).clone() for d, s in ((doutput, self.h_old), (dcells, self.c_old))
+        )
+        dz = self.slopes.clone()
+        z, z_c, z_o = each(dz.flatten(2)), each(dz[:, :, :3]), each(dz[:, :, 3])
+        h_all, c_all, c_wide = each(dh_all), each(dc_all), each(dc_all.unsqueeze(2))
+        forget, through = each(self.gates[:, :, 1]), each(self.through)
 
         def step(t, dh, dc):
-            dc = torch.addcmul(dc, dh, through[t])
-            torch.mul(dc[:, None], s_c[t], out=z_c[t])
-            torch.mul(dh, s_o[t], out=z_o[t])
-            return (z[t] @ self.weight_hh, dc * forget[t]), (dh, dc)
+            dh = h_all[t].add_(dh)
+            dc = c_all[t].addcmul_(dh, through[t]).add_(dc)
+            z_c[t].mul_(c_wide[t])
+            z_o[t].mul_(dh)
+            return (torch.mm(z[t], self.weight_hh), dc * forget[t]), ()
 
-        dh, dc = self.rows.backward(step, dstates, [doutput, dcells], False)[1]
-        return _flat(dz.flatten(2)), dh, dc
+        self.rows.backward(step, dstates, [None, None], False)
+        return _flat(dz.flatten(2)), dh_all, dc_all
 
-    def _moved_slopes(self, dh: torch.Tensor, dc: torch.Tensor) -> Any:
-        """How slopes move, times the adjoints that they meet: (slopes of z, `through`, `forget`)."""
-        (i, f, g, o), y, (z_i, z_f, z_g, z_o) = self.gates.unbind(2), self.bounded, self.dz.unbind(2)
-        s_i, s_f, s_g, s_o, s_y = i * (1 - i), f * (1 - f), 1 - g * g, o * (1 - o), 1 - y * y
-        move_y, move_f = s_y * self.moved_cells, s_f * z_f
-        by_gate = (
-            dc * s_i * (s_g * z_g + g * (1 - 2 * i) * z_i),
-            dc * (s_f * self.move_c + self.c_old * (1 - 2 * f) * move_f),
-            dc * s_g * (s_i * z_i - 2 * i * g * z_g),
-            dh * s_o * (move_y + y * (1 - 2 * o) * z_o),
-        )
-        return torch.stack(by_gate, 2), dh * (s_o * s_y * z_o - 2 * o * y * move_y), dc * move_f
+    def _moved_slopes(self, t: slice, dh: torch.Tensor, dc: torch.Tensor, dz: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """How slopes move, times the adjoints that they meet: those of z in `dz`, those of (`through`, the forget gate)."""
+        gates, z, y = self.gates[t], self.dz[t], self.bounded[t]
+        (i, _, g, o), (z_i, z_f, z_g, z_o) = gates.unbind(2), z.unbind(2)
+        s_i, s_f, _, s_o = (gates - gates.square()).unbind(2)
+        s_y, bend = 1 - y * y, torch.rsub(gates, 1, alpha=2)
+        bend[:, :, 2] -= 1
+        move_y, across = s_y * self.move_cells[t], s_i * (1 - g * g)
+        torch.mul(self.slopes[t], bend, out=dz).mul_(z)
+        dz[:, :, 0].addcmul_(across, z_g)
+        dz[:, :, 1].addcmul_(s_f, self.move_c[t])
+        dz[:, :, 2].addcmul_(across, z_i)
+        dz[:, :, 3].addcmul_(s_o, move_y)
+        dz[:, :, :3] *= dc[:, :, None]
+        dz[:, :, 3] *= dh
+        return (s_o * s_y).mul_(z_o).addcmul_(o * y, move_y, value=-2).mul_(dh), (dc * s_f).mul_(z_f)
 
     def adjoint_tangents(self, adjoints: Any) -> Any:
         """How the adjoints move: (of the initial h and c, of the gates' arguments, of the states to reset to)."""
         adjoint, dh, dc = adjoints
-        dz, by_c, by_old = self._moved_slopes(dh, dc)
+        dz = torch.empty_like(self.slopes)
+        by_c, by_old = (torch.cat(parts) for parts in zip(*(self._moved_slopes(t, dh[t], dc[t], dz[t]) for t in self._spans())))
         by_weight = summed((adjoint, self.move_hh))
-        by_weight = torch.zeros_like(by_c) if by_weight is None else by_weight.view(by_c.shape)
-        (z, z_c, z_o, s_c, s_o), forget, through = self._parts(dz), each(self.forget), each(self.through)
-        c_new, c_old, h_old = each(by_c), each(by_old), each(by_weight)
+        by_weight = torch.zeros_like(self.h_old) if by_weight is None else by_weight.view(self.h_old.shape)
+        z, z_c, z_o, s_c, s_o = (each(p) for p in (dz.flatten(2), dz[:, :, :3], dz[:, :, 3], self.slopes[:, :, :3], self.slopes[:, :, 3]))
+        c_new, c_wide, c_old, h_old = each(by_c), each(by_c.unsqueeze(2)), each(by_old), each(by_weight)
+        forget, through = each(self.gates[:, :, 1]), each(self.through)
 
         def step(t, dh, dc):
             dc = c_new[t].addcmul_(dh, through[t]).add_(dc)
-            z_c[t].addcmul_(dc[:, None], s_c[t])
+            z_c[t].addcmul_(c_wide[t], s_c[t])
             z_o[t].addcmul_(dh, s_o[t])
             return (h_old[t].addmm_(z[t], self.weight_hh), c_old[t].addcmul_(dc, forget[t])), ()
 
