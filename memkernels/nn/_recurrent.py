@@ -35,6 +35,7 @@ class Recurrent(torch.nn.RNNBase):
     OPTIONS: ClassVar[dict[str, Any]] = {"num_heads": 1, "learned_reset": False}
     num_heads: int
     learned_reset: bool
+    weight_ih_l0: Tensor
 
     def __init__(self, mode: str, sizes: Sequence[Any], factory: dict[str, Any], options: dict[str, Any]) -> None:
         """sizes: what torch.nn.RNNBase takes after mode, from input_size to proj_size; factory: device and dtype."""
@@ -46,15 +47,15 @@ class Recurrent(torch.nn.RNNBase):
         width = proj_size or hidden_size
         check_sizes(name, num_heads=options["num_heads"])
         if hidden_size % options["num_heads"] or width % options["num_heads"]:
-            fail(name, "num_heads", f"a divisor of hidden_size={hidden_size} and of proj_size", options["num_heads"])
+            sizes_named = f"hidden_size={hidden_size}" + (f" and of proj_size={proj_size}" if proj_size else "")
+            fail(name, "num_heads", f"a divisor of {sizes_named}", options["num_heads"])
         for option, value in options.items():
             if isinstance(self.OPTIONS[option], bool):
                 check_flag(name, option, value)
             setattr(self, option, value)
         shapes = self._option_shapes()
         if options["num_heads"] > 1:
-            rows = 0 if self._flat_weights[0] is None else self._flat_weights[0].shape[0]
-            shapes = {"weight_hh": (rows, width // options["num_heads"]), **shapes}
+            shapes = {"weight_hh": (self.weight_ih_l0.shape[0], width // options["num_heads"]), **shapes}
         self._add_parameters(shapes, factory)
 
     def _option_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -136,7 +137,7 @@ class Recurrent(torch.nn.RNNBase):
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """torch's check, of the weights of this call: `functional_call` and FSDP replace them behind torch's list of them."""
         listed = self._flat_weights[0]
-        if listed is None or listed.dtype != self.weight_ih_l0.dtype:
+        if listed is None or (listed.dtype != input.dtype and listed.dtype != self.weight_ih_l0.dtype):
             self._init_flat_weights()
         super().check_input(input, batch_sizes)
 
