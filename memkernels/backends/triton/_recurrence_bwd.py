@@ -135,6 +135,16 @@ def _output_gate(dm, c, o, norm_weight_ptr, norm_bias_ptr, unit, units, tile, H)
 
 
 @triton.jit
+def _inner_gates(dc_new, dc_old, i, f, g, c_old, peephole_ptr, gate, unit, units):
+    """The gradients of i, f, g and of the old cell."""
+    d0, d1 = dc_new * g * i * (1 - i), dc_new * c_old * f * (1 - f)
+    dc_old += dc_new * f
+    if peephole_ptr is not None:
+        dc_old += per_unit(peephole_ptr, unit, units) * d0 + per_unit(peephole_ptr + gate, unit, units) * d1
+    return d0, d1, dc_new * i * (1 - g * g), dc_old
+
+
+@triton.jit
 def _upstream(ptr, t, b, unit, mask, stride_t, stride_b, stride_h):
     return tl.load(ptr + t * stride_t + b[:, None] * stride_b + unit[None, :] * stride_h, mask=mask, other=0.0).to(tl.float32)
 
@@ -223,10 +233,7 @@ def recurrence_bwd_kernel(
                     dc_new += tl.load(dgate_o_ptr + own, mask=alive, other=0.0)
                 if peephole_ptr is not None:
                     dc_new += per_unit(peephole_ptr + 2 * gate, u, units) * d3
-                d0, d1, d2 = dc_new * g * i * (1 - i), dc_new * c_old * f * (1 - f), dc_new * i * (1 - g * g)
-                dc_old += dc_new * f
-                if peephole_ptr is not None:
-                    dc_old += per_unit(peephole_ptr, u, units) * d0 + per_unit(peephole_ptr + gate, u, units) * d1
+                d0, d1, d2, dc_old = _inner_gates(dc_new, dc_old, i, f, g, c_old, peephole_ptr, gate, u, units)
                 dc = tl.where(live, _settle(dc_old, starts, dreset_c_ptr, t, tile, own, size), dc)
                 store_gates(dz_ptr + t * size * 4 + wide, gate, alive, d0, d1, d2, d3, 4)
                 if norm_weight_ptr is not None:
