@@ -55,7 +55,8 @@ def test_launches_are_frozen_and_depend_on_no_batch():
     launch = _launch.content(100, 4, 64, None)
     with pytest.raises(dataclasses.FrozenInstanceError):
         launch.block_n = 1
-    for function in (_launch.content, _launch.memory_read, _launch.memory_write, _launch.recurrence, _launch.recurrence_rows, _launch.attention, _launch.pointwise):
+    recurrent = _launch.recurrence, _launch.recurrence_rows
+    for function in (_launch.content, _launch.memory_read, _launch.memory_write, *recurrent, _launch.attention, _launch.pointwise):
         assert "batch" not in function.__code__.co_varnames
 
 

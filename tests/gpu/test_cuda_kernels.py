@@ -100,6 +100,46 @@ def test_cuda_graph(name, backend):
     assert all(torch.equal(g, w) for g, w in zip(got, wanted))
 
 
+def recurrent(name, hidden):
+    """(a call of forward and backward, the tensors it reads) of a recurrent op with lengths and resets."""
+    gates = {"lstm": 4, "gru": 3, "rnn": 1}[name]
+    shapes = ((9, 5, 24), (5, hidden), (gates * hidden, 24), (gates * hidden, hidden), (gates * hidden,), (gates * hidden,))
+    leaves = [(0.2 * torch.randn(shape, device="cuda")).requires_grad_() for shape in shapes]
+    reset, lengths = torch.rand(9, 5, device="cuda") < 0.2, torch.tensor([9, 1, 0, 7, 4], device="cuda")
+
+    def call():
+        x, h0, *weights = leaves
+        state = (h0, h0) if name == "lstm" else h0
+        output = getattr(memkernels, name)(x, state, *weights, reset=reset, lengths=lengths)[0]
+        return [output, *torch.autograd.grad(output.square().sum(), leaves)]
+
+    return call, [*leaves, reset, lengths]
+
+
+@pytest.mark.parametrize("hidden", (32, 256))
+@pytest.mark.parametrize("name", ("lstm", "gru", "rnn"))
+def test_recurrent_training_in_a_cuda_graph(name, hidden):
+    """All launches of forward and backward captured once; a replay sees new values, lengths and resets."""
+    call, tensors = recurrent(name, hidden)
+    with memkernels.backend("triton"):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        with torch.no_grad():
+            for t in tensors:
+                t.copy_(t.flip(0))
+        graph.replay()
+        got = [t.clone() for t in captured]
+        wanted = call()
+    assert all(torch.equal(g, w) for g, w in zip(got, wanted))
+
+
 def test_large_offsets():
     """Rows beyond 2^31 elements are read and written: the last rows of a large write equal the same rows written alone."""
     rows, width = (1 << 31) // 64 + 1024, 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from memkernels.backends.triton._common import dot, lanes, store
+from memkernels.backends.triton._common import dot, store
 from memkernels.backends.triton._random import DROPOUT, events
 
 LSTM, GRU, TANH, RELU = (tl.constexpr(n) for n in range(4))

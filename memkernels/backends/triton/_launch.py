@@ -109,8 +109,8 @@ class Recurrence:
 def recurrence(
     units: int, state: int, gates: int, more: int, norm: bool, element: int, backward: bool, shared_bytes: int, interpreted: bool = False
 ) -> Recurrence:
-    """Of one head: `units` hidden units, `state` elements of what enters weight_hh. `more`: further square weights of a step; `norm`: it has a
-    layer norm; `element`: bytes of a weight. float32 weights are not held without loads ahead: what LLVM makes of that loop is broken."""
+    """Of one head: `units` hidden units, `state` elements of what enters weight_hh. `more`: further square weights of a step; `norm`: it
+    has a layer norm; `element`: bytes of a weight. float32 weights are held only with loads ahead: without, LLVM fails on the loop."""
     block_h, block_p = power_of_two(units, 16), power_of_two(state, 16)
     largest = max(block_h, block_p)
     if largest <= (64 if element == 4 else 128):

@@ -1,7 +1,7 @@
 """Counter-based random numbers: an event is a pure function of (seed, stream, step, row, unit), the same on every backend.
 
-row = mix(mix(mix(mix(low(seed) ^ stream * golden) ^ high(seed)) + t) + b * odd), bits(j) = mix(row + (j + 1) * golden), with Wellons' lowbias32
-as mix; the event happens where bits >> 8 < threshold = round(p * 2^24).
+row = mix(mix(mix(mix(low(seed) ^ stream * golden) ^ high(seed)) + t) + b * odd) and bits(j) = mix(row + (j + 1) * golden), with Wellons'
+lowbias32 as mix; the event happens where bits >> 8 < threshold = round(p * 2^24).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from memkernels.backends.triton import _cells, _launch, _matmul
 from memkernels.backends.triton import _recurrence_bwd as bwd
 from memkernels.backends.triton import _recurrence_fwd as fwd
 from memkernels.backends.triton._cells import before, drop, enter, restarts, rows_of
-from memkernels.backends.triton._common import INTERPRETED, Aot, aot, device_of, lanes, rounded, run, store
+from memkernels.backends.triton._common import INTERPRETED, device_of, lanes, rounded, run, store
 from memkernels.backends.triton._random import threshold
 
 GATES = {_cells.LSTM.value: 4, _cells.GRU.value: 3, _cells.TANH.value: 1, _cells.RELU.value: 1}
@@ -237,9 +237,9 @@ def backward(layer: Layer, dz: torch.Tensor, dhidden: torch.Tensor, dh_state: to
     )  # fmt: skip
     found = dict.fromkeys(names) | dict(dz_ptr=dz, dhidden_ptr=dhidden, dh_state_ptr=dh_state, doutput_ptr=doutput) | tensors
     layer.zeroed(dz, None if dhidden is dz else dhidden, found["dnew_ptr"], found["dnormed_ptr"])
-    for name in ("dreset_h_ptr", "dreset_c_ptr"):
-        if found[name] is not None:
-            found[name].zero_()
+    for d in (found["dreset_h_ptr"], found["dreset_c_ptr"]):
+        if d is not None:
+            d.zero_()
     for name, d in (("doutput", doutput), ("dcells", found["dcells_ptr"])):
         found |= zip((f"{name}_stride_{a}" for a in "tbh"), (0, 0, 0) if d is None else d.stride())
     found["dnew_stride_t"] = 0 if found["dnew_ptr"] is None else layer.batch * layer.state
@@ -297,32 +297,3 @@ def input_gradients(
     if dweight is not None:
         dweight[d.shape[1] :].zero_()
         _matmul.matmul(dweight[: d.shape[1]], d.mT, seen, layer.dtype)
-
-
-FLOATS = ("c_state", "projected", "hidden", "scratch", "gate_o", "new", "dz", "dhidden", "dh_state", "dc_state", "dnew", "dmemory", "dgate_o")
-OPTIONAL = ("lengths_ptr", "order_ptr", "reset_ptr", "reset_h_ptr", "reset_c_ptr", "seed_ptr", "dcells_ptr")
-
-
-def entry(name: str, cell: int, backward: bool, dtype: torch.dtype, hidden: int, absent: tuple[str, ...], given: tuple[str, ...] = ()) -> Aot:
-    """A kernel of a layer of `hidden` units for ahead-of-time compilation, without the tensors in `absent`, with the options `given`."""
-    kernel = bwd.recurrence_bwd_kernel if backward else fwd.recurrence_fwd_kernel
-    more, norm = sum(n in given for n in ("weight_co_ptr", "weight_hr_ptr")), "norm_weight_ptr" in given
-    tile = _launch.recurrence(hidden, hidden, GATES[cell], more, norm, dtype.itemsize, backward, AOT_SHARED)
-    absent = tuple(n for n in (*absent, *OPTIONAL) if n not in given)
-    constants: dict[str, Any] = dict.fromkeys(absent)
-    constants |= {a: 0 for a in kernel.arg_names if "stride" in a and a.rsplit("_stride", 1)[0] + "_ptr" in absent}
-    constants |= {a: 1 for a in kernel.arg_names if a.endswith("stride_h") and a not in constants}
-    constants |= dict(
-        CELL=cell, REVERSE=False, ZONEOUT=0, DROPOUT=False, SOURCE=fwd.RESIDENT.value if tile.resident else fwd.LOOP.value, STAGE=0,
-        BLOCK_B=tile.block_b, BLOCK_H=tile.block_h, BLOCK_P=tile.block_p, BLOCK_K=tile.block_k, AHEAD=tile.ahead,
-        PRECISION=_matmul.product_precision(dtype),
-    )  # fmt: skip
-    types = {f"{a}_ptr": "*fp32" for a in FLOATS} | {f"{a}_ptr": "*i64" for a in ("lengths", "order", "seed")} | {"reset_ptr": "*i1"}
-    types |= dict.fromkeys(("zoneout_h", "zoneout_c", "keep_scale"), "fp32")
-    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
-    return aot(f"{name}_{'bwd' if backward else 'fwd'}_H{hidden}", kernel, dtype, constants, types, tile.num_warps)
-
-
-AOT_SHARED = 166912  # of an A100, the least of the three devices
-STAGED = ("hidden_ptr", "scratch_ptr", "gate_o_ptr", "dnew_ptr", "dmemory_ptr", "dgate_o_ptr", "dnormed_ptr", "raw_ptr", "dreset_h_ptr", "dreset_c_ptr")
-LSTM_ONLY = ("cells_ptr", "c_state_ptr", "dc_state_ptr", "c0_ptr", "peephole_ptr", "norm_weight_ptr", "norm_bias_ptr", "weight_co_ptr", "weight_hr_ptr")

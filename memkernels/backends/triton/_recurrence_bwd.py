@@ -1,7 +1,7 @@
 """The backward kernel of every recurrent layer: for each step, backwards, the cell, then the gradient of the entering state.
 
-`dz` is the gradient of the gates' sums, `dhidden` of their hidden part where that differs (GRU, layer norm); the gradients of all weights are
-products over all steps afterwards. SOURCE and tiles as in _recurrence_fwd. RESIDENT: all steps in one launch. LOOP: one launch is one step,
+`dz` is the gradient of the gates' sums, `dhidden` of their hidden part where that differs (GRU, layer norm); the gradients of the weights
+are products over all steps afterwards. SOURCE and tiles as in _recurrence_fwd. RESIDENT: one launch. LOOP: one launch is one step,
 which first takes the product of dhidden of the step before (step T does only that). STAGE cuts a step where it needs whole rows: STATE ends
 with the gradient of the new state, OUTPUT_GATE with that of the output gate, REST is what follows both. States' gradients: float32;
 factors of the product with weight_hh: the input's dtype.
@@ -100,8 +100,11 @@ def _unnormalised(d0, d1, d2, d3, r0, r1, r2, r3, norm_weight_ptr, unit, units, 
     r0, r1, r2, r3 = (r0 - mean) * scale, (r1 - mean) * scale, (r2 - mean) * scale, (r3 - mean) * scale
     middle = (tl.sum(tl.where(tile, d0 + d1 + d2 + d3, 0.0), 1) / (4 * H))[:, None]
     along = (tl.sum(tl.where(tile, d0 * r0 + d1 * r1 + d2 * r2 + d3 * r3, 0.0), 1) / (4 * H))[:, None]
-    return scale * (d0 - middle - r0 * along), scale * (d1 - middle - r1 * along), scale * (d2 - middle - r2 * along), scale * (
-        d3 - middle - r3 * along
+    return (
+        scale * (d0 - middle - r0 * along),
+        scale * (d1 - middle - r1 * along),
+        scale * (d2 - middle - r2 * along),
+        scale * (d3 - middle - r3 * along),
     )
 
 
@@ -132,6 +135,16 @@ def _output_gate(dm, c, o, norm_weight_ptr, norm_bias_ptr, unit, units, tile, H)
 
 
 @triton.jit
+def _inner_gates(dc_new, dc_old, i, f, g, c_old, peephole_ptr, gate, unit, units):
+    """The gradients of i, f, g and of the old cell."""
+    d0, d1 = dc_new * g * i * (1 - i), dc_new * c_old * f * (1 - f)
+    dc_old += dc_new * f
+    if peephole_ptr is not None:
+        dc_old += per_unit(peephole_ptr, unit, units) * d0 + per_unit(peephole_ptr + gate, unit, units) * d1
+    return d0, d1, dc_new * i * (1 - g * g), dc_old
+
+
+@triton.jit
 def _upstream(ptr, t, b, unit, mask, stride_t, stride_b, stride_h):
     return tl.load(ptr + t * stride_t + b[:, None] * stride_b + unit[None, :] * stride_h, mask=mask, other=0.0).to(tl.float32)
 
@@ -146,7 +159,8 @@ def recurrence_bwd_kernel(
     reset_stride_t, reset_stride_b, reset_h_stride_t, reset_h_stride_b, reset_h_stride_h, reset_c_stride_t, reset_c_stride_b,
     reset_c_stride_h, zoned_h, zoned_c, dropped, zoneout_h, zoneout_c, keep_scale,
     CELL: tl.constexpr, REVERSE: tl.constexpr, ZONEOUT: tl.constexpr, DROPOUT: tl.constexpr, SOURCE: tl.constexpr, STAGE: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Step s is time T - 1 - s, or s where the layer runs in reverse."""
     GATES: tl.constexpr = 4 if CELL == LSTM else (3 if CELL == GRU else 1)
@@ -219,10 +233,7 @@ def recurrence_bwd_kernel(
                     dc_new += tl.load(dgate_o_ptr + own, mask=alive, other=0.0)
                 if peephole_ptr is not None:
                     dc_new += per_unit(peephole_ptr + 2 * gate, u, units) * d3
-                d0, d1, d2 = dc_new * g * i * (1 - i), dc_new * c_old * f * (1 - f), dc_new * i * (1 - g * g)
-                dc_old += dc_new * f
-                if peephole_ptr is not None:
-                    dc_old += per_unit(peephole_ptr, u, units) * d0 + per_unit(peephole_ptr + gate, u, units) * d1
+                d0, d1, d2, dc_old = _inner_gates(dc_new, dc_old, i, f, g, c_old, peephole_ptr, gate, u, units)
                 dc = tl.where(live, _settle(dc_old, starts, dreset_c_ptr, t, tile, own, size), dc)
                 store_gates(dz_ptr + t * size * 4 + wide, gate, alive, d0, d1, d2, d3, 4)
                 if norm_weight_ptr is not None:

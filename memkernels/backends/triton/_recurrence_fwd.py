@@ -115,7 +115,8 @@ def recurrence_fwd_kernel(
     reset_stride_t, reset_stride_b, reset_h_stride_t, reset_h_stride_b, reset_h_stride_h, reset_c_stride_t, reset_c_stride_b,
     reset_c_stride_h, zoned_h, zoned_c, dropped, zoneout_h, zoneout_c, keep_scale,
     CELL: tl.constexpr, REVERSE: tl.constexpr, ZONEOUT: tl.constexpr, DROPOUT: tl.constexpr, SOURCE: tl.constexpr, STAGE: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Step s is time s, or T - 1 - s where the layer runs in reverse."""
     GATES: tl.constexpr = 4 if CELL == LSTM else (3 if CELL == GRU else 1)

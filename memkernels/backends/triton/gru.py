@@ -1,14 +1,14 @@
-"""A whole GRU layer over time on Triton: r, z = s(x + h), n = tanh(xn + r * hn), h = n + z * (h' - n); see _recurrence_fwd for who owns what.
+"""A whole GRU layer over time on Triton: r, z = s(x + h), n = tanh(xn + r * hn), h = n + z * (h' - n).
 
-The input's part is one product over all steps. Bytes a hidden unit and step: forward 12 + 5s, backward 24 + 7s, and weight_hh where it
-does not stay in registers.
+_recurrence_fwd says who owns what. The input's part is one product over all steps. Bytes a hidden unit and step: forward 12 + 5s, backward
+24 + 7s, and weight_hh where it does not stay on the chip.
 """
 
 from __future__ import annotations
 
 import torch
 
-from memkernels.backends.triton import _cells, _matmul, _recurrence
+from memkernels.backends.triton import _cells, _matmul, _recurrence, _recurrence_aot
 from memkernels.backends.triton._common import AOT_DTYPES, refuse
 
 
@@ -19,8 +19,8 @@ def supports(input, h0, weight_ih, weight_hh, bias_ih, bias_hh, reset, reset_h, 
 def _layer(input, h0, weight_hh, reset, reset_h, lengths, reverse, num_heads):
     hidden = h0.shape[1]
     return _recurrence.Layer(
-        _cells.GRU.value, *input.shape[:2], hidden, hidden, num_heads, input.dtype, weight_hh.contiguous(), h0.contiguous(), reverse,
-        reset, reset_h, None if lengths is None else lengths.contiguous(),
+        _cells.GRU.value, input.shape[0], input.shape[1], hidden, hidden, num_heads, input.dtype, weight_hh.contiguous(),
+        h0.contiguous(), reverse, reset, reset_h, None if lengths is None else lengths.contiguous(),
     )  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def backward(
 
 
 AOT = [
-    _recurrence.entry("gru", _cells.GRU.value, backward, dtype, hidden, (*_recurrence.LSTM_ONLY, *_recurrence.STAGED))
+    _recurrence_aot.entry("gru", _cells.GRU.value, backward, dtype, hidden)
     for dtype in AOT_DTYPES
     for hidden in (64, 512)
     for backward in (False, True)

@@ -3,7 +3,7 @@
 Products over all steps (input @ weight_ih.T, and in backward dz with input, weights and states) are one matrix product each. Where a
 program cannot hold a head (more than 128 units, 64 in float32), or holds only a part of a row of which layer norm, output_gate="cell" or a
 projection need all, a step is one launch or several. Bytes a hidden unit and step: forward 16 + 6s, backward 16 + 6s, and the weights
-where they do not stay in registers.
+where they do not stay on the chip.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from memkernels.backends.triton import _cells, _matmul, _recurrence
-from memkernels.backends.triton import _recurrence_fwd as fwd
+from memkernels.backends.triton import _cells, _matmul, _recurrence, _recurrence_aot
 from memkernels.backends.triton._common import AOT_DTYPES, refuse
 
 
@@ -48,15 +47,16 @@ class Call(NamedTuple):
     training: bool
 
     def layer(self) -> _recurrence.Layer:
-        whole = {
+        small: Any = {
             name: None if (t := getattr(self, name)) is None else t.contiguous()
             for name in ("lengths", "peephole", "norm_weight", "norm_bias", "weight_co", "weight_hr")
         }
         return _recurrence.Layer(
-            _cells.LSTM.value, *self.input.shape[:2], self.c0.shape[1], self.h0.shape[1], self.num_heads, self.input.dtype,
-            self.weight_hh.contiguous(), self.h0.contiguous(), self.reverse, self.reset, self.reset_h, c0=self.c0.contiguous(),
+            _cells.LSTM.value, self.input.shape[0], self.input.shape[1], self.c0.shape[1], self.h0.shape[1], self.num_heads,
+            self.input.dtype, self.weight_hh.contiguous(), self.h0.contiguous(), self.reverse, self.reset, self.reset_h,
+            c0=self.c0.contiguous(),
             reset_c=self.reset_c, seed=self.seed, zoneout=(self.zoneout_h, self.zoneout_c), expected=self.expected,
-            dropout=self.recurrent_dropout, **whole,
+            dropout=self.recurrent_dropout, **small,
         )  # fmt: skip
 
     def used(self) -> int:
@@ -228,14 +228,17 @@ def _cell_side(call, layer, want, dz, raw, dnormed, dnew, cells, gates):
         want.peephole.copy_(torch.stack([(di * c_old).sum(0), (df * c_old).sum(0), (do * c_new).sum(0)]))
 
 
-_PLAIN = (*_recurrence.STAGED, "bias_ptr", *(n for n in _recurrence.LSTM_ONLY if n.startswith(("peephole", "norm", "weight"))))
-_RAGGED = ("lengths_ptr", "order_ptr", "reset_ptr", "peephole_ptr")
+OPTIONS = {
+    "ragged": "lengths order reset reset_h reset_c dreset_h dreset_c",
+    "drawn": "seed peephole dcells",
+    "rows": "norm_weight norm_bias weight_co weight_hr dnew dnormed raw",
+}
 AOT = [
     entry
     for dtype in AOT_DTYPES
     for backward in (False, True)
     for entry in (
-        *(_recurrence.entry("lstm", _cells.LSTM.value, backward, dtype, hidden, _PLAIN) for hidden in (64, 128, 512)),
-        _recurrence.entry("lstm_ragged", _cells.LSTM.value, backward, dtype, 64, _PLAIN, _RAGGED),
+        *(_recurrence_aot.entry("lstm", _cells.LSTM.value, backward, dtype, hidden) for hidden in (64, 128, 512)),
+        *(_recurrence_aot.entry(f"lstm_{name}", _cells.LSTM.value, backward, dtype, 64, given) for name, given in OPTIONS.items()),
     )
 ] + [entry for dtype in AOT_DTYPES for entry in _matmul.entries(dtype)]

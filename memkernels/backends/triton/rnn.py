@@ -1,14 +1,14 @@
 """A whole RNN layer over time on Triton: h = tanh or relu (W_ih x + b_ih + W_hh h' + b_hh); see _recurrence_fwd for who owns what.
 
 The input's part is one product over all steps. Bytes a hidden unit and step: forward 4 + s, backward 4 + 3s, and weight_hh where it does
-not stay in registers.
+not stay on the chip.
 """
 
 from __future__ import annotations
 
 import torch
 
-from memkernels.backends.triton import _cells, _matmul, _recurrence
+from memkernels.backends.triton import _cells, _matmul, _recurrence, _recurrence_aot
 from memkernels.backends.triton._common import AOT_DTYPES, refuse
 
 
@@ -20,8 +20,8 @@ def _layer(input, h0, weight_hh, reset, reset_h, lengths, relu, reverse, num_hea
     hidden = h0.shape[1]
     cell = _cells.RELU.value if relu else _cells.TANH.value
     return _recurrence.Layer(
-        cell, *input.shape[:2], hidden, hidden, num_heads, input.dtype, weight_hh.contiguous(), h0.contiguous(), reverse, reset, reset_h,
-        None if lengths is None else lengths.contiguous(),
+        cell, input.shape[0], input.shape[1], hidden, hidden, num_heads, input.dtype, weight_hh.contiguous(), h0.contiguous(), reverse,
+        reset, reset_h, None if lengths is None else lengths.contiguous(),
     )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def backward(
 
 
 AOT = [
-    _recurrence.entry("rnn", _cells.TANH.value, backward, dtype, hidden, (*_recurrence.LSTM_ONLY, *_recurrence.STAGED, "gates_ptr", "bias_ptr"))
+    _recurrence_aot.entry("rnn", _cells.TANH.value, backward, dtype, hidden)
     for dtype in AOT_DTYPES
     for hidden in (64, 512)
     for backward in (False, True)
