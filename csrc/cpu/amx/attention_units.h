@@ -121,10 +121,9 @@ class TileSteps {
   bool clear_ = false, lower_ = false;
 };
 
-// 2^x where seen: power(), which the log-sum-exp needs, with the mask for nothing.
+// fast_power() where seen, with the mask for nothing.
 MK_INLINE __m512 half_power(__m512 x, __mmask16 seen) {
-  constexpr float c[6] = {1.87757677e-3f, 8.98933988e-3f, 5.58263182e-2f, 2.40153617e-1f, 6.93153073e-1f, 0.999999925f};
-  return _mm512_maskz_scalef_ps(seen, polynomial(Vec<float>{_mm512_reduce_ps(x, 0x01)}, c).v, x);
+  return _mm512_maskz_scalef_ps(seen, fast_power_of_fraction(_mm512_reduce_ps(x, 0x01)), x);
 }
 
 MK_INLINE uint64_t unit_sees(const AttentionArgs& a, const HalfUnits& w, const Unit& unit, int64_t row) {

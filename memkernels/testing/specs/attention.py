@@ -76,14 +76,20 @@ def _masked(value, rows=slice(None), keys=slice(None)):
     return twist
 
 
-def _far(inputs):
-    """Scores of about 1e7, of either sign."""
-    return {**inputs, "query": 4e3 * inputs["query"], "key": 2e3 * inputs["key"]}
+def _far(share):
+    """Scores of about 1e7; each run of `share` keys has the same ones, and differs where the query is 0.
 
+    So weights are 1 / share in any dtype, while no gradient is a sum that cancels.
+    """
 
-def _far_equal(inputs):
-    """Scores of about 1e6, the same for all keys."""
-    return {**inputs, "query": 1e3 * inputs["query"], "key": 1e3 * inputs["key"][..., :1, :].expand_as(inputs["key"]).contiguous()}
+    def twist(inputs):
+        query, key, half = 4e3 * inputs["query"], 2e3 * inputs["key"], inputs["key"].shape[-1] // 2
+        query[..., half:] = 0
+        n = key.shape[-2] // share * share
+        key[..., :n, :half] = key[..., :n:share, :half].repeat_interleave(share, -2)
+        return {**inputs, "query": query, "key": key}
+
+    return twist
 
 
 LOWEST = -1.8e308
@@ -148,7 +154,7 @@ SPEC = OpSpec(
         Sample("window_causal", _sizes(Q=5, K=17), dict(window=(3, None), is_causal=True, causal="bottom-right")),
         Sample("blocks", _sizes(B=1, Q=131, K=149, D=17), dict(is_causal=True, return_lse=True)),
         Sample("blocks_mask", _sizes(B=1, NH=3, Q=70, K=200, D=64, V=40), dict(return_lse=True), ("attn_mask",), _shared(1)),
-        Sample("few_queries", _sizes(B=1, Q=2, K=2100, D=8), dict(return_lse=True)),
+        Sample("few_queries", _sizes(B=1, Q=5, K=2100, D=8), dict(return_lse=True)),
         Sample("wide", _sizes(B=1, NH=1, Q=3, K=35, D=300, V=270)),
         Sample("peaked", _sizes(Q=6, K=40, D=16), dict(return_lse=True), twist=_peaked, hard=True),
         Sample("lowest_rows", _sizes(), dict(return_lse=True), ("attn_mask",), _masked(LOWEST, slice(2)), hard=True),
@@ -158,9 +164,10 @@ SPEC = OpSpec(
         Sample("mask_1e9", _sizes(Q=3, K=200), {}, ("attn_mask",), _masked(-1e9), hard=True),
         Sample("mask_1e38", _sizes(Q=20, K=64), dict(window=(40, 30)), ("attn_mask",), _masked(-1e38), hard=True),
         Sample("mask_1e38_few", _sizes(B=1, Q=2, K=2100, D=8), {}, ("attn_mask",), _masked(-1e38), hard=True),
-        Sample("far", _sizes(B=1, Q=20, K=100, D=16), dict(return_lse=True), twist=_far, hard=True),
-        Sample("far_equal", _sizes(B=1, Q=20, K=100, D=16), twist=_far_equal, hard=True),
-        Sample("far_few_mask", _sizes(B=1, Q=2, K=100, D=16), {}, ("attn_mask",), _far_equal, hard=True),
+        Sample("far", _sizes(B=1, Q=20, K=300, D=16), dict(return_lse=True), twist=_far(2), hard=True),
+        Sample("far_equal", _sizes(B=1, Q=20, K=300, D=16), twist=_far(300), hard=True),
+        Sample("far_few", _sizes(B=1, Q=2, K=300, D=16), twist=_far(300), hard=True),
+        Sample("far_few_mask", _sizes(B=1, Q=2, K=300, D=16), {}, ("attn_mask",), _far(2), hard=True),
         Sample("no_batch", _sizes(B=0)),
         Sample("no_heads", _sizes(NH=0)),
         Sample("no_queries", _sizes(Q=0)),
