@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 
 #include "common/arena.h"
@@ -99,14 +100,15 @@ double work(const AttentionArgs& a) {
   return 2.0 * double(a.batch * a.heads) * double(a.queries * a.keys) * double(a.width + a.value_width + 16);
 }
 
-void forward(const TensorView& out, const TensorView& lse, const InputView& query, const InputView& key,
-             const InputView& value, const InputView& mask, const TensorView& seed, double scale, double dropout,
-             int64_t left, int64_t right, int64_t shift) {
+void forward(const TensorView& out, const TensorView& lse, const TensorView& stats, const InputView& query,
+             const InputView& key, const InputView& value, const InputView& mask, const TensorView& seed, double scale,
+             double dropout, int64_t left, int64_t right, int64_t shift) {
   AttentionArgs a = arguments(query, key, value, mask, seed, {scale, dropout, left, right, shift});
   const DType dtype = query.dtype();
   check_output(kOp, "out", out, {a.batch, a.heads, a.queries, a.value_width}, dtype);
   check_output(kOp, "lse", lse, {a.batch, a.heads, a.queries}, wide(dtype));
-  a.out_data = out.data(), a.lse_data = lse.data();
+  check_output(kOp, "stats", stats, {a.batch, a.heads, a.queries, 2}, wide(dtype));
+  a.out_data = out.data(), a.lse_data = lse.data(), a.stats_data = stats.data();
   const auto& kernels = select(attention_levels);
   const int type = int(dtype);
   pybind11::gil_scoped_release nogil;
@@ -183,6 +185,16 @@ void keys_and_queries(const AttentionArgs& a, const AttentionKernels& kernels, i
   });
 }
 
+void restate(AttentionArgs& a, const AttentionKernels& kernels, int type) {
+  a.restate_beyond = kernels.restate_beyond[type](a);
+  if (std::isinf(a.restate_beyond)) return;
+  const int64_t step = kernels.query_block, steps = blocks_of(a.queries, step), rows = a.batch * a.heads;
+  run_tasks(rows * steps, 0.5 * work(a), kernels.backward_scratch[type](a), [&](int64_t task, void* scratch) {
+    const int64_t row = task / steps, begin = task % steps * step;
+    kernels.restate[type](a, row / a.heads, row % a.heads, begin, std::min(begin + step, a.queries), scratch);
+  });
+}
+
 void shared_mask(const AttentionArgs& a, const AttentionKernels& kernels, int type) {
   const bool by_key = a.mask_queries == 1 && a.mask_keys != 1, whole = a.mask_queries == 1 && a.mask_keys == 1;
   const int64_t n = by_key ? a.keys : a.queries, step = whole    ? std::max<int64_t>(n, 1)
@@ -205,13 +217,14 @@ void* written(const char* name, const TensorView& t, std::initializer_list<int64
 void backward(const TensorView& dquery, const TensorView& dkey, const TensorView& dvalue, const TensorView& dmask,
               const InputView& dout, const TensorView& dlse, const InputView& query, const InputView& key,
               const InputView& value, const InputView& mask, const TensorView& seed, const InputView& out,
-              const TensorView& lse, double scale, double dropout, int64_t left, int64_t right, int64_t shift) {
+              const TensorView& stats, double scale, double dropout, int64_t left, int64_t right, int64_t shift) {
   AttentionArgs a = arguments(query, key, value, mask, seed, {scale, dropout, left, right, shift});
   const DType dtype = query.dtype();
   a.dout = checked("dout", dout, {a.batch, a.heads, a.queries, a.value_width}, dtype);
   a.out = checked("out", out, {a.batch, a.heads, a.queries, a.value_width}, dtype);
   a.dlse = checked("dlse", dlse, {a.batch, a.heads, a.queries}, wide(dtype));
-  a.lse = checked("lse", lse, {a.batch, a.heads, a.queries}, wide(dtype));
+  check_output(kOp, "stats", stats, {a.batch, a.heads, a.queries, 2}, wide(dtype));
+  a.stats = stats.data();
   a.dquery = written("dquery", dquery, {a.batch, a.heads, a.queries, a.width}, dtype);
   a.dkey = written("dkey", dkey, {a.batch, a.key_heads, a.keys, a.width}, dtype);
   a.dvalue = written("dvalue", dvalue, {a.batch, a.key_heads, a.keys, a.value_width}, dtype);
@@ -221,10 +234,12 @@ void backward(const TensorView& dquery, const TensorView& dkey, const TensorView
   pybind11::gil_scoped_release nogil;
   const int64_t rows = a.batch * a.heads * a.queries, size = sum_size(dtype);
   Scratch scratch;
-  a.rows_base = scratch.take<char>(rows * size), a.rows_delta = scratch.take<char>(rows * size);
+  a.rows_base = scratch.take<char>(rows * size), a.rows_unit = scratch.take<char>(rows * size);
+  a.rows_delta = scratch.take<char>(rows * size);
   if (a.dquery) a.dquery_sums = scratch.take<char>(a.splits * rows * padded16(a.width) * size);
   parallel_for(rows, grain_for(2 * a.value_width * size),
                [&](int64_t begin, int64_t end) { kernels.prepare[type](a, begin, end); });
+  restate(a, kernels, type);
   if (a.dmask && (!mask_is_full(a) || a.left >= 0 || a.right >= 0))
     std::memset(a.dmask, 0, size_t(dmask.numel() * item_size(dtype)));
   const bool by_row = batch_rows_share(a, type);
@@ -242,12 +257,12 @@ void backward(const TensorView& dquery, const TensorView& dkey, const TensorView
 
 void bind_attention(pybind11::module_& m) {
   namespace py = pybind11;
-  m.def("attention", &forward, py::arg("out"), py::arg("lse"), py::arg("query"), py::arg("key"), py::arg("value"),
-        py::arg("attn_mask"), py::arg("seed"), py::arg("scale"), py::arg("dropout_p"), py::arg("left"),
-        py::arg("right"), py::arg("shift"));
+  m.def("attention", &forward, py::arg("out"), py::arg("lse"), py::arg("stats"), py::arg("query"), py::arg("key"),
+        py::arg("value"), py::arg("attn_mask"), py::arg("seed"), py::arg("scale"), py::arg("dropout_p"),
+        py::arg("left"), py::arg("right"), py::arg("shift"));
   m.def("attention_backward", &backward, py::arg("dquery"), py::arg("dkey"), py::arg("dvalue"), py::arg("dattn_mask"),
         py::arg("dout"), py::arg("dlse"), py::arg("query"), py::arg("key"), py::arg("value"), py::arg("attn_mask"),
-        py::arg("seed"), py::arg("out"), py::arg("lse"), py::arg("scale"), py::arg("dropout_p"), py::arg("left"),
+        py::arg("seed"), py::arg("out"), py::arg("stats"), py::arg("scale"), py::arg("dropout_p"), py::arg("left"),
         py::arg("right"), py::arg("shift"));
 }
 

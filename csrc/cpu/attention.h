@@ -11,8 +11,10 @@ struct AttentionTensor {
 };
 
 struct AttentionArgs {
-  AttentionTensor query, key, value, dout, out, dlse, lse;
-  void *out_data, *lse_data, *dquery, *dkey, *dvalue, *dmask;  // written, contiguous; a gradient nobody needs is null
+  AttentionTensor query, key, value, dout, out, dlse;
+  const void* stats;  // [B][NH][Q][2]: the maximum m of the scores of a query, the sum of exp(score - m)
+  void *out_data, *lse_data, *stats_data, *dquery, *dkey, *dvalue,
+      *dmask;  // written, contiguous; a gradient nobody needs is null
   int64_t batch, heads, key_heads, queries, keys, width, value_width;
   double scale;
   int64_t left, right, shift;  // query i sees keys i + shift - left to i + shift + right; a limit < 0 is none
@@ -34,8 +36,9 @@ struct AttentionArgs {
   int64_t splits, split_keys;
   void* partial;
   // Backward, of the accumulation type: what prepare() writes, [B][NH][Q] each, and sums of dquery
-  // [run][B][NH][Q][width].
-  void *rows_base, *rows_delta, *dquery_sums;
+  // [run][B][NH][Q][width]. A weight is rows_unit exp(score - rows_base); base +inf, unit 0 where nothing is seen.
+  void *rows_base, *rows_unit, *rows_delta, *dquery_sums;
+  double restate_beyond;  // of |rows_base|: see AttentionKernels::restate
 };
 
 // Keys [first, last) against queries [begin, end) of batch entry b and key head h.
@@ -56,8 +59,13 @@ struct AttentionKernels {
                                void* scratch);
   // Joins the splits of rows [begin, end) of entry b, head h, in order.
   void (*merge[kFloatTypes])(const AttentionArgs&, int64_t b, int64_t h);
-  // Rows [begin, end) of [B][NH][Q]: rows_base and rows_delta.
+  // Rows [begin, end) of [B][NH][Q]: rows_base, rows_unit and rows_delta.
   void (*prepare[kFloatTypes])(const AttentionArgs&, int64_t begin, int64_t end);
+  // Where forward summed the products of a score in another order than backward will, the two differ by a rounding of
+  // the score: for scores beyond a limit (infinity: never) that is too much, and base and unit of queries [begin, end)
+  // are computed again.
+  double (*restate_beyond[kFloatTypes])(const AttentionArgs&);
+  void (*restate[kFloatTypes])(const AttentionArgs&, int64_t b, int64_t h, int64_t begin, int64_t end, void* scratch);
   void (*backward[kFloatTypes])(const AttentionArgs&, const AttentionPart&, void* scratch);
   // Rows [begin, end) of [B][NH][Q]: dquery from its sums over the runs, in order.
   void (*finish[kFloatTypes])(const AttentionArgs&, int64_t begin, int64_t end, int64_t runs);

@@ -144,33 +144,33 @@ void run_backward(Call& call) {
   });
 }
 
-void content_read(const TensorView& read, const TensorView& weights, const TensorView& lse, const TensorView& total,
+void content_read(const TensorView& read, const TensorView& weights, const TensorView& stats, const TensorView& total,
                   const InputView& memory, const InputView& key, const InputView& strength, const InputView& value,
                   const InputView& mask, const std::string& similarity, bool return_weights) {
   Call call = prepare("content_read", memory, key, strength, value, mask, similarity);
   ContentArgs& a = call.a;
   check_output(call.op, "read", read, {a.batch, a.heads, a.value_width}, call.type);
-  check_output(call.op, "lse", lse, {a.batch, a.heads}, call.wide);
+  check_output(call.op, "stats", stats, {a.batch, a.heads, 2}, call.wide);
   check_output(call.op, "total", total, {a.batch, a.heads, a.value_width}, call.wide);
   if (return_weights) check_output(call.op, "weights", weights, {a.batch, a.heads, a.rows}, call.type);
-  a.reads = true, a.read = read.data(), a.lse = lse.data(), a.total = total.data();
+  a.reads = true, a.read = read.data(), a.stats = stats.data(), a.total = total.data();
   pybind11::gil_scoped_release nogil;
   run_forward(call, return_weights ? weights : TensorView());
 }
 
-void content_address(const TensorView& weights, const TensorView& lse, const InputView& memory, const InputView& key,
+void content_address(const TensorView& weights, const TensorView& stats, const InputView& memory, const InputView& key,
                      const InputView& strength, const InputView& mask, const std::string& similarity) {
   Call call = prepare("content_address", memory, key, strength, TensorView(), mask, similarity);
   ContentArgs& a = call.a;
   check_output(call.op, "weights", weights, {a.batch, a.heads, a.rows}, call.type);
-  check_output(call.op, "lse", lse, {a.batch, a.heads}, call.wide);
-  a.lse = lse.data();
+  check_output(call.op, "stats", stats, {a.batch, a.heads, 2}, call.wide);
+  a.stats = stats.data();
   pybind11::gil_scoped_release nogil;
   run_forward(call, weights);
 }
 
 void set_gradients(Call& call, const TensorView& dmemory, const TensorView& dkey, const TensorView& dstrength,
-                   const TensorView& dread, const TensorView& dweights, const TensorView& lse) {
+                   const TensorView& dread, const TensorView& dweights, const TensorView& stats) {
   ContentArgs& a = call.a;
   const auto output = [&](const char* name, const TensorView& t, std::initializer_list<int64_t> sizes) -> void* {
     if (!t.defined()) return nullptr;
@@ -180,8 +180,8 @@ void set_gradients(Call& call, const TensorView& dmemory, const TensorView& dkey
   a.dmemory = output("dmemory", dmemory, {a.batch, a.rows, a.width});
   a.dkey = output("dkey", dkey, {a.batch, a.heads, a.width});
   a.dstrength = output("dstrength", dstrength, {a.batch, a.heads});
-  check_output(call.op, "lse", lse, {a.batch, a.heads}, call.wide);
-  a.lse = lse.data();
+  check_output(call.op, "stats", stats, {a.batch, a.heads, 2}, call.wide);
+  a.stats = stats.data();
   if (dread.defined()) {
     check_tensor(call.op, "dread", dread, {a.batch, a.heads, a.value_width}, call.type);
     check_inner(call.op, "dread", dread);
@@ -197,11 +197,11 @@ void set_gradients(Call& call, const TensorView& dmemory, const TensorView& dkey
 void content_read_backward(const TensorView& dmemory, const TensorView& dkey, const TensorView& dstrength,
                            const TensorView& dvalue, const InputView& dread, const InputView& dweights,
                            const InputView& memory, const InputView& key, const InputView& strength,
-                           const InputView& value, const InputView& mask, const TensorView& lse,
+                           const InputView& value, const InputView& mask, const TensorView& stats,
                            const TensorView& total, const std::string& similarity) {
   Call call = prepare("content_read", memory, key, strength, value, mask, similarity);
   ContentArgs& a = call.a;
-  set_gradients(call, dmemory, dkey, dstrength, dread, dweights, lse);
+  set_gradients(call, dmemory, dkey, dstrength, dread, dweights, stats);
   check_output(call.op, "total", total, {a.batch, a.heads, a.value_width}, call.wide);
   if (dvalue.defined()) check_output(call.op, "dvalue", dvalue, {a.batch, a.rows, a.value_width}, call.type);
   a.reads = true, a.total = total.data(), a.dvalue = value.defined() && dvalue.defined() ? dvalue.data() : nullptr;
@@ -211,10 +211,10 @@ void content_read_backward(const TensorView& dmemory, const TensorView& dkey, co
 
 void content_address_backward(const TensorView& dmemory, const TensorView& dkey, const TensorView& dstrength,
                               const InputView& dweights, const InputView& memory, const InputView& key,
-                              const InputView& strength, const InputView& mask, const TensorView& lse,
+                              const InputView& strength, const InputView& mask, const TensorView& stats,
                               const std::string& similarity) {
   Call call = prepare("content_address", memory, key, strength, TensorView(), mask, similarity);
-  set_gradients(call, dmemory, dkey, dstrength, TensorView(), dweights, lse);
+  set_gradients(call, dmemory, dkey, dstrength, TensorView(), dweights, stats);
   pybind11::gil_scoped_release nogil;
   run_backward(call);
 }

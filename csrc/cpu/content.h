@@ -9,11 +9,12 @@ enum class Similarity : int { cosine, dot, l2 };
 // Element strides; the last dimension of every tensor is contiguous. Absent tensors are null.
 struct ContentArgs {
   const void *memory, *key, *strength,
-      *value;                          // [B, N, W], [B, R, W], [B, R], [B, N, V]; without value the memory is read
-  const bool* mask;                    // [B, N]
-  void *read, *weights, *lse, *total;  // outputs, contiguous; lse and total in the accumulation type
-  void* logits;                        // [B, R, N], accumulation type, when weights are wanted; may be `weights` itself
-  const void *dread, *dweights;        // [B, R, V], [B, R, N]
+      *value;                    // [B, N, W], [B, R, W], [B, R], [B, N, V]; without value the memory is read
+  const bool* mask;              // [B, N]
+  void *read, *weights, *total;  // outputs, contiguous; total and stats in the accumulation type
+  void* stats;                   // [B, R, 2]: largest logit, sum of exp(logit - largest)
+  void* logits;                  // [B, R, N], accumulation type, when weights are wanted; may be `weights` itself
+  const void *dread, *dweights;  // [B, R, V], [B, R, N]
   void *dmemory, *dkey, *dstrength, *dvalue;  // contiguous
   void* delta;                                // [B, R], accumulation type: sum_n weights * (gradient of the weights)
   int64_t batch, rows, width, heads, value_width;

@@ -96,7 +96,7 @@ def attention(
     left, right = (-1, -1) if window is None else _window(window)
     seed = torch.randint(2**63 - 1, (dims["B"],), device=query.device) if dropout_p else None
     scale = dims["D"] ** -0.5 if scale is None and dims["D"] else scale or 0.0
-    out, lse = OP(query, key, value, attn_mask, seed, scale, dropout_p, left, 0 if is_causal else right, causal)
+    out, lse, _ = OP(query, key, value, attn_mask, seed, scale, dropout_p, left, 0 if is_causal else right, causal)
     if len(shape) != 4:
         out, lse = out.reshape(*shape[:-1], dims["V"]), lse.reshape(shape[:-1])
     return (out, lse) if return_lse else out
@@ -179,9 +179,11 @@ def _allocate(query, key, value, attn_mask, seed, scale, dropout_p, left, right,
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     batch, heads, queries, width = query.shape
     out = empty_like(query) if width == value.shape[3] else new_empty(query, (batch, heads, queries, value.shape[3]))
-    return out, new_empty(query, (batch, heads, queries), wide)
+    return out, new_empty(query, (batch, heads, queries), wide), new_empty(query, (batch, heads, queries, 2), wide)
 
 
+# `stats`: of each query the maximum m of its scores and the sum of exp(score - m). A rounded log-sum-exp cannot stand for the two: at a
+# score of -1e9 it has no digits left for the sum.
 SIGNATURE = Signature("attention", query="B NH Q D", key="B NHk K D", value="B NHk K V")
 OP = define_op(
     "attention",
@@ -192,7 +194,7 @@ OP = define_op(
         Arg("attn_mask", optional=True),
         Arg("seed", differentiable=False, optional=True),
     ),
-    outputs=(Out("out", save=True), Out("lse", save=True)),
+    outputs=(Out("out", save=True), Out("lse"), Out("stats", differentiable=False, save=True)),
     options="float scale, float dropout_p, SymInt left, SymInt right, str causal",
     allocate=_allocate,
     autocast="matmul",

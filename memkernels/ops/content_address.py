@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from memkernels._checks import Signature, check_choice
-from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
+from memkernels._registry import Arg, Out, define_op, new_empty
 
 SIMILARITIES = ("cosine", "dot", "l2")
 
@@ -63,15 +63,15 @@ def content_address(
 def _allocate(memory, key, strength, mask, similarity):
     wide = torch.float64 if memory.dtype == torch.float64 else torch.float32
     batch, heads, _ = key.shape
-    lse = empty_like(strength) if wide == strength.dtype else new_empty(strength, (batch, heads), wide)
-    return new_empty(memory, (batch, heads, memory.shape[1])), lse
+    return new_empty(memory, (batch, heads, memory.shape[1])), new_empty(strength, (batch, heads, 2), wide)
 
 
+# `stats`: of each head the largest logit m and the sum of exp(logit - m); a rounded log-sum-exp would make weights whose sum is not 1.
 SIGNATURE = Signature("content_address", memory="B N W", key="B R W", strength="B R", mask=("B N | None", torch.bool))
 OP = define_op(
     "content_address",
     inputs=(Arg("memory"), Arg("key"), Arg("strength"), Arg("mask", differentiable=False, optional=True)),
-    outputs=(Out("weights", save=True), Out("lse", differentiable=False, save=True)),
+    outputs=(Out("weights", save=True), Out("stats", differentiable=False, save=True)),
     options="str similarity",
     allocate=_allocate,
     autocast="float32",

@@ -47,7 +47,8 @@ def content_read(
 
     Numerics:
         float32 inside for float32, bfloat16 and float16, float64 for float64; rounded once, at the end. Memory beyond inputs and outputs
-        is O(B R V): backward recomputes the weights from the log-sum-exp. Deterministic; a batch row does not depend on the other rows.
+        is O(B R V): backward recomputes the weights from the maximum and the sum of the softmax. Deterministic; a batch row does not
+        depend on the other rows.
 
     Raises:
         ValueError: a size differs from what another argument says, or an unknown similarity.
@@ -79,14 +80,14 @@ def _allocate(memory, key, strength, value, mask, similarity, return_weights):
     batch, heads, _ = key.shape
     read = empty_like(key) if value is None else new_empty(key, (batch, heads, value.shape[2]))
     weights = new_empty(memory, (batch, heads, memory.shape[1])) if return_weights else None
-    if wide == key.dtype:
-        return read, weights, empty_like(strength), empty_like(read)
-    return read, weights, new_empty(strength, (batch, heads), wide), new_empty(read, read.shape, wide)
+    total = empty_like(read) if wide == read.dtype else new_empty(read, read.shape, wide)
+    return read, weights, new_empty(strength, (batch, heads, 2), wide), total
 
 
 SIGNATURE = Signature(
     "content_read", memory="B N W", key="B R W", strength="B R", value="B N V | None", mask=("B N | None", torch.bool)
 )  # fmt: skip
+# `stats`: of each head the largest logit m and the sum of exp(logit - m); a rounded log-sum-exp would make weights whose sum is not 1.
 # `total` is the read before it is rounded: backward needs read . dread to more digits than a bfloat16 read has.
 OP = define_op(
     "content_read",
@@ -94,7 +95,7 @@ OP = define_op(
     outputs=(
         Out("read"),
         Out("weights", save=True),
-        Out("lse", differentiable=False, save=True),
+        Out("stats", differentiable=False, save=True),
         Out("total", differentiable=False, save=True),
     ),
     options="str similarity, bool return_weights",

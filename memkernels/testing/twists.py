@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from memkernels.testing.spec import Sample
 
@@ -41,6 +44,29 @@ def zero_rows(inputs: dict[str, Any]) -> dict[str, Any]:
 def sharp(inputs: dict[str, Any]) -> dict[str, Any]:
     """A thousand times the strength."""
     return {**inputs, "strength": inputs["strength"] * 1000}
+
+
+def large_dots(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Dot products of about a thousand."""
+    return {**inputs, "memory": 10 * inputs["memory"], "key": 10 * inputs["key"]}
+
+
+def equal_rows(strength: float) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """All rows of the memory are the same, the strength is this one, or the greatest number of its dtype.
+
+    At most 1e3 in float64: a sum that cancels is held to an absolute floor there, and its rounding goes with the strength.
+    """
+
+    def twist(inputs: dict[str, Any]) -> dict[str, Any]:
+        memory = inputs["memory"]
+        most = 1e3 if memory.dtype == torch.float64 else torch.finfo(memory.dtype).max
+        return {
+            **inputs,
+            "memory": memory[:, :1].expand_as(memory).contiguous(),
+            "strength": torch.full_like(inputs["strength"], min(strength, most)),
+        }
+
+    return twist
 
 
 def wrong_similarity(inputs: dict[str, Any], options: dict[str, Any]) -> None:

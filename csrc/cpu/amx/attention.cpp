@@ -22,6 +22,8 @@ const AttentionKernels attention = {
     {forward<double, double>, forward<float, float>, half_forward, forward<float, float16>},
     MK_ATTENTION_TYPES(merge),
     MK_ATTENTION_TYPES(prepare),
+    {restate_beyond<double, double>, restate_beyond<float, float>, half_restate_beyond, restate_beyond<float, float16>},
+    MK_ATTENTION_TYPES(restate),
     {backward<double, double>, backward<float, float>, half_backward, backward<float, float16>},
     MK_ATTENTION_TYPES(finish),
     MK_ATTENTION_TYPES(mask_backward),

@@ -63,14 +63,23 @@ float exact_delta(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, R
         n, [&](int64_t j, auto part) { sum = fma(load<Vec<float>>(x + j, part), load<Vec<float>>(y + j, part), sum); });
     return reduce_add(sum);
   };
-  const float lse = *(static_cast<const float*>(a.lse.data) + b * a.lse.b + h * a.lse.h + query * a.lse.row);
+  const float base = static_cast<const float*>(a.rows_base)[row_index(a, b, h, query)];
   float total = 0, sum = 0;
   for (int64_t k = seen.first; k < seen.last; k++) {
-    const float score = dot(q, rows_of<bfloat16>(a.key, b, shared, k), a.width) * float(a.scale) - lse;
+    const float score = dot(q, rows_of<bfloat16>(a.key, b, shared, k), a.width) * float(a.scale) - base;
     const float weight = _mm512_cvtss_f32(exp(Vec<float>::set1(score)).v);
     total += weight, sum += weight * dot(d, rows_of<bfloat16>(a.value, b, shared, k), a.value_width);
   }
   return total > 0 ? sum / total : 0;
+}
+
+// Base and unit of a query as one power of 2. Its rounding, 2^-12 at most up to kHalfBeyond, is little beside that of
+// bfloat16 weights.
+constexpr double kHalfBeyond = 0x1p11;
+double half_restate_beyond(const AttentionArgs&) { return kHalfBeyond; }
+MK_INLINE float joint_base(const AttentionArgs& a, int64_t row) {
+  const double base = static_cast<const float*>(a.rows_base)[row], unit = static_cast<const float*>(a.rows_unit)[row];
+  return float(base * 1.4426950408889634074 - __builtin_log2(unit));
 }
 
 MK_INLINE void pack_queries(const AttentionArgs& a, const AttentionPart& part, const HalfBackward& w, int64_t h,
@@ -84,7 +93,7 @@ MK_INLINE void pack_queries(const AttentionArgs& a, const AttentionPart& part, c
     pack_pairs_down(dout, a.dout.row, rows, a.value_width, w.dout_down + to * w.value_width, kHalfQueries);
     const int64_t from = row_index(a, part.b, h, at);
     for (int64_t i = 0; i < kHalfQueries; i++) {
-      w.base[to + i] = i < rows ? static_cast<const float*>(a.rows_base)[from + i] : kInfinity<float>;
+      w.base[to + i] = i < rows ? joint_base(a, from + i) : kInfinity<float>;
       w.delta[to + i] = i < rows ? static_cast<const float*>(a.rows_delta)[from + i] : 0;
       const Range seen = i < rows ? seen_by(a, at + i) : Range{0, a.keys};
       if (in_one_block(seen)) w.delta[to + i] += exact_delta(a, part.b, h, at + i, seen);
@@ -250,7 +259,8 @@ bool half_parts(const AttentionArgs& a, const AttentionPart& part, const HalfBac
 }
 
 void half_backward(const AttentionArgs& a, const AttentionPart& part, void* memory) {
-  if (!tiles_cover(a) || !half_parts(a, part, HalfBackward(a, memory))) backward<float, bfloat16>(a, part, memory);
+  if (!tiles_cover(a) || any_beyond<float>(a, part.b, part.h) || !half_parts(a, part, HalfBackward(a, memory)))
+    backward<float, bfloat16>(a, part, memory);
 }
 
 }  // namespace

@@ -11,7 +11,12 @@ namespace {
 
 MK_INLINE int64_t padded32(int64_t n) { return (n + 31) / 32 * 32; }
 
-MK_INLINE __m512 fast_power(__m512 x) { return power(Vec<float>{x}).v; }
+// 2^x, relative error 1e-7: enough for weights that become bfloat16.
+MK_INLINE __m512 fast_power_of_fraction(__m512 fraction) {
+  constexpr float c[6] = {1.87757677e-3f, 8.98933988e-3f, 5.58263182e-2f, 2.40153617e-1f, 6.93153073e-1f, 0.999999925f};
+  return polynomial(Vec<float>{fraction}, c).v;
+}
+MK_INLINE __m512 fast_power(__m512 x) { return _mm512_scalef_ps(fast_power_of_fraction(_mm512_reduce_ps(x, 0x01)), x); }
 MK_INLINE __m512i two_bfloat16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
 MK_INLINE __m512i load_halves(const bfloat16* p, int64_t n) {  // n of 32, zeros after
@@ -108,13 +113,15 @@ struct HalfForward {
 
 // Weights of one row relative to `zero_point`, their sum, and whether a score lies so far above it that the sum could
 // overflow.
-MK_INLINE bool half_weights(const float* s, uint16_t* weights, Range block, float factor, float zero_point,
-                            const float* kept, float& sum) {
-  const __m512 f = _mm512_set1_ps(factor), shift = _mm512_set1_ps(-zero_point);
+MK_INLINE bool half_weights(const float* s, uint16_t* weights, Range block, float zero_point, const float* kept,
+                            float& sum) {
+  const __m512 zero = _mm512_set1_ps(zero_point), unit = _mm512_set1_ps(kUnit<float>);
+  const auto above = [&](const float* scores) {
+    return _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(scores), zero), unit);
+  };
   __m512 first = _mm512_setzero_ps(), second = first, most = first;
   for (int64_t k = block.first; k < block.last; k += 32) {
-    const __m512 x = _mm512_fmadd_ps(_mm512_loadu_ps(s + k), f, shift),
-                 y = _mm512_fmadd_ps(_mm512_loadu_ps(s + k + 16), f, shift);
+    const __m512 x = above(s + k), y = above(s + k + 16);
     most = _mm512_max_ps(most, _mm512_max_ps(x, y));
     __m512 a = fast_power(x), b = fast_power(y);
     first = _mm512_add_ps(first, a), second = _mm512_add_ps(second, b);
@@ -136,28 +143,26 @@ MK_INLINE float highest(const float* s, Range block) {
 
 // softmax_row with the weights rounded to bfloat16; `block` is a whole number of 32 keys. The base moves only if a
 // score exceeds it by 2^kHeadroom, so most blocks need neither their maximum first nor a rescaling of the sums.
-MK_INLINE float half_softmax_row(const float* s, uint16_t* weights, Range block, float factor, float& base,
-                                 float& total, const float* kept) {
+MK_INLINE float half_softmax_row(const float* s, uint16_t* weights, Range block, float& base, float& total,
+                                 const float* kept) {
   float sum;
-  if (base != -kInfinity<float> && !half_weights(s, weights, block, factor, base, kept, sum)) {
+  if (base != -kInfinity<float> && !half_weights(s, weights, block, base, kept, sum)) {
     total += sum;
     return 1;
   }
-  const float found = highest(s, block) * factor, old = base;
+  const float found = highest(s, block), old = base;
   base = found > old ? found : old;
   const float zero_point = base == -kInfinity<float> ? 0 : base;
-  half_weights(s, weights, block, factor, zero_point, kept, sum);
-  const float shrink = _mm512_cvtss_f32(fast_power(_mm512_set1_ps(old - zero_point)));
+  half_weights(s, weights, block, zero_point, kept, sum);
+  const float shrink = _mm512_cvtss_f32(fast_power(_mm512_set1_ps((old - zero_point) * kUnit<float>)));
   total = total * shrink + sum;
   return shrink;
 }
 
 MK_INLINE void half_softmax(const AttentionArgs& a, const HalfForward& w, int64_t b, int64_t h, int64_t query,
                             int64_t rows, int64_t first, Range block, float* base, float* total) {
-  const bool biased = needs_bias(a);
-  const float scale = float(a.scale) * kUnit<float>;
   const Range whole = {block.first / 32 * 32, padded32(block.last)};
-  if (biased && !a.mask)
+  if (!a.mask)
     for (int64_t k = 0; k < kHalfKeys; k++) w.bias[k] = 0;
   for (int64_t i = 0; i < rows; i++) {
     const Range all = seen_by(a, query + i);
@@ -165,10 +170,10 @@ MK_INLINE void half_softmax(const AttentionArgs& a, const HalfForward& w, int64_
     if (seen.first >= seen.last) seen = {whole.last, whole.last};
     float* s = w.scores + i * w.kScoreRow;
     if (a.mask) load_mask<float, bfloat16>(a, b, h, query + i, first, block.first, block.last, w.bias);
-    mask_scores(s, whole, seen, biased ? w.bias : nullptr, scale);
+    mask_scores(s, whole, seen, w.bias, float(a.scale));
     if (a.seed) load_kept<float>(a, b, h, query + i, first, whole.first, whole.last, w.kept);
-    w.shrink[i] = half_softmax_row(s, w.weights + i * w.kWeightRow, whole, biased ? 1 : scale, base[i], total[i],
-                                   a.seed ? w.kept : nullptr);
+    w.shrink[i] =
+        half_softmax_row(s, w.weights + i * w.kWeightRow, whole, base[i], total[i], a.seed ? w.kept : nullptr);
   }
 }
 
@@ -217,6 +222,13 @@ bool half_blocks(const AttentionArgs& a, const HalfForward& w, int64_t b, int64_
   return true;
 }
 
+// The generic code on rows of a task of the tiles, which may be more than it takes at a time.
+MK_INLINE void forward_by_blocks(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_t end,
+                                 int64_t split, void* memory) {
+  for (int64_t at = begin; at < end; at += kQueryGroup)
+    forward<float, bfloat16>(a, b, h, at, smaller(at + kQueryGroup, end), split, memory);
+}
+
 // One row's result, or its part of it.
 MK_INLINE void half_result(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, int64_t split,
                            const float* sums, float base, float total) {
@@ -231,8 +243,7 @@ void half_forward_biased(const AttentionArgs& a, int64_t b, int64_t h, int64_t b
                          void* memory) {
   const HalfForward w(a, memory);
   const int64_t start = split * a.split_keys, stop = smaller(start + a.split_keys, a.keys), rows = end - begin;
-  if (!half_blocks(a, w, b, h, begin, end, start, stop))
-    return forward<float, bfloat16>(a, b, h, begin, end, split, memory);
+  if (!half_blocks(a, w, b, h, begin, end, start, stop)) return forward_by_blocks(a, b, h, begin, end, split, memory);
   for (int64_t i = 0; i < rows; i++)
     half_result(a, b, h, begin + i, split, w.sums + i * w.value_width, w.base[i], w.total[i]);
 }

@@ -11,7 +11,8 @@ namespace mk::cpu::MK_LEVEL {
 namespace {
 
 constexpr int64_t kUnitRows = 32, kUnitKeys = 64, kUnitBlock = 256, kUnitGroup = kHalfGroup;
-constexpr float kMostSum = 0x1p24f;  // of a row's weights of a unit in one lane
+constexpr float kMostSum = 0x1p24f;    // of a row's weights of a unit in one lane
+constexpr float kMostShift = 0x1p28f;  // beyond, the rounding of the shift alone is a power of 2 that could overflow
 constexpr int64_t kUnitsMost = kUnitBlock / kUnitKeys * (kUnitGroup / kUnitRows);
 
 struct Unit {
@@ -120,10 +121,9 @@ class TileSteps {
   bool clear_ = false, lower_ = false;
 };
 
-// 2^x where seen: power(), which the log-sum-exp needs, with the mask for nothing.
+// fast_power() where seen, with the mask for nothing.
 MK_INLINE __m512 half_power(__m512 x, __mmask16 seen) {
-  constexpr float c[6] = {1.87757677e-3f, 8.98933988e-3f, 5.58263182e-2f, 2.40153617e-1f, 6.93153073e-1f, 0.999999925f};
-  return _mm512_maskz_scalef_ps(seen, polynomial(Vec<float>{_mm512_reduce_ps(x, 0x01)}, c).v, x);
+  return _mm512_maskz_scalef_ps(seen, fast_power_of_fraction(_mm512_reduce_ps(x, 0x01)), x);
 }
 
 MK_INLINE uint64_t unit_sees(const AttentionArgs& a, const HalfUnits& w, const Unit& unit, int64_t row) {
@@ -312,16 +312,30 @@ bool unit_blocks(const AttentionArgs& a, HalfUnits& w, int64_t b, int64_t h, int
   return true;
 }
 
+// The base -shift, a power of 2, as a natural one; returns what sums relative to it are multiplied by, since it is
+// rounded.
+MK_INLINE float natural_base(float shift, float& base) {
+  base = float(-double(shift) * 0.69314718055994530942);
+  if (__builtin_isinf(shift)) return 1;
+  const double x = -double(shift) * 0.69314718055994530942 - double(base);
+  return float(__builtin_fabs(x) < 1e-3 ? 1 + x * (1 + x * (0.5 + x * (1.0 / 6))) : __builtin_exp(x));
+}
+
 void half_forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t split,
                   void* memory) {
   if (needs_bias(a) || a.seed) return half_forward_biased(a, b, h, begin, end, split, memory);
   HalfUnits w(a, memory);
   const int64_t start = split * a.split_keys, stop = smaller(start + a.split_keys, a.keys), rows = end - begin;
-  if (!unit_blocks(a, w, b, h, begin, end, start, stop))
-    return forward<float, bfloat16>(a, b, h, begin, end, split, memory);
+  bool done = unit_blocks(a, w, b, h, begin, end, start, stop);
+  for (int64_t i = 0; done && i < rows; i++)
+    done = !(__builtin_fabsf(w.shift[i]) > kMostShift) || __builtin_isinf(w.shift[i]);
+  if (!done) return forward_by_blocks(a, b, h, begin, end, split, memory);
   for (int64_t i = 0; i < rows; i++) {
     const float total = _mm512_reduce_add_ps(_mm512_loadu_ps(w.totals + i * 16));
-    half_result(a, b, h, begin + i, split, w.sums + i * w.value_width, -w.shift[i], total);
+    float base, *sums = w.sums + i * w.value_width;
+    const float factor = natural_base(w.shift[i], base);
+    for (int64_t j = 0; j < w.value_width; j++) sums[j] *= factor;
+    half_result(a, b, h, begin + i, split, sums, base, total * factor);
   }
 }
 

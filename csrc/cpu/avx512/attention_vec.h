@@ -9,10 +9,11 @@
 namespace mk::cpu::MK_LEVEL {
 namespace {
 
-// 2^x for x <= 0, relative error 1e-7: reduce leaves the fraction above floor(x), scalef multiplies by 2^floor(x); -inf
-// gives 0.
+// 2^x for x <= 0, relative error 1e-8 before rounding: reduce leaves the fraction above floor(x), scalef multiplies by
+// 2^floor(x); -inf gives 0.
 MK_INLINE Vec<float> power(Vec<float> x) {
-  constexpr float c[6] = {1.87757677e-3f, 8.98933988e-3f, 5.58263182e-2f, 2.40153617e-1f, 6.93153073e-1f, 0.999999925f};
+  constexpr float c[7] = {
+      2.17022531e-4f, 1.24396885e-3f, 9.67884092e-3f, 5.54833420e-2f, 2.40229836e-1f, 6.93146984e-1f, 1.0f};
   return {_mm512_scalef_ps(polynomial(Vec<float>{_mm512_reduce_ps(x.v, 0x01)}, c).v, x.v)};
 }
 

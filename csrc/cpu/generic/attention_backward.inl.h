@@ -1,6 +1,6 @@
-// Attention backward, weights recomputed from the log-sum-exp:
+// Attention backward, weights recomputed from the saved maximum and sum of each query:
 //
-//   p = exp(score - lse), ds = p (dout . value - delta), delta = dout . out - dlse
+//   p = exp(score - maximum) / sum, ds = p (dout . value - delta), delta = dout . out - dlse
 //   dvalue += p^T dout, dkey += scale ds^T query, dquery += scale ds key, dmask = ds
 //
 // A part owns a run of keys: it packs a block once, keeps its dkey and dvalue in scratch while all queries pass, and
@@ -67,21 +67,26 @@ void prepare(const AttentionArgs& a, int64_t begin, int64_t end) {
     }
     const A dlse =
         a.dlse.data ? *(static_cast<const A*>(a.dlse.data) + b * a.dlse.b + h * a.dlse.h + query * a.dlse.row) : A(0);
-    const A lse = *(static_cast<const A*>(a.lse.data) + b * a.lse.b + h * a.lse.h + query * a.lse.row);
+    const A* stats = static_cast<const A*>(a.stats) + 2 * row;
+    const bool blind = stats[1] == A(0);
     static_cast<A*>(a.rows_delta)[row] = reduce_add(sum) - dlse;
-    static_cast<A*>(a.rows_base)[row] = lse == -kInfinity<A> ? kInfinity<A> : lse * kUnit<A>;
+    static_cast<A*>(a.rows_base)[row] = blind ? kInfinity<A> : stats[0];
+    static_cast<A*>(a.rows_unit)[row] = blind ? A(0) : A(1) / stats[1];
   }
 }
 
-// The same where the row is whole: weights are normalised by their own sum, and delta is the sum over the row.
+// The same where the row is whole: weights are normalised by their own maximum and sum, and delta is the sum over the
+// row.
 template <class A>
-MK_INLINE void whole_gradient_row(A* s, A* g, Range block, A factor, A base, A delta, const A* kept, bool single) {
+MK_INLINE void whole_gradient_row(A* s, A* g, Range block, A factor, A delta, const A* kept, bool single) {
   using V = Vec<A>;
   const int64_t begin = block.first / kLanes<A> * kLanes<A>;
-  const V f = V::set1(factor), shift = V::set1(-base);
-  V total = V::zero(), sum = V::zero();
+  V most = V::set1(-kInfinity<A>), total = V::zero(), sum = V::zero();
+  for (int64_t k = begin; k < block.last; k += kLanes<A>) most = max(most, V::load(s + k));
+  const A top = reduce_max(most) * factor;
+  const V f = V::set1(factor), base = V::set1(top == -kInfinity<A> ? A(0) : top);
   for (int64_t k = begin; k < block.last; k += kLanes<A>) {
-    const V weight = power(fma(V::load(s + k), f, shift));
+    const V weight = power_of(V::load(s + k), f, base);
     total = total + weight;
     weight.store(s + k);
   }
@@ -112,13 +117,13 @@ void load_keys(const AttentionArgs& a, const BackwardScratch<A>& w, int64_t b, i
 }
 
 // A row of scores and of dout . value becomes a row of weights (times what dropout kept) and of ds; a weight is
-// unit power(score - base).
+// unit exp(score - base).
 template <class A>
-MK_INLINE void gradient_row(A* s, A* g, Range block, A factor, A base, A delta, const A* kept, A unit = 1) {
+MK_INLINE void gradient_row(A* s, A* g, Range block, A factor, A base, A delta, const A* kept, A unit) {
   using V = Vec<A>;
-  const V f = V::set1(factor), shift = V::set1(-base), less = V::set1(delta);
+  const V f = V::set1(factor), zero = V::set1(base), less = V::set1(delta);
   for (int64_t k = block.first / kLanes<A> * kLanes<A>; k < block.last; k += kLanes<A>) {
-    const V weight = power(fma(V::load(s + k), f, shift)) * V::set1(unit);
+    const V weight = power_of(V::load(s + k), f, zero) * V::set1(unit);
     const V keep = kept ? V::load(kept + k) : V::set1(A(1));
     const V gradient = weight * (V::load(g + k) * keep - less);
     select(weight == V::zero(), V::zero(), gradient).store(g + k);  // 0 also where the value is not finite
@@ -126,39 +131,96 @@ MK_INLINE void gradient_row(A* s, A* g, Range block, A factor, A base, A delta, 
   }
 }
 
+// Products of queries [query, query + rows) with the loaded keys.
+template <class A, class T>
+void product_block(const AttentionArgs& a, const BackwardScratch<A>& w, int64_t b, int64_t h, int64_t query,
+                   int64_t rows, int64_t keys, Range block) {
+  pack_plain(rows_of<T>(a.query, b, h, query), a.query.row, rows, a.width, w.query);
+  product<A>({w.query, w.query_row, 1, w.key_columns, a.width, 0, w.scores, w.kScoreRow}, rows, keys, block.first,
+             block.last, a.width, nullptr, false);
+  if (needs_bias(a) && !a.mask)
+    for (int64_t k = 0; k < kBackwardKeys; k++) w.bias[k] = 0;
+}
+
+// Masks row i of the products, of query `query`; returns the factor that its scores still lack.
+template <class A, class T>
+A score_row(const AttentionArgs& a, const BackwardScratch<A>& w, int64_t b, int64_t h, int64_t query, int64_t i,
+            int64_t first, Range block) {
+  const bool biased = needs_bias(a);
+  const Range all = seen_by(a, query);
+  Range seen = {larger(all.first - first, block.first), smaller(all.last - first, block.last)};
+  if (seen.first >= seen.last) seen = {block.last, block.last};
+  if (a.mask) load_mask<A, T>(a, b, h, query, first, block.first, block.last, w.bias);
+  mask_scores(w.scores + i * w.kScoreRow, block, seen, biased ? w.bias : nullptr, A(a.scale));
+  return biased ? A(1) : A(a.scale);
+}
+
 // Weights and ds of queries [query, query + rows) against the loaded keys.
 template <class A, class T>
 void gradient_block(const AttentionArgs& a, const BackwardScratch<A>& w, int64_t b, int64_t h, int64_t query,
                     int64_t rows, int64_t first, int64_t keys, Range block) {
-  pack_plain(rows_of<T>(a.query, b, h, query), a.query.row, rows, a.width, w.query);
-  product<A>({w.query, w.query_row, 1, w.key_columns, a.width, 0, w.scores, w.kScoreRow}, rows, keys, block.first,
-             block.last, a.width, nullptr, false);
+  product_block<A, T>(a, w, b, h, query, rows, keys, block);
   if (a.dout.data) {
     pack_plain(rows_of<T>(a.dout, b, h, query), a.dout.row, rows, a.value_width, w.dout);
     product<A>({w.dout, w.value_row, 1, w.value_columns, a.value_width, 0, w.gradients, w.kScoreRow}, rows, keys,
                block.first, block.last, a.value_width, nullptr, false);
   }
-  const bool biased = needs_bias(a);
-  const A scale = A(a.scale) * kUnit<A>;
-  if (biased && !a.mask)
-    for (int64_t k = 0; k < kBackwardKeys; k++) w.bias[k] = 0;
   for (int64_t i = 0; i < rows; i++) {
     const Range all = seen_by(a, query + i);
-    Range seen = {larger(all.first - first, block.first), smaller(all.last - first, block.last)};
-    if (seen.first >= seen.last) seen = {block.last, block.last};
     A *s = w.scores + i * w.kScoreRow, *g = w.gradients + i * w.kScoreRow;
-    if (a.mask) load_mask<A, T>(a, b, h, query + i, first, block.first, block.last, w.bias);
-    mask_scores(s, block, seen, biased ? w.bias : nullptr, scale);
+    const A factor = score_row<A, T>(a, w, b, h, query + i, i, first, block);
     if (a.seed) load_kept<A>(a, b, h, query + i, first, block.first, block.last, w.kept);
     if (!a.dout.data)
       for (int64_t k = 0; k < w.kScoreRow; k++) g[k] = 0;
     const int64_t row = row_index(a, b, h, query + i);
-    const A base = static_cast<const A*>(a.rows_base)[row], delta = static_cast<const A*>(a.rows_delta)[row];
-    const A factor = biased ? A(1) : scale, *kept = a.seed ? w.kept : nullptr;
+    const A delta = static_cast<const A*>(a.rows_delta)[row], *kept = a.seed ? w.kept : nullptr;
     if (in_one_block(all))
-      whole_gradient_row(s, g, block, factor, base, delta, kept, all.last - all.first <= 1);
+      whole_gradient_row(s, g, block, factor, delta, kept, all.last - all.first <= 1);
     else
-      gradient_row(s, g, block, factor, base, delta, kept);
+      gradient_row(s, g, block, factor, static_cast<const A*>(a.rows_base)[row], delta, kept,
+                   static_cast<const A*>(a.rows_unit)[row]);
+  }
+}
+
+template <class A>
+MK_INLINE bool is_beyond(const AttentionArgs& a, int64_t row) {
+  const A base = static_cast<const A*>(a.rows_base)[row];
+  return (base > A(a.restate_beyond) && base != kInfinity<A>) || base < -A(a.restate_beyond);
+}
+// Of all queries that share a key head, whichever part asks: the answer decides their bits.
+template <class A>
+bool any_beyond(const AttentionArgs& a, int64_t b, int64_t shared) {
+  const int64_t rows = a.heads / a.key_heads * a.queries, from = (b * a.key_heads + shared) * rows;
+  bool found = false;
+  for (int64_t i = 0; i < rows; i++) found |= is_beyond<A>(a, from + i);
+  return found;
+}
+
+template <class A, class T>
+void restate(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_t end, void* memory) {
+  const BackwardScratch<A> w(a, memory);
+  for (int64_t query = begin; query < end; query += kBackwardQueries) {
+    const int64_t rows = smaller(kBackwardQueries, end - query), row = row_index(a, b, h, query);
+    bool found = false;
+    A base[kBackwardQueries], total[kBackwardQueries];
+    for (int64_t i = 0; i < rows; i++) found |= is_beyond<A>(a, row + i), base[i] = -kInfinity<A>, total[i] = 0;
+    for (int64_t first = 0; found && first < a.keys; first += kBackwardKeys) {
+      const int64_t keys = smaller(kBackwardKeys, a.keys - first);
+      const Range block = seen_by_block(a, query, query + rows, first, first + keys);
+      if (block.first == block.last) continue;
+      const T* key = rows_of<T>(a.key, b, h / (a.heads / a.key_heads), first);
+      pack_transposed(key, a.key.row, keys, a.width, w.key_columns);
+      product_block<A, T>(a, w, b, h, query, rows, keys, block);
+      for (int64_t i = 0; i < rows; i++) {
+        const A factor = score_row<A, T>(a, w, b, h, query + i, i, first, block);
+        softmax_row<A>(w.scores + i * w.kScoreRow, block, factor, base[i], total[i], nullptr);
+      }
+    }
+    for (int64_t i = 0; i < rows; i++) {
+      if (!is_beyond<A>(a, row + i)) continue;
+      static_cast<A*>(a.rows_base)[row + i] = base[i];
+      static_cast<A*>(a.rows_unit)[row + i] = A(1) / total[i];
+    }
   }
 }
 
@@ -228,7 +290,7 @@ void few_backward(const AttentionArgs& a, const AttentionPart& part, void* memor
 
 template <class A, class T>
 void backward(const AttentionArgs& a, const AttentionPart& part, void* memory) {
-  if (is_few(a)) return few_backward<A, T>(a, part, memory);
+  if (is_few(a) && !any_beyond<A>(a, part.b, part.h)) return few_backward<A, T>(a, part, memory);
   const BackwardScratch<A> w(a, memory);
   const int64_t group = a.heads / a.key_heads;
   if (part.dquery)

@@ -24,7 +24,8 @@ MK_INLINE int64_t padded(int64_t n) {
 MK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 MK_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Scores are kept in units in which power() is cheap: base 2 for float, base e for double.
+// What power() takes: base 2 for float, base e for double. Scores are natural and rounded, as their maximum is: their
+// difference has no rounding to grow into a factor, and a mask of the lowest number does not overflow.
 template <class A>
 constexpr A kUnit = sizeof(A) == 4 ? A(1.4426950408889634074) : A(1);
 template <class A>
@@ -47,6 +48,12 @@ MK_INLINE Vec<float> power(Vec<float> x) {
 }
 #endif
 MK_INLINE Vec<double> power(Vec<double> x) { return exp(x); }
+
+// exp(score - base) of scores that still lack their factor.
+template <class A>
+MK_INLINE Vec<A> power_of(Vec<A> score, Vec<A> factor, Vec<A> base) {
+  return power((score * factor - base) * Vec<A>::set1(kUnit<A>));
+}
 
 // C[M][N vectors] = row_scale C + A B, or + 0 where `add` is false.
 template <class A, int M, int N>
@@ -221,7 +228,7 @@ MK_INLINE Range seen_by_block(const AttentionArgs& a, int64_t begin, int64_t end
   return from < to ? Range{from, to} : Range{0, 0};
 }
 
-// The mask of one query over keys first + [begin, end): bias[begin..end) in score units; 0 or -inf of a boolean one.
+// The mask of one query over keys first + [begin, end): bias[begin..end); 0 or -inf of a boolean one.
 template <class A, class T>
 __attribute__((nothrow)) void load_mask(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, int64_t first,
                                         int64_t begin, int64_t end, A* bias) {
@@ -236,12 +243,11 @@ __attribute__((nothrow)) void load_mask(const AttentionArgs& a, int64_t b, int64
   }
   using V = Vec<A>;
   const T* mask = static_cast<const T*>(a.mask) + offset;
-  const V unit = V::set1(kUnit<A>);
   for (int64_t k = begin; k < end; k += V::kLanes) {
-    const V x = !a.mask_k              ? V::set1(to_float(mask[0]))
-                : end - k >= V::kLanes ? V::load(mask + k)
-                                       : V::load(mask + k, end - k);
-    (x * unit).store(bias + k);
+    (!a.mask_k              ? V::set1(to_float(mask[0]))
+     : end - k >= V::kLanes ? V::load(mask + k)
+                            : V::load(mask + k, end - k))
+        .store(bias + k);
   }
 }
 

@@ -66,7 +66,7 @@ template <class A, class T>
 A few_scores(const AttentionArgs& a, const FewScratch<A>& w, int64_t b, int64_t h, int64_t query, int64_t first,
              int64_t count, A* s) {
   const bool biased = needs_bias(a);
-  const A scale = A(a.scale) * kUnit<A>;
+  const A scale = A(a.scale);
   const Range all = seen_by(a, query), block = {0, count};
   Range seen = {smaller(larger(all.first - first, 0), count), smaller(larger(all.last - first, 0), count)};
   if (seen.first >= seen.last) seen = {count, count};
@@ -133,17 +133,6 @@ MK_INLINE bool is_few(const AttentionArgs& a) {
   return true;
 }
 
-// The log-sum-exp as base and unit, e^-lse = unit power(-base): with the whole powers of 2 in the unit, score - base is
-// about as small as the score, and so is its rounding error. More than 2^64 could overflow what the unit multiplies.
-template <class A>
-void split_base(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, A& base, A& unit) {
-  const A lse = static_cast<const A*>(a.lse.data)[b * a.lse.b + h * a.lse.h + query * a.lse.row];
-  const double exact = double(lse) * (sizeof(A) == 4 ? 1.4426950408889634074 : 1.0);
-  const int64_t whole = sizeof(A) == 4 && exact > 0 ? int64_t(exact < 64 ? exact : 64) : 0;
-  base = lse == -kInfinity<A> ? kInfinity<A> : A(exact - double(whole));
-  unit = A(1) / A(uint64_t(1) << (whole / 2)) / A(uint64_t(1) << (whole - whole / 2));
-}
-
 template <class A, class T>
 void few_gradients(const AttentionArgs& a, const AttentionPart& part, const FewScratch<A>& w, int64_t first,
                    int64_t count) {
@@ -197,7 +186,8 @@ void few_backward(const AttentionArgs& a, const AttentionPart& part, void* memor
     widen_rows(rows_of<T>(a.dout, part.b, h, part.begin), a.dout.row, queries, a.value_width,
                w.dout + to * a.value_width);
     for (int64_t i = 0; i < queries; i++) {
-      split_base<A>(a, part.b, h, part.begin + i, w.base[to + i], w.unit[to + i]);
+      w.base[to + i] = static_cast<const A*>(a.rows_base)[row + i];
+      w.unit[to + i] = static_cast<const A*>(a.rows_unit)[row + i];
       w.total[to + i] = static_cast<const A*>(a.rows_delta)[row + i];
     }
   }
@@ -226,6 +216,12 @@ void few_backward(const AttentionArgs& a, const AttentionPart& part, void* memor
     A* sums = static_cast<A*>(a.dquery_sums) + (part.run * a.batch * a.heads * a.queries + at) * padded<A>(a.width);
     for (int64_t j = 0; j < a.width; j++) sums[j] = w.sums[r * a.width + j];
   }
+}
+
+// Few queries whose gradients are left to the blocks: products summed in another order.
+template <class A, class T>
+double restate_beyond(const AttentionArgs& a) {
+  return a.heads && a.queries <= kFewRows && !is_few(a) ? 8 : __builtin_inf();
 }
 
 template <class A>

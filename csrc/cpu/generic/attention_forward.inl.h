@@ -1,7 +1,7 @@
 // Attention forward: for each block of keys, scores of a group of queries, a running softmax, and the weighted sum of
 // the values.
 //
-//   base = running maximum of the scores, sum = sum of power(score - base), sums = sum of power(score - base) value;
+//   base = running maximum of the scores, sum = sum of exp(score - base), sums = sum of exp(score - base) value;
 //   out = sums / sum
 //
 // One task owns a group of queries and packs each key block once for all of them. Bytes moved an element of K or V: its
@@ -69,10 +69,10 @@ MK_INLINE A softmax_row(A* s, Range block, A factor, A& base, A& total, const A*
   const A found = reduce_max(max(most, other)) * factor, old = base;
   base = found > old ? found : old;
   const A zero_point = base == -kInfinity<A> ? A(0) : base;
-  const V f = V::set1(factor), shift = V::set1(-zero_point);
+  const V f = V::set1(factor), zero = V::set1(zero_point);
   V sum = V::zero();
   for (k = begin; k < end; k += kLanes<A>) {
-    V weight = power(fma(V::load(s + k), f, shift));
+    V weight = power_of(V::load(s + k), f, zero);
     sum = sum + weight;
     if (kept) weight = weight * V::load(kept + k);
     weight.store(s + k);
@@ -82,7 +82,7 @@ MK_INLINE A softmax_row(A* s, Range block, A factor, A& base, A& total, const A*
     return A(1);
   }
   A shrink[kLanes<A>];
-  power(V::set1(old - zero_point)).store(shrink);
+  power_of(V::set1(old), V::set1(A(1)), zero).store(shrink);
   total = total * shrink[0] + reduce_add(sum);
   return shrink[0];
 }
@@ -95,7 +95,7 @@ void softmax_block(const AttentionArgs& a, const ForwardScratch<A>& w, int64_t b
                    int64_t rows, int64_t first, Range block, A* base, A* total) {
   using V = Vec<A>;
   const bool biased = needs_bias(a);
-  const A scale = A(a.scale) * kUnit<A>;
+  const A scale = A(a.scale);
   for (int64_t i = 0; i < rows; i++) {
     const Range all = seen_by(a, query + i);
     const Range seen = {larger(all.first - first, block.first), smaller(all.last - first, block.last)};
@@ -137,8 +137,9 @@ void forward_block(const AttentionArgs& a, const ForwardScratch<A>& w, int64_t b
 template <class A, class T>
 MK_INLINE void write_row(const AttentionArgs& a, int64_t row, const A* sums, A base, A total) {
   using V = Vec<A>;
-  static_cast<A*>(a.lse_data)[row] =
-      total == A(0) ? -kInfinity<A> : A(double(base) / double(kUnit<A>) + __builtin_log(double(total)));
+  static_cast<A*>(a.lse_data)[row] = total == A(0) ? -kInfinity<A> : A(double(base) + __builtin_log(double(total)));
+  A* stats = static_cast<A*>(a.stats_data) + 2 * row;
+  stats[0] = base, stats[1] = total;
   const V factor = V::set1(total == A(0) ? A(0) : A(1) / total);
   T* out = static_cast<T*>(a.out_data) + row * a.value_width;
   for_each_vec<V>(a.value_width, [&](int64_t j, auto part) { store(V::load(sums + j) * factor, out + j, part); });
@@ -202,7 +203,8 @@ void merge(const AttentionArgs& a, int64_t b, int64_t h) {
     for (int64_t split = 0; split < a.splits; split++) {
       const Partial<A> part(a, b, h, split);
       A weight[kLanes<A>];
-      power(V::set1(part.base[i] == -kInfinity<A> ? -kInfinity<A> : part.base[i] - base)).store(weight);
+      const A zero_point = base == -kInfinity<A> ? A(0) : base;
+      power_of(V::set1(part.base[i]), V::set1(A(1)), V::set1(zero_point)).store(weight);
       total += weight[0] * part.total[i];
       for (int64_t j = 0; j < row; j += kLanes<A>) {
         const V added = V::load(part.sums + i * row + j) * V::set1(weight[0]);

@@ -7,8 +7,8 @@
 // all heads and row norms, exponentials against the running maximum (online softmax), weighted sums. Its maximum, sum
 // and weighted rows go to its own partial; `combine` merges the partials of an entry in order. Masked rows are left out
 // of the tile's index and never read. Bytes per memory element (and value element): 1 read. Weights, when wanted: one
-// write of logits, one read and write to normalise. Precision: everything in the accumulation type; lse and the
-// unrounded read are kept for backward.
+// write of logits, one read and write to normalise. Precision: everything in the accumulation type; the maximum, the
+// sum and the unrounded read are kept for backward: weights from a rounded log-sum-exp would not add up to 1.
 #include "cpu/content.h"
 #include "cpu/generic/rows.inl.h"
 
@@ -18,10 +18,10 @@ namespace {
 // What a task keeps beside its tile.
 template <class A>
 struct ContentScratch {
-  A *key, *norm, *strength, *lse, *delta, *dread;  // [R][W], [R] four times, [R][V]
-  A *logit, *along, *gradient;                     // [R][kTile]
-  A *squares, *shrink;                             // [kTile]
-  int32_t* index;                                  // [kTile]
+  A *key, *norm, *strength, *largest, *inverse, *delta, *dread;  // [R][W], [R] five times, [R][V]
+  A *logit, *along, *gradient;                                   // [R][kTile]
+  A *squares, *shrink;                                           // [kTile]
+  int32_t* index;                                                // [kTile]
 
   MK_INLINE ContentScratch(const ContentArgs& a, void* memory) {
     A* next = static_cast<A*>(memory);
@@ -34,7 +34,8 @@ struct ContentScratch {
     squares = take(kTile), shrink = take(kTile), index = reinterpret_cast<int32_t*>(take(kTile));
     key = take(a.heads * a.width), dread = take(a.heads * a.value_width);
     for (int64_t i = 0; i < kTile; i++) index[i] = int32_t(i);
-    norm = take(a.heads), strength = take(a.heads), lse = take(a.heads), delta = take(a.heads);
+    norm = take(a.heads), strength = take(a.heads), delta = take(a.heads);
+    largest = take(a.heads), inverse = take(a.heads);
   }
 };
 
@@ -186,8 +187,9 @@ void content_combine(const ContentArgs& a, int64_t b, const void* partials, int6
       sum = fma(factor(c), V::set1(all[c * size + a.heads + r]), sum);
     }
     const bool nothing = largest == minus_infinity && plain == 0;
-    (nothing ? V::set1(minus_infinity) : V::set1(largest) + log(sum))
-        .store(static_cast<A*>(a.lse) + b * a.heads + r, 1);
+    A* stats = static_cast<A*>(a.stats) + (b * a.heads + r) * 2;
+    stats[0] = largest;
+    (nothing ? V::zero() : sum).store(stats + 1, 1);
     const V scale = nothing ? V::zero() : V::set1(A(1)) / sum;
     A* total = static_cast<A*>(a.total) + (b * a.heads + r) * width;
     for_each_vec<V>(width, [&](int64_t j, auto part) { store(V::zero(), total + j, part); });
@@ -204,19 +206,20 @@ void content_combine(const ContentArgs& a, int64_t b, const void* partials, int6
   }
 }
 
-// weights = exp(logits - lse), exactly 0 where no row takes part.
+// weights = exp(logits - largest) / sum, exactly 0 where no row takes part.
 template <class S>
 void content_weigh(const ContentArgs& a, int64_t b, int64_t begin, int64_t end) {
   using A = acc_t<S>;
   using V = Vec<A>;
   for (int64_t r = 0; r < a.heads; r++) {
     const int64_t row = (b * a.heads + r) * a.rows + begin;
-    const A lse = static_cast<const A*>(a.lse)[b * a.heads + r];
-    const bool nothing = lse == A(-__builtin_inf());
+    const A* stats = static_cast<const A*>(a.stats) + (b * a.heads + r) * 2;
+    const bool nothing = stats[1] == A(0);
+    const V largest = V::set1(stats[0]), sum = V::set1(stats[1]);
     const A* logits = static_cast<const A*>(a.logits) + row;
     S* weights = static_cast<S*>(a.weights) + row;
     for_each_vec<V>(end - begin, [&](int64_t i, auto part) {
-      store(nothing ? V::zero() : exp(load<V>(logits + i, part) - V::set1(lse)), weights + i, part);
+      store(nothing ? V::zero() : exp(load<V>(logits + i, part) - largest) / sum, weights + i, part);
     });
   }
 }

@@ -11,7 +11,7 @@
 // its own partial. dstrength is summed as ds_i (c_i - mean c under w): the ds of a head sum to 0, so this changes
 // nothing but the rounding, which then goes with the spread of c and not with its size. A task does not know the mean:
 // it subtracts one of its own, combine makes up for it. Bytes per memory element (and value element): 1 read, 1 write.
-// The weights are computed again from the saved log-sum-exp.
+// The weights are computed again from the saved maximum and sum.
 #include "cpu/generic/content.inl.h"
 
 namespace mk::cpu::MK_LEVEL {
@@ -22,10 +22,20 @@ void load_backward(const ContentArgs& a, int64_t b, ContentScratch<acc_t<S>>& t)
   using A = acc_t<S>;
   load_keys<S>(a, b, t);
   for (int64_t r = 0; r < a.heads; r++) {
-    t.lse[r] = static_cast<const A*>(a.lse)[b * a.heads + r];
+    const A* stats = static_cast<const A*>(a.stats) + (b * a.heads + r) * 2;
+    const bool nothing = stats[1] == A(0);
+    t.largest[r] = nothing ? A(__builtin_inf()) : stats[0];  // a weight is 0 then
+    t.inverse[r] = nothing ? A(0) : A(1) / stats[1];
     t.delta[r] = a.delta ? static_cast<const A*>(a.delta)[b * a.heads + r] : A(0);
   }
   if (a.dread) widen_rows(static_cast<const S*>(a.dread) + b * a.dread_b, a.dread_r, a.heads, a.value_width, t.dread);
+}
+
+// The weights of head r at similarities c.
+template <class A>
+MK_INLINE Vec<A> weights_of(const ContentScratch<A>& t, int64_t r, Vec<A> c) {
+  using V = Vec<A>;
+  return exp(V::set1(t.strength[r]) * c - V::set1(t.largest[r])) * V::set1(t.inverse[r]);
 }
 
 // Gradient of the weights of head r of a tile, gathered from dweights.
@@ -52,7 +62,7 @@ void content_center(const ContentArgs& a, int64_t b, int64_t begin, int64_t end,
       gather_dweights<S>(a, b, r, n, count, t.index, t.gradient, false);
       V sum = V::zero();
       for_each_vec<V>(count, [&](int64_t i, auto part) {
-        const V w = exp(V::set1(t.strength[r]) * load<V>(t.logit + r * kTile + i, part) - V::set1(t.lse[r]));
+        const V w = weights_of(t, r, load<V>(t.logit + r * kTile + i, part));
         sum = in_part(fma(w, load<V>(t.gradient + i, part), sum), sum, part);
       });
       sums[r] += reduce_add(sum);
@@ -85,7 +95,7 @@ A mean_similarity(const ContentScratch<A>& t, int64_t r, int64_t count) {
   using V = Vec<A>;
   V sum = V::zero(), weights = V::zero();
   for_each_vec<V>(count, [&](int64_t i, auto part) {
-    const V c = load<V>(t.logit + r * kTile + i, part), w = exp(V::set1(t.strength[r]) * c - V::set1(t.lse[r]));
+    const V c = load<V>(t.logit + r * kTile + i, part), w = weights_of(t, r, c);
     sum = in_part(fma(w, c, sum), sum, part);
     weights = in_part(weights + w, weights, part);
   });
@@ -98,15 +108,13 @@ A mean_similarity(const ContentScratch<A>& t, int64_t r, int64_t count) {
 template <class A>
 void head_gradients(Similarity similarity, ContentScratch<A>& t, int64_t r, int64_t count, A* sums, int64_t heads) {
   using V = Vec<A>;
-  const V strength = V::set1(t.strength[r]), lse = V::set1(t.lse[r]), delta = V::set1(t.delta[r]),
-          norm_key = V::set1(t.norm[r]);
-  const bool nothing = t.lse[r] == A(-__builtin_inf());
+  const V strength = V::set1(t.strength[r]), delta = V::set1(t.delta[r]), norm_key = V::set1(t.norm[r]);
   const V center = V::set1(sums[4 * heads]);
   V part_sum = V::zero(), strength_sum = V::zero(), ds_sum = V::zero(), c_sum = V::zero();
   for_each_vec<V>(count, [&](int64_t i, auto part) {
     A* logit = t.logit + r * kTile + i;
     const V c = load<V>(logit, part);
-    const V w = nothing ? V::zero() : exp(strength * c - lse);
+    const V w = weights_of(t, r, c);
     const V ds = w * (load<V>(t.gradient + r * kTile + i, part) - delta), d = strength * ds;
     strength_sum = in_part(fma(ds, c - center, strength_sum), strength_sum, part);
     ds_sum = in_part(ds_sum + ds, ds_sum, part);

@@ -8,13 +8,13 @@ def supports(query, key, value, attn_mask, seed, scale, dropout_p, left, right, 
     return None
 
 
-def forward(out, lse, query, key, value, attn_mask, seed, scale, dropout_p, left, right, causal):
+def forward(out, lse, stats, query, key, value, attn_mask, seed, scale, dropout_p, left, right, causal):
     shift = 0 if causal == "top-left" else _shift(query, key)
-    _forward(out, lse, query, key, value, attn_mask, seed, scale, dropout_p, left, right, shift)
+    _forward(out, lse, stats, query, key, value, attn_mask, seed, scale, dropout_p, left, right, shift)
 
 
 def backward(dquery, dkey, dvalue, dattn_mask, dout, dlse, query, key, value, *rest):
-    *others, causal = rest  # attn_mask, seed, out, lse, scale, dropout_p, left, right
+    *others, causal = rest  # attn_mask, seed, out, stats, scale, dropout_p, left, right
     shift = 0 if causal == "top-left" else _shift(query, key)
     _backward(dquery, dkey, dvalue, dattn_mask, dout, dlse, query, key, value, *others, shift)
 

@@ -10,5 +10,5 @@ def supports(memory, key, strength, mask, similarity):
     return None
 
 
-def backward(dmemory, dkey, dstrength, dweights, memory, key, strength, mask, weights, lse, similarity):
-    _backward(dmemory, dkey, dstrength, dweights, memory, key, strength, mask, lse, similarity)
+def backward(dmemory, dkey, dstrength, dweights, memory, key, strength, mask, weights, stats, similarity):
+    _backward(dmemory, dkey, dstrength, dweights, memory, key, strength, mask, stats, similarity)

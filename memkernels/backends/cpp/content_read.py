@@ -11,7 +11,7 @@ def supports(memory, key, strength, value, mask, similarity, return_weights):
 
 
 def backward(
-    dmemory, dkey, dstrength, dvalue, dread, dweights, memory, key, strength, value, mask, weights, lse, total, similarity, return_weights
+    dmemory, dkey, dstrength, dvalue, dread, dweights, memory, key, strength, value, mask, weights, stats, total, similarity, return_weights
 ):
     dweights = dweights if return_weights else None
-    _backward(dmemory, dkey, dstrength, dvalue, dread, dweights, memory, key, strength, value, mask, lse, total, similarity)
+    _backward(dmemory, dkey, dstrength, dvalue, dread, dweights, memory, key, strength, value, mask, stats, total, similarity)

@@ -21,13 +21,16 @@ def similarity_of(memory, key, similarity):
 
 
 def softmax(logit, mask):
-    """Weights and log-sum-exp; masked rows weigh exactly 0, a row with nothing to attend has log-sum-exp -inf."""
+    """Weights, and (maximum, sum of exp(logit - maximum)); masked rows weigh exactly 0, with nothing to attend the two are (-inf, 0)."""
     if mask is not None:
         logit = logit.masked_fill(~mask[:, None], -torch.inf)
-    nothing = (logit == -torch.inf).all(-1, keepdim=True)
-    lse = torch.logsumexp(logit.masked_fill(nothing, 0), -1, keepdim=True)
-    weights = torch.exp(logit - lse).masked_fill(nothing, 0)
-    return weights, lse.masked_fill(nothing, -torch.inf).squeeze(-1)
+    if logit.shape[-1] == 0:
+        return logit, logit.new_tensor((-torch.inf, 0.0)).expand(*logit.shape[:-1], 2).clone()
+    top = logit.detach().amax(-1, keepdim=True)
+    nothing = top == -torch.inf
+    powers = torch.exp(logit - top.masked_fill(nothing, 0))
+    total = powers.sum(-1, keepdim=True)
+    return powers / total.masked_fill(nothing, 1), torch.cat((top, total), -1).detach()
 
 
 def softmax_backward(dweights, weights):

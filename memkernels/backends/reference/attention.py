@@ -21,15 +21,15 @@ WORD, GOLDEN, FIRST, SECOND = 0xFFFFFFFF, 0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35
 
 def forward(query, key, value, attn_mask, seed, scale, dropout_p, left, right, causal):
     scores, seen = _scores(query, key, attn_mask, scale, left, right, causal)
-    some = seen.any(-1, keepdim=True)
-    lse = torch.logsumexp(scores.masked_fill(~some, 0), -1, keepdim=True).masked_fill(~some, -torch.inf)
-    weights = _weights(scores, seen, lse) * _kept(seed, dropout_p, scores)
-    return _weighted(weights, _per_head(value, query)).to(query.dtype), lse.squeeze(-1)
+    weights, top, total = _softmax(scores, seen)
+    lse = (top + total.log()).squeeze(-1)
+    stats = torch.cat((top, total), -1).detach()
+    return _weighted(weights * _kept(seed, dropout_p, scores), _per_head(value, query)).to(query.dtype), lse, stats
 
 
-def backward(dout, dlse, query, key, value, attn_mask, seed, out, lse, scale, dropout_p, left, right, causal):
+def backward(dout, dlse, query, key, value, attn_mask, seed, out, stats, scale, dropout_p, left, right, causal):
     scores, seen = _scores(query, key, attn_mask, scale, left, right, causal)
-    weights, kept = _weights(scores, seen, lse[..., None]), _kept(seed, dropout_p, scores)
+    (weights, _, _), kept = _softmax(scores, seen), _kept(seed, dropout_p, scores)
     keys, values = _per_head(key, query), _per_head(value, query)
     dscores, dvalues = torch.zeros_like(weights), torch.zeros_like(values)
     if dout is not None:
@@ -79,8 +79,16 @@ def _scores(query, key, attn_mask, scale, left, right, causal):
     return scores.masked_fill(~seen, -torch.inf), seen
 
 
-def _weights(scores, seen, lse):
-    return torch.where(seen, torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)), 0)
+def _softmax(scores, seen):
+    """Weights, the maximum of the scores, and the sum of exp(score - maximum): 0, -inf and 0 where a query sees no key."""
+    if scores.shape[-1] == 0:
+        nothing = scores.sum(-1, keepdim=True)
+        return scores, nothing - torch.inf, nothing
+    top = scores.detach().amax(-1, keepdim=True)
+    blind = top == -torch.inf
+    powers = torch.where(seen, torch.exp(scores - top.masked_fill(blind, 0)), 0)
+    total = powers.sum(-1, keepdim=True)
+    return powers / total.masked_fill(blind, 1), top, total
 
 
 def _weighted(weights, rows):

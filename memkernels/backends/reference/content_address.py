@@ -10,11 +10,11 @@ def _weigh(memory, key, strength, mask, similarity):
 
 
 def forward(memory, key, strength, mask, similarity):
-    _, weights, lse = _weigh(hide(compute(memory), mask), compute(key), compute(strength), mask, similarity)
-    return weights.to(memory.dtype), lse
+    _, weights, stats = _weigh(hide(compute(memory), mask), compute(key), compute(strength), mask, similarity)
+    return weights.to(memory.dtype), stats
 
 
-def backward(dweights, memory, key, strength, mask, weights, lse, similarity):
+def backward(dweights, memory, key, strength, mask, weights, stats, similarity):
     dtype, memory, key, strength = memory.dtype, hide(compute(memory), mask), compute(key), compute(strength)
     similar, weights, _ = _weigh(memory, key, strength, mask, similarity)  # the saved weights are rounded to the dtype of the call
     dweights = compute(dweights)

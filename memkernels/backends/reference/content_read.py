@@ -6,12 +6,12 @@ from memkernels.backends.reference._math import compute
 
 def forward(memory, key, strength, value, mask, similarity, return_weights):
     dtype, rows, key, strength = memory.dtype, hide(compute(memory), mask), compute(key), compute(strength)
-    weights, lse = softmax(strength[..., None] * similarity_of(rows, key, similarity), mask)
+    weights, stats = softmax(strength[..., None] * similarity_of(rows, key, similarity), mask)
     total = weights @ (rows if value is None else hide(compute(value), mask))
-    return total.to(dtype), weights.to(dtype) if return_weights else memory.new_empty(0), lse, total.clone()
+    return total.to(dtype), weights.to(dtype) if return_weights else memory.new_empty(0), stats, total.clone()
 
 
-def backward(dread, dweights, memory, key, strength, value, mask, weights, lse, total, similarity, return_weights):
+def backward(dread, dweights, memory, key, strength, value, mask, weights, stats, total, similarity, return_weights):
     dtype, rows, key, strength = memory.dtype, hide(compute(memory), mask), compute(key), compute(strength)
     values = rows if value is None else hide(compute(value), mask)
     similar = similarity_of(rows, key, similarity)

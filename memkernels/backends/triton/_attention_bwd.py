@@ -1,4 +1,4 @@
-"""The backward of attention: see attention.py. With p = exp(s - lse), delta = dout . out - dlse, ds = p * (dout . v - delta):
+"""The backward of attention: see attention.py. With p = exp(s - maximum) / sum, delta = dout . out - dlse, ds = p * (dout . v - delta):
 dv = p^T dout, dq = scale * ds k, dk = scale * ds^T q, dmask = ds summed over what the mask broadcasts along.
 """
 
@@ -33,15 +33,17 @@ def _attention_delta_kernel(
 
 
 @triton.jit
-def _row(lse_ptr, delta_ptr, i, Q):
-    """(log-sum-exp, delta) of queries; a query past the end has weight 0, a blind one has nothing to subtract."""
-    lse = tl.load(lse_ptr + i, mask=i < Q, other=float("inf"))
-    return tl.where(lse == float("-inf"), 0.0, lse), tl.load(delta_ptr + i, mask=i < Q, other=0.0)
+def _row(stats_ptr, delta_ptr, i, Q):
+    """(maximum, 1 / sum, delta) of queries; a query past the end has weight 0, a blind one has nothing to subtract."""
+    top = tl.load(stats_ptr + i * 2, mask=i < Q, other=float("inf"))
+    total = tl.load(stats_ptr + (i * 2 + 1), mask=i < Q, other=1.0)
+    delta = tl.load(delta_ptr + i, mask=i < Q, other=0.0)
+    return tl.where(top == float("-inf"), 0.0, top), 1.0 / tl.where(total == 0, 1.0, total), delta
 
 
 @triton.jit
 def _walk_queries(
-    dkey, dvalue, key, value, k, head, query_ptr, dout_ptr, lse_ptr, delta_ptr, mask_ptr, seed, lo, hi,
+    dkey, dvalue, key, value, k, head, query_ptr, dout_ptr, stats_ptr, delta_ptr, mask_ptr, seed, lo, hi,
     Q, K, D, V, scale, threshold, inverse, low, high,
     query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
     MASKED: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
@@ -55,12 +57,12 @@ def _walk_queries(
         dout = tl.load(
             dout_ptr + i[:, None] * dout_stride_q + v[None, :] * dout_stride_v, mask=(i < Q)[:, None] & (v < V)[None, :], other=0.0
         )
-        lse, delta = _row(lse_ptr, delta_ptr, i, Q)
+        top, inverse_sum, delta = _row(stats_ptr, delta_ptr, i, Q)
         zero = tl.zeros([key.shape[0], BLOCK_M], tl.float32)
         logit = dot(key, tl.trans(query), zero, PRECISION) * scale
         if MASKED:
             logit = masked(logit, i[None, :], k[:, None], mask_ptr, mask_stride_q, mask_stride_k, Q, K, low, high, WINDOWED)
-        weights = tl.exp(logit - lse[None, :])
+        weights = tl.exp(logit - top[None, :]) * inverse_sum[None, :]
         dweights = dot(value, tl.trans(dout), zero, PRECISION)
         if seed is not None:
             kept = dropout(seed, head, i[None, :], k[:, None], threshold, inverse)
@@ -77,7 +79,7 @@ def _walk_queries(
 
 @triton.jit
 def _attention_dkey_kernel(
-    dkey_ptr, dvalue_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, seed_ptr, dout_ptr, lse_ptr, delta_ptr,
+    dkey_ptr, dvalue_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, seed_ptr, dout_ptr, stats_ptr, delta_ptr,
     NH, Q, K, D, V, group, mask_group, scale, threshold, inverse, low, high,
     query_stride_b, query_stride_h, query_stride_q, query_stride_d, key_stride_b, key_stride_h, key_stride_k, key_stride_d,
     value_stride_b, value_stride_h, value_stride_k, value_stride_v, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
@@ -105,33 +107,33 @@ def _attention_dkey_kernel(
     for member in range(group):
         head = shared * group + member
         queries, douts = query_ptr + b * query_stride_b + head * query_stride_h, dout_ptr + b * dout_stride_b + head * dout_stride_h
-        lses, deltas = lse_ptr + (b * NH + head) * Q, delta_ptr + (b * NH + head) * Q
+        stats, deltas = stats_ptr + (b * NH + head) * Q * 2, delta_ptr + (b * NH + head) * Q
         if mask_ptr is not None:
             masks = mask_ptr + (b // mask_group) * mask_stride_b + head * mask_stride_h
             dkey, dvalue = _walk_queries(
-                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, masks, seed, begin, end, Q, K, D, V, scale,
+                dkey, dvalue, key, value, k, head, queries, douts, stats, deltas, masks, seed, begin, end, Q, K, D, V, scale,
                 threshold, inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
                 True, WINDOWED, BLOCK_M, PRECISION,
             )  # fmt: skip
         elif WINDOWED:
             dkey, dvalue = _walk_queries(
-                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, None, seed, begin, clear, Q, K, D, V, scale,
+                dkey, dvalue, key, value, k, head, queries, douts, stats, deltas, None, seed, begin, clear, Q, K, D, V, scale,
                 threshold, inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
                 True, WINDOWED, BLOCK_M, PRECISION,
             )  # fmt: skip
             dkey, dvalue = _walk_queries(
-                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, None, seed, clear, clear_end, Q, K, D, V, scale,
+                dkey, dvalue, key, value, k, head, queries, douts, stats, deltas, None, seed, clear, clear_end, Q, K, D, V, scale,
                 threshold, inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
                 False, WINDOWED, BLOCK_M, PRECISION,
             )  # fmt: skip
             dkey, dvalue = _walk_queries(
-                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, None, seed, clear_end, end, Q, K, D, V, scale,
+                dkey, dvalue, key, value, k, head, queries, douts, stats, deltas, None, seed, clear_end, end, Q, K, D, V, scale,
                 threshold, inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
                 True, WINDOWED, BLOCK_M, PRECISION,
             )  # fmt: skip
         else:
             dkey, dvalue = _walk_queries(
-                dkey, dvalue, key, value, k, head, queries, douts, lses, deltas, None, seed, 0, Q, Q, K, D, V, scale,
+                dkey, dvalue, key, value, k, head, queries, douts, stats, deltas, None, seed, 0, Q, Q, K, D, V, scale,
                 threshold, inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
                 False, WINDOWED, BLOCK_M, PRECISION,
             )  # fmt: skip
@@ -143,7 +145,7 @@ def _attention_dkey_kernel(
 
 @triton.jit
 def _attention_dquery_kernel(
-    dquery_part_ptr, dmask_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, seed_ptr, dout_ptr, lse_ptr, delta_ptr,
+    dquery_part_ptr, dmask_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, seed_ptr, dout_ptr, stats_ptr, delta_ptr,
     B, NH, Q, K, D, V, group, mask_group, splits, chunk, scale, threshold, inverse, low, high,
     query_stride_b, query_stride_h, query_stride_q, query_stride_d, key_stride_b, key_stride_h, key_stride_k, key_stride_d,
     value_stride_b, value_stride_h, value_stride_k, value_stride_v, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
@@ -161,7 +163,7 @@ def _attention_dquery_kernel(
     query = tl.load(query_ptr + i[:, None] * query_stride_q + d[None, :] * query_stride_d, mask=queries, other=0.0)
     dout_ptr += b * dout_stride_b + head * dout_stride_h
     dout = tl.load(dout_ptr + i[:, None] * dout_stride_q + v[None, :] * dout_stride_v, mask=(i < Q)[:, None] & (v < V)[None, :], other=0.0)
-    lse, delta = _row(lse_ptr + row * Q, delta_ptr + row * Q, i, Q)
+    top, inverse_sum, delta = _row(stats_ptr + row * Q * 2, delta_ptr + row * Q, i, Q)
     key_ptr += b * key_stride_b + (head // group) * key_stride_h
     value_ptr += b * value_stride_b + (head // group) * value_stride_h
     if mask_ptr is not None:
@@ -182,7 +184,7 @@ def _attention_dquery_kernel(
         dweights = dot(dout, tl.trans(value), zero, PRECISION)
         if seed_ptr is not None:
             dweights *= dropout(tl.load(seed_ptr + b), head, i[:, None], k[None, :], threshold, inverse)
-        dlogit = tl.where(logit == float("-inf"), 0.0, tl.exp(logit - lse[:, None]) * (dweights - delta[:, None]))
+        dlogit = tl.where(logit == float("-inf"), 0.0, tl.exp(logit - top[:, None]) * (inverse_sum[:, None] * (dweights - delta[:, None])))
         if dmask_ptr is not None:
             store(dmask_ptr + (row * Q + i)[:, None] * K + k[None, :], dlogit, mask=(i < Q)[:, None] & (k < K)[None, :])
         if mask_ptr is not None or WINDOWED:  # a key that is not finite must not reach a query that does not see it by 0 * NaN
@@ -193,7 +195,7 @@ def _attention_dquery_kernel(
         store(dquery_part_ptr + at[:, None] * D + d[None, :], dquery * scale, mask=queries)
 
 
-def backward(dquery, dkey, dvalue, dmask, dout, dlse, query, key, value, attn_mask, seed, out, lse, scale, dropout_p, left, right, causal):
+def backward(dquery, dkey, dvalue, dmask, dout, dlse, query, key, value, attn_mask, seed, out, stats, scale, dropout_p, left, right, causal):
     (batch, heads, queries, width), keys, value_width = query.shape, key.shape[2], value.shape[3]
     dout = out.new_zeros(()).expand(out.shape) if dout is None else dout
 
@@ -202,13 +204,13 @@ def backward(dquery, dkey, dvalue, dmask, dout, dlse, query, key, value, attn_ma
         return _launch.attention(queries, keys, width, value_width, wide, kernel, capability, INTERPRETED)
 
     launch = launch_for("dkey")
-    delta, group = torch.empty_like(lse), max(heads // max(key.shape[1], 1), 1)
+    delta, group = stats.new_empty(stats.shape[:3]), max(heads // max(key.shape[1], 1), 1)
     run(
-        _attention_delta_kernel, (_launch.ceil_div(lse.numel(), 16),), delta, out, dout, dlse, heads, queries, value_width, lse.numel(),
+        _attention_delta_kernel, (_launch.ceil_div(delta.numel(), 16),), delta, out, dout, dlse, heads, queries, value_width, delta.numel(),
         *dout.stride(), *strides(dlse, 3), BLOCK=16, BLOCK_V=launch.block_v,
     )  # fmt: skip
     mask_group, *mask_strides = mask_arguments(attn_mask, batch)
-    tensors = query, key, value, attn_mask, seed, dout, lse, delta
+    tensors = query, key, value, attn_mask, seed, dout, stats, delta
     numbers = float(scale), *dropout_arguments(dropout_p), *limits(queries, keys, left, right, causal)
     layouts = *query.stride(), *key.stride(), *value.stride(), *mask_strides, *dout.stride()
     sizes = heads, queries, keys, width, value_width, group, mask_group
@@ -218,16 +220,16 @@ def backward(dquery, dkey, dvalue, dmask, dout, dlse, query, key, value, attn_ma
         run(_attention_dkey_kernel, grid, dkey, dvalue, *tensors, *sizes, *numbers, *layouts, **options)
     if dmask is not None and attn_mask.shape[3] == 1:
         # A constant added to all scores of a query moves its log-sum-exp and nothing else; the sum of ds would only show rounding.
-        _sum_to_mask(dmask, (torch.zeros_like(lse) if dlse is None else dlse.masked_fill(lse == -torch.inf, 0))[..., None])
+        _sum_to_mask(dmask, (torch.zeros_like(delta) if dlse is None else dlse.masked_fill(stats[..., 1] == 0, 0))[..., None])
         dmask = None
     if dquery is None and dmask is None:
         return
     launch, full = launch_for("dquery"), None
     if dmask is not None:
-        full = dmask if dmask.shape == (batch, heads, queries, keys) else lse.new_empty(batch, heads, queries, keys)
+        full = dmask if dmask.shape == (batch, heads, queries, keys) else stats.new_empty(batch, heads, queries, keys)
     part = None
     if dquery is not None:
-        part = dquery[None] if launch.splits == 1 else lse.new_empty(launch.splits, *dquery.shape)
+        part = dquery[None] if launch.splits == 1 else stats.new_empty(launch.splits, *dquery.shape)
     grid = (batch * heads * launch.splits * _launch.ceil_div(queries, launch.block_m),)
     run(
         _attention_dquery_kernel, grid, part, full, *tensors, batch, *sizes, launch.splits, launch.chunk, *numbers, *layouts,
@@ -256,7 +258,7 @@ def entries(dtype):
         ones = dict.fromkeys(("query_stride_d", "key_stride_d", "value_stride_v", "dout_stride_v", "group", "mask_group", "splits"), 1)
         constants = {k: v for k, v in tiles(launch, dtype, -1, 0 if causal else -1).items() if k.isupper()} | absent | ones
         constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
-        types = dict(lse_ptr="*fp32", delta_ptr="*fp32", scale="fp32", inverse="fp32", threshold="i32")
+        types = dict(stats_ptr="*fp32", delta_ptr="*fp32", scale="fp32", inverse="fp32", threshold="i32")
         name = f"attention_{role}_D{width}" + ("_causal" if causal else "") + ("_ampere" if ampere else "")
         expect = () if dtype == torch.float32 else ("wgmma",) if launch.block_n >= 64 else ("mma",)
         entry = aot(name, kernel, dtype, constants, types, launch.num_warps, launch.num_stages, expect)

@@ -104,7 +104,7 @@ def _content_fwd_kernel(
 
 
 @triton.jit
-def _content_combine_kernel(read_ptr, total_ptr, lse_ptr, maximum_ptr, sum_ptr, part_ptr, heads, V, splits, BLOCK_V: tl.constexpr):
+def _content_combine_kernel(read_ptr, total_ptr, stats_ptr, maximum_ptr, sum_ptr, part_ptr, heads, V, splits, BLOCK_V: tl.constexpr):
     """One head: the softmax over the union of the splits."""
     head, v = tl.program_id(0).to(tl.int64), lanes(BLOCK_V)
     top, total = tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.float32)
@@ -118,7 +118,8 @@ def _content_combine_kernel(read_ptr, total_ptr, lse_ptr, maximum_ptr, sum_ptr, 
         total, top = total * shrink + tl.load(sum_ptr + place) * grow, new_top
         if part_ptr is not None:
             read = read * shrink + tl.load(part_ptr + place * V + v, mask=v < V, other=0.0) * grow
-    store(lse_ptr + head, top + tl.log(total))
+    store(stats_ptr + head * 2, top)
+    store(stats_ptr + (head * 2 + 1), total)
     if part_ptr is not None:
         read /= tl.where(total == 0, 1.0, total)
         store(read_ptr + head * V + v, read, mask=v < V)
@@ -126,20 +127,20 @@ def _content_combine_kernel(read_ptr, total_ptr, lse_ptr, maximum_ptr, sum_ptr, 
 
 
 @triton.jit
-def _content_weights_kernel(weights_ptr, logit_ptr, lse_ptr, N, BLOCK: tl.constexpr):
-    """weights = exp(logit - lse); 0 where nothing is seen."""
+def _content_weights_kernel(weights_ptr, logit_ptr, stats_ptr, N, BLOCK: tl.constexpr):
+    """weights = exp(logit - maximum) / sum; 0 where nothing is seen."""
     blocks = tl.cdiv(N, BLOCK)
     head = tl.program_id(0).to(tl.int64) // blocks
     n = (tl.program_id(0).to(tl.int64) % blocks) * BLOCK + lanes(BLOCK)
     logit = tl.load(logit_ptr + head * N + n, mask=n < N, other=float("-inf"))
-    lse = tl.load(lse_ptr + head)
-    store(weights_ptr + head * N + n, tl.where(logit == float("-inf"), 0.0, tl.exp(logit - lse)), mask=n < N)
+    top, total = tl.load(stats_ptr + head * 2), tl.load(stats_ptr + (head * 2 + 1))
+    store(weights_ptr + head * N + n, tl.where(logit == float("-inf"), 0.0, tl.exp(logit - top) / total), mask=n < N)
 
 
 @triton.jit
 def _content_bwd_kernel(
     dmemory_ptr, dvalue_ptr, dkey_part_ptr, dsum_part_ptr, delta_part_ptr, memory_ptr, key_ptr, strength_ptr, value_ptr, mask_ptr,
-    lse_ptr, delta_ptr, total_ptr, dread_ptr, dweights_ptr, B, N, R, W, V, splits, chunk,
+    stats_ptr, delta_ptr, total_ptr, dread_ptr, dweights_ptr, B, N, R, W, V, splits, chunk,
     memory_stride_b, memory_stride_n, memory_stride_w, key_stride_b, key_stride_r, key_stride_w, strength_stride_b, strength_stride_r,
     value_stride_b, value_stride_n, value_stride_v, mask_stride_b, mask_stride_n,
     dread_stride_b, dread_stride_r, dread_stride_v, dweights_stride_b, dweights_stride_r, dweights_stride_n, SIMILARITY: tl.constexpr,
@@ -150,7 +151,9 @@ def _content_bwd_kernel(
     key_ptr += b * key_stride_b
     strength_ptr += b * strength_stride_b
     key, strength, key_norm = _load_heads(key_ptr, strength_ptr, r, w, R, W, key_stride_r, key_stride_w, strength_stride_r, SIMILARITY)
-    lse = tl.load(lse_ptr + b * R + r, mask=r < R, other=float("inf"))
+    top = tl.load(stats_ptr + (b * R + r) * 2, mask=r < R, other=float("inf"))
+    sums = tl.load(stats_ptr + ((b * R + r) * 2 + 1), mask=r < R, other=1.0)
+    inverse = 1.0 / tl.where(sums == 0, 1.0, sums)
     if dread_ptr is not None:
         dread_ptr += b * dread_stride_b + r[:, None] * dread_stride_r + v[None, :] * dread_stride_v
         dread = tl.load(dread_ptr, mask=(r < R)[:, None] & (v < V)[None, :], other=0.0).to(tl.float32)
@@ -169,7 +172,7 @@ def _content_bwd_kernel(
             seen = seen & (tl.load(mask_ptr + b * mask_stride_b + n * mask_stride_n, mask=seen, other=0) != 0)
         memory = _load_rows(memory_ptr + b * memory_stride_b, n, w, seen, W, memory_stride_n, memory_stride_w)
         similar, norm = _similar(memory, key, key_ptr, key_stride_r, key_stride_w, R, W, key_norm, SIMILARITY, PRECISION)
-        weights = tl.where(seen[:, None], tl.exp(similar * strength[None, :] - lse[None, :]), 0.0)
+        weights = tl.where(seen[:, None], tl.exp(similar * strength[None, :] - top[None, :]) * inverse[None, :], 0.0)
         gradient = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
         if dweights_ptr is not None:
             place = b * dweights_stride_b + n[:, None] * dweights_stride_n + r[None, :] * dweights_stride_r
@@ -254,7 +257,7 @@ def _rows(memory, key, value, backward):
     return _launch.content(memory.shape[1], key.shape[1], memory.shape[2], None if value is None else value.shape[2], backward)
 
 
-def forward(read, total, weights, lse, memory, key, strength, value, mask, similarity):
+def forward(read, total, weights, stats, memory, key, strength, value, mask, similarity):
     """`read` and `total` None: no read. `weights` None: no weights."""
     (batch, heads, width), count = key.shape, memory.shape[1]
     value_width = 0 if read is None else read.shape[2]
@@ -274,7 +277,7 @@ def forward(read, total, weights, lse, memory, key, strength, value, mask, simil
         (batch * heads,),
         read,
         total,
-        lse,
+        stats,
         top,
         sums,
         part,
@@ -284,10 +287,10 @@ def forward(read, total, weights, lse, memory, key, strength, value, mask, simil
         BLOCK_V=rows.block_v,
     )
     if weights is not None:
-        run(_content_weights_kernel, (batch * heads * _launch.ceil_div(count, 1024),), weights, logit, lse, count, BLOCK=1024)
+        run(_content_weights_kernel, (batch * heads * _launch.ceil_div(count, 1024),), weights, logit, stats, count, BLOCK=1024)
 
 
-def backward(dmemory, dkey, dstrength, dvalue, dread, dweights, memory, key, strength, value, mask, lse, total, similarity):
+def backward(dmemory, dkey, dstrength, dvalue, dread, dweights, memory, key, strength, value, mask, stats, total, similarity):
     (batch, heads, width), count = key.shape, memory.shape[1]
     value_width = 0 if total is None else total.shape[2]
     rows = _rows(memory, key, value, backward=True)
@@ -298,7 +301,7 @@ def backward(dmemory, dkey, dstrength, dvalue, dread, dweights, memory, key, str
     def launch(gradients, parts, delta_part, delta):
         run(
             _content_bwd_kernel, (batch * rows.splits,), *gradients, *parts, delta_part, memory, key, strength, value, mask,
-            lse, delta, total, dread, dweights, batch, count, heads, width, value_width, rows.splits, rows.chunk,
+            stats, delta, total, dread, dweights, batch, count, heads, width, value_width, rows.splits, rows.chunk,
             *memory.stride(), *key.stride(), *strength.stride(), *strides(value, 3), *strides(mask, 2),
             *strides(dread, 3), *strides(dweights, 3),
             **_tiles(rows, memory.dtype, similarity),
@@ -306,11 +309,11 @@ def backward(dmemory, dkey, dstrength, dvalue, dread, dweights, memory, key, str
 
     delta = None
     if dweights is not None:  # the saved weights are rounded, so weights . dweights takes a pass of its own
-        sums, delta_part = lse.new_empty(2, batch, heads), lse.new_empty(rows.splits, 2, batch, heads)
+        sums, delta_part = stats.new_empty(2, batch, heads), stats.new_empty(rows.splits, 2, batch, heads)
         launch((None, None), (None, None), delta_part, None)
         sum_splits(sums, delta_part)
         delta = sums[0] / sums[1].clamp_min(torch.finfo(torch.float32).tiny)
-    parts = lse.new_empty(rows.splits, batch, heads, width), lse.new_empty(rows.splits, batch, heads, 2)
+    parts = stats.new_empty(rows.splits, batch, heads, width), stats.new_empty(rows.splits, batch, heads, 2)
     launch((dmemory, dvalue), parts, None, delta)
     run(
         _content_dkey_kernel, (batch * heads,), dkey, dstrength, *parts, key, strength, batch * heads, heads, width, rows.splits,
@@ -331,7 +334,7 @@ def entries(name, read):
             a: None for a in kernel.arg_names if a in absent
         }
         constants |= {a: 1 for a in kernel.arg_names if a.endswith(("stride_w", "dread_stride_v", "dweights_stride_n"))}
-        types = {f"{a}_ptr": "*fp32" for a in ("maximum", "sum", "part", "logit", "lse", "delta", "total", "dkey_part", "dsum_part")}
+        types = {f"{a}_ptr": "*fp32" for a in ("maximum", "sum", "part", "logit", "stats", "delta", "total", "dkey_part", "dsum_part")}
         direction = "bwd" if kernel is _content_bwd_kernel else "fwd"
         found.append(aot(f"{name}_{direction}_{similarity}", kernel, dtype, constants, types, rows.num_warps))
     return found

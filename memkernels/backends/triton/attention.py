@@ -57,7 +57,7 @@ def _walk(
 
 @triton.jit
 def _attention_fwd_kernel(
-    out_ptr, lse_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, seed_ptr, B, NH, Q, K, D, V, group, mask_group, splits, chunk,
+    out_ptr, lse_ptr, stats_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, seed_ptr, B, NH, Q, K, D, V, group, mask_group, splits, chunk,
     scale, threshold, inverse, low, high, query_stride_b, query_stride_h, query_stride_q, query_stride_d,
     key_stride_b, key_stride_h, key_stride_k, key_stride_d, value_stride_b, value_stride_h, value_stride_k, value_stride_v,
     mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k, WINDOWED: tl.constexpr,
@@ -117,45 +117,50 @@ def _attention_fwd_kernel(
     acc = tl.where((broken != 0)[:, None], float("nan"), acc)
     at = ((split * B + b) * NH + head) * Q + i
     store(out_ptr + at[:, None] * V + v[None, :], acc, mask=(i < Q)[:, None] & (v < V)[None, :])
-    store(lse_ptr + at, top + tl.log(total), mask=i < Q)
+    if lse_ptr is not None:
+        store(lse_ptr + at, top + tl.log(total), mask=i < Q)
+    store(stats_ptr + at * 2, top, mask=i < Q)
+    store(stats_ptr + (at * 2 + 1), total, mask=i < Q)
 
 
 @triton.jit
-def _attention_combine_kernel(out_ptr, lse_ptr, out_part_ptr, lse_part_ptr, rows, V, splits, BLOCK_V: tl.constexpr):
+def _attention_combine_kernel(out_ptr, lse_ptr, stats_ptr, out_part_ptr, stats_part_ptr, rows, V, splits, BLOCK_V: tl.constexpr):
     """One query: the softmax over the union of the splits, in their order."""
     row, v = tl.program_id(0).to(tl.int64), lanes(BLOCK_V)
     top, total = tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.float32)
     out = tl.zeros([BLOCK_V], tl.float32)
     for split in range(splits):
         at = tl.cast(split, tl.int64) * rows + row
-        lse = tl.load(lse_part_ptr + at)
-        new_top = tl.maximum(top, lse)
+        part_top = tl.load(stats_part_ptr + at * 2)
+        new_top = tl.maximum(top, part_top)
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        shrink, grow = tl.exp(top - shift), tl.exp(lse - shift)
+        shrink, grow = tl.exp(top - shift), tl.exp(part_top - shift) * tl.load(stats_part_ptr + (at * 2 + 1))
         out = out * shrink + tl.load(out_part_ptr + at * V + v, mask=v < V, other=0.0) * grow
         total, top = total * shrink + grow, new_top
     store(out_ptr + row * V + v, out / tl.where(total == 0, 1.0, total), mask=v < V)
     store(lse_ptr + row, top + tl.log(total))
+    store(stats_ptr + row * 2, top)
+    store(stats_ptr + (row * 2 + 1), total)
 
 
-def forward(out, lse, query, key, value, attn_mask, seed, scale, dropout_p, left, right, causal):
+def forward(out, lse, stats, query, key, value, attn_mask, seed, scale, dropout_p, left, right, causal):
     (batch, heads, queries, width), keys, value_width = query.shape, key.shape[2], value.shape[3]
     wide, capability = query.dtype == torch.float32, device_of(query.device).capability
     launch = _launch.attention(queries, keys, width, value_width, wide, "forward", capability, INTERPRETED)
     split = launch.splits > 1
     out_part = out.new_empty(launch.splits, *out.shape, dtype=torch.float32) if split else out
-    lse_part = lse.new_empty(launch.splits, *lse.shape) if split else lse
+    stats_part = stats.new_empty(launch.splits, *stats.shape) if split else stats
     mask_group, *mask_strides = mask_arguments(attn_mask, batch)
     run(
         _attention_fwd_kernel, (batch * heads * launch.splits * _launch.ceil_div(queries, launch.block_m),),
-        out_part, lse_part, query, key, value, attn_mask, seed, batch, heads, queries, keys, width, value_width,
+        out_part, None if split else lse, stats_part, query, key, value, attn_mask, seed, batch, heads, queries, keys, width, value_width,
         max(heads // max(key.shape[1], 1), 1), mask_group, launch.splits, launch.chunk, float(scale), *dropout_arguments(dropout_p),
         *limits(queries, keys, left, right, causal), *query.stride(), *key.stride(), *value.stride(), *mask_strides,
         **tiles(launch, query.dtype, left, right),
     )  # fmt: skip
     if split:
         run(
-            _attention_combine_kernel, (lse.numel(),), out, lse, out_part, lse_part, lse.numel(), value_width, launch.splits,
+            _attention_combine_kernel, (lse.numel(),), out, lse, stats, out_part, stats_part, lse.numel(), value_width, launch.splits,
             BLOCK_V=launch.block_v,
         )  # fmt: skip
 
@@ -168,7 +173,9 @@ def _aot(dtype, width, causal, queries=4096, ampere=False):
     sizes = dict(mask_ptr=None, seed_ptr=None, splits=launch.splits, mask_stride_b=0, mask_stride_h=0, mask_stride_q=0, mask_stride_k=0)
     ones = dict.fromkeys(("query_stride_d", "key_stride_d", "value_stride_v", "group", "mask_group"), 1)
     constants = {k: v for k, v in tiles(launch, dtype, -1, 0 if causal else -1).items() if k.isupper()} | sizes | ones
-    types = {"lse_ptr": "*fp32", "scale": "fp32", "inverse": "fp32", "threshold": "i32"} | (
+    if launch.splits > 1:
+        constants["lse_ptr"] = None
+    types = {"lse_ptr": "*fp32", "stats_ptr": "*fp32", "scale": "fp32", "inverse": "fp32", "threshold": "i32"} | (
         {"out_ptr": "*fp32"} if launch.splits > 1 else {}
     )
     name = f"attention_fwd_D{width}" + ("_causal" if causal else "") + (f"_Q{queries}" if queries != 4096 else "")

@@ -8,12 +8,12 @@ def supports(memory, key, strength, mask, similarity):
     return _launch.refuse_rows(key.shape[1], memory.shape[2]) or refuse(memory)
 
 
-def forward(weights, lse, memory, key, strength, mask, similarity):
-    _content.forward(None, None, weights, lse, memory, key, strength, None, mask, similarity)
+def forward(weights, stats, memory, key, strength, mask, similarity):
+    _content.forward(None, None, weights, stats, memory, key, strength, None, mask, similarity)
 
 
-def backward(dmemory, dkey, dstrength, dweights, memory, key, strength, mask, weights, lse, similarity):
-    _content.backward(dmemory, dkey, dstrength, None, None, dweights, memory, key, strength, None, mask, lse, None, similarity)
+def backward(dmemory, dkey, dstrength, dweights, memory, key, strength, mask, weights, stats, similarity):
+    _content.backward(dmemory, dkey, dstrength, None, None, dweights, memory, key, strength, None, mask, stats, None, similarity)
 
 
 AOT = _content.entries("content_address", read=False)

@@ -9,15 +9,15 @@ def supports(memory, key, strength, value, mask, similarity, return_weights):
     return _launch.refuse_rows(key.shape[1], *widths) or refuse(memory)
 
 
-def forward(read, weights, lse, total, memory, key, strength, value, mask, similarity, return_weights):
-    _content.forward(read, total, weights, lse, memory, key, strength, value, mask, similarity)
+def forward(read, weights, stats, total, memory, key, strength, value, mask, similarity, return_weights):
+    _content.forward(read, total, weights, stats, memory, key, strength, value, mask, similarity)
 
 
 def backward(
-    dmemory, dkey, dstrength, dvalue, dread, dweights, memory, key, strength, value, mask, weights, lse, total, similarity, return_weights
+    dmemory, dkey, dstrength, dvalue, dread, dweights, memory, key, strength, value, mask, weights, stats, total, similarity, return_weights
 ):
     dweights = dweights if return_weights else None
-    _content.backward(dmemory, dkey, dstrength, dvalue, dread, dweights, memory, key, strength, value, mask, lse, total, similarity)
+    _content.backward(dmemory, dkey, dstrength, dvalue, dread, dweights, memory, key, strength, value, mask, stats, total, similarity)
 
 
 AOT = _content.entries("content_read", read=True)

@@ -65,6 +65,36 @@ def _peaked(inputs):
     return {**inputs, "query": 20 * inputs["query"], "key": 10 * inputs["key"]}
 
 
+def _masked(value, rows=slice(None), keys=slice(None)):
+    """The additive mask is `value`, or the lowest number of its dtype, for these queries and keys."""
+
+    def twist(inputs):
+        mask = inputs["attn_mask"].clone()
+        mask[..., rows, keys] = max(value, torch.finfo(mask.dtype).min)
+        return {**inputs, "attn_mask": mask}
+
+    return twist
+
+
+def _far(share):
+    """Scores of about 1e7; each run of `share` keys has the same ones, and differs where the query is 0.
+
+    So weights are 1 / share in any dtype, while no gradient is a sum that cancels.
+    """
+
+    def twist(inputs):
+        query, key, half = 4e3 * inputs["query"], 2e3 * inputs["key"], inputs["key"].shape[-1] // 2
+        query[..., half:] = 0
+        n = key.shape[-2] // share * share
+        key[..., :n, :half] = key[..., :n:share, :half].repeat_interleave(share, -2)
+        return {**inputs, "query": query, "key": key}
+
+    return twist
+
+
+LOWEST = -1.8e308
+
+
 def _sizes(B=2, NH=2, Q=5, K=7, D=4, V=None, NHk=None):
     return dict(B=B, NH=NH, NHk=NH if NHk is None else NHk, Q=Q, K=K, D=D, V=D if V is None else V)
 
@@ -124,9 +154,20 @@ SPEC = OpSpec(
         Sample("window_causal", _sizes(Q=5, K=17), dict(window=(3, None), is_causal=True, causal="bottom-right")),
         Sample("blocks", _sizes(B=1, Q=131, K=149, D=17), dict(is_causal=True, return_lse=True)),
         Sample("blocks_mask", _sizes(B=1, NH=3, Q=70, K=200, D=64, V=40), dict(return_lse=True), ("attn_mask",), _shared(1)),
-        Sample("few_queries", _sizes(B=1, Q=2, K=2100, D=8), dict(return_lse=True)),
+        Sample("few_queries", _sizes(B=1, Q=5, K=2100, D=8), dict(return_lse=True)),
         Sample("wide", _sizes(B=1, NH=1, Q=3, K=35, D=300, V=270)),
         Sample("peaked", _sizes(Q=6, K=40, D=16), dict(return_lse=True), twist=_peaked, hard=True),
+        Sample("lowest_rows", _sizes(), dict(return_lse=True), ("attn_mask",), _masked(LOWEST, slice(2)), hard=True),
+        Sample("lowest_keys", _sizes(K=9), {}, ("attn_mask",), _masked(LOWEST, keys=slice(0, None, 2)), hard=True),
+        Sample("lowest_late", _sizes(Q=40, K=300, D=8), {}, ("attn_mask",), _masked(LOWEST, keys=slice(130)), hard=True),
+        Sample("lowest_blocks", _sizes(B=1, Q=40, K=600, D=16), {}, ("attn_mask",), _masked(LOWEST), hard=True),
+        Sample("mask_1e9", _sizes(Q=3, K=200), {}, ("attn_mask",), _masked(-1e9), hard=True),
+        Sample("mask_1e38", _sizes(Q=20, K=64), dict(window=(40, 30)), ("attn_mask",), _masked(-1e38), hard=True),
+        Sample("mask_1e38_few", _sizes(B=1, Q=2, K=2100, D=8), {}, ("attn_mask",), _masked(-1e38), hard=True),
+        Sample("far", _sizes(B=1, Q=20, K=300, D=16), dict(return_lse=True), twist=_far(2), hard=True),
+        Sample("far_equal", _sizes(B=1, Q=20, K=300, D=16), twist=_far(300), hard=True),
+        Sample("far_few", _sizes(B=1, Q=2, K=300, D=16), twist=_far(300), hard=True),
+        Sample("far_few_mask", _sizes(B=1, Q=2, K=300, D=16), {}, ("attn_mask",), _far(2), hard=True),
         Sample("no_batch", _sizes(B=0)),
         Sample("no_heads", _sizes(NH=0)),
         Sample("no_queries", _sizes(Q=0)),

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from memkernels.ops.content_address import content_address
 from memkernels.testing.spec import ErrorCase, Input, OpSpec, Sample, mostly
-from memkernels.testing.twists import READ_SIZES, all_masked, nan_where_masked, sharp, wrong_similarity, zero_rows
+from memkernels.testing.twists import READ_SIZES, all_masked, equal_rows, large_dots, nan_where_masked, sharp, wrong_similarity, zero_rows
 
 
 def _eager(memory, key, strength, similarity="cosine", mask=None):
@@ -50,6 +50,9 @@ SPEC = OpSpec(
         Sample("masked_nan", dict(B=4, N=19, W=8, R=5), present=("mask",), twist=nan_where_masked, hard=True),
         Sample("zero_rows", dict(B=4, N=17, W=6, R=5), twist=zero_rows),
         Sample("sharp", dict(B=2, N=7, W=5, R=2), twist=sharp, hard=True),
+        Sample("large_dots", dict(B=2, N=256, W=64, R=3), dict(similarity="dot"), twist=large_dots, hard=True),
+        Sample("equal_1e6", dict(B=2, N=64, W=8, R=2), twist=equal_rows(1e6), hard=True),
+        Sample("equal_1e8", dict(B=2, N=600, W=8, R=2), twist=equal_rows(1e8), hard=True),
         *READ_SIZES,
     ),
     bench=(Sample("B4_N65536", dict(B=4, N=65536, W=64, R=4)), Sample("B32_N128", dict(B=32, N=128, W=64, R=4))),

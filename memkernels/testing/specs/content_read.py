@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from memkernels.ops.content_read import content_read
 from memkernels.testing.spec import ErrorCase, Input, OpSpec, Sample, mostly
-from memkernels.testing.twists import all_masked, nan_where_masked, sharp, wrong_similarity, zero_rows
+from memkernels.testing.twists import all_masked, equal_rows, large_dots, nan_where_masked, sharp, wrong_similarity, zero_rows
 
 
 def _eager(memory, key, strength, value=None, similarity="cosine", mask=None, return_weights=False):
@@ -53,6 +53,9 @@ SPEC = OpSpec(
         Sample("masked_nan", dict(B=4, N=19, W=8, R=5, V=7), dict(return_weights=True), ("mask", "value"), nan_where_masked, hard=True),
         Sample("zero_rows", dict(B=4, N=17, W=6, R=5, V=6), twist=zero_rows),
         Sample("sharp", dict(B=2, N=7, W=5, R=2, V=5), twist=sharp, hard=True),
+        Sample("large_dots", dict(B=2, N=256, W=64, R=3, V=64), dict(similarity="dot", return_weights=True), twist=large_dots, hard=True),
+        Sample("equal_1e6", dict(B=2, N=64, W=8, R=2, V=8), dict(return_weights=True), ("value",), equal_rows(1e6), hard=True),
+        Sample("equal_1e8", dict(B=2, N=600, W=8, R=2, V=8), dict(return_weights=True), ("value",), equal_rows(1e8), hard=True),
         Sample("one", dict(B=1, N=1, W=1, R=1, V=1)),
         Sample("odd", dict(B=3, N=37, W=19, R=2, V=19)),
         Sample("wide", dict(B=2, N=67, W=65, R=5, V=33), present=("value",)),
