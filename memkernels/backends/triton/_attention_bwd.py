@@ -195,7 +195,9 @@ def _attention_dquery_kernel(
         store(dquery_part_ptr + at[:, None] * D + d[None, :], dquery * scale, mask=queries)
 
 
-def backward(dquery, dkey, dvalue, dmask, dout, dlse, query, key, value, attn_mask, seed, out, stats, scale, dropout_p, left, right, causal):
+def backward(
+    dquery, dkey, dvalue, dmask, dout, dlse, query, key, value, attn_mask, seed, out, stats, scale, dropout_p, left, right, causal
+):
     (batch, heads, queries, width), keys, value_width = query.shape, key.shape[2], value.shape[3]
     dout = out.new_zeros(()).expand(out.shape) if dout is None else dout
 
