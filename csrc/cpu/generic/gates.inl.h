@@ -94,6 +94,12 @@ MK_INLINE Vec<float> coarse_tanh(Vec<float> x) {
 }
 #endif
 
+// 1 - x^2: the slope of tanh from its value.
+template <class V>
+MK_INLINE V tanh_slope(V x) {
+  return fma(V::zero() - x, x, V::set1(1));
+}
+
 // As accurate as a result in T needs.
 template <class T, class A>
 MK_INLINE Vec<A> sigmoid_for(Vec<A> x) {
