@@ -132,15 +132,15 @@ void zero_sums(const RecurrentBackward& f, int64_t item) {
 
 void run_recurrent(RecurrentBackward& f, const Lengths& lengths, bool reverse, DType type) {
   const int64_t item = item_size(type);
+  const RecurrentKernels& kernels = select(recurrent_levels);
+  const RecurrentFormat& format = kernels.format[int(type)];
   Scratch scratch;
-  plan_rows(f.rows, lengths, reverse, scratch);
+  plan_rows(f.rows, lengths, reverse, format.row_tiles[int(f.cell)], scratch);
   if (f.rows.lines * f.rows.rows == 0) zero_sums(f, item);
   if (f.rows.B == 0 || f.H == 0) {
     if (f.dinput) std::memset(f.dinput, 0, size_t(f.rows.T * f.rows.B * f.I * item));
     return;
   }
-  const RecurrentKernels& kernels = select(recurrent_levels);
-  const RecurrentFormat& format = kernels.format[int(type)];
   const int64_t rows = std::max<int64_t>(f.rows.rows, 1);
   const int64_t lines = std::clamp<int64_t>(format.chunk_rows / rows, 1, std::max<int64_t>(f.rows.lines, 1));
   const int ranks = ranks_for(f.cell, rows, f.H, tiles_of(f.H, 2 * format.lanes) * tiles_of(rows, format.tile));

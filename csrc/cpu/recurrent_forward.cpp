@@ -96,7 +96,7 @@ void run_recurrent(RecurrentForward& f, const Lengths& lengths, bool reverse, DT
   const RecurrentFormat& format = kernels.format[int(type)];
   const CellShape& shape = kShapes[int(f.cell)];
   Scratch scratch;
-  plan_rows(f.rows, lengths, reverse, scratch);
+  plan_rows(f.rows, lengths, reverse, format.row_tiles[int(f.cell)], scratch);
   f.panels = tiles_of(f.H, format.lanes * shape.units);
   // The input part of z for a chunk should stay in the L2 cache. Products of 16-bit operands are so fast that reading
   // the weights again for every chunk costs more than that. No result depends on where chunks end.

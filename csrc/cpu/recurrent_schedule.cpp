@@ -35,18 +35,28 @@ Dealt deal(const std::vector<int32_t>& order, const Lengths& lengths, int64_t ro
   return sorted;
 }
 
-// Fewer rows than the longest sequence needs leave places empty, more make short lines, which cost nearly as much as
-// long ones: kLine is what a line costs besides its rows.
-Dealt best_deal(const std::vector<int32_t>& order, const Lengths& lengths) {
-  constexpr int64_t kLine = 2, kTries = 4;
+// What a line of so many rows costs, in rows of a full tile: the weights are read again for every tile of rows, which
+// takes as long as two thirds of its work, and a line waits for all ranks.
+int64_t line_cost(int64_t rows, int64_t row_tile) {
+  constexpr int64_t kWait = 2;
+  const int64_t tiles = tiles_of(rows, row_tile);
+  return std::max(rows, 2 * tiles * row_tile / 3) + kWait;
+}
+
+// Fewer rows than the longest sequence needs leave no place empty, more make shorter runs of lines that are not full.
+Dealt best_deal(const std::vector<int32_t>& order, const Lengths& lengths, int64_t row_tile) {
+  constexpr int64_t kTries = 4;
   int64_t tokens = 0;
   for (int32_t b : order) tokens += lengths[b];
   const int64_t longest = lengths[order[0]], most = int64_t(order.size());
-  const int64_t fewest = std::min(most, (tokens + longest - 1) / longest);
-  Dealt best = deal(order, lengths, fewest);
-  for (int64_t rows = fewest + 1; rows <= std::min(most, fewest + kTries - 1); rows++) {
+  const int64_t enough = std::min(most, (tokens + longest - 1) / longest);
+  const auto cost = [&](const Dealt& dealt) {
+    return dealt.loads[0] * line_cost(int64_t(dealt.rows.size()), row_tile);
+  };
+  Dealt best = deal(order, lengths, enough);
+  for (int64_t rows = std::max<int64_t>(1, enough - kTries); rows <= std::min(most, enough + kTries); rows++) {
     Dealt other = deal(order, lengths, rows);
-    if (other.loads[0] * (rows + kLine) < best.loads[0] * (int64_t(best.loads.size()) + kLine)) best = std::move(other);
+    if (cost(other) < cost(best)) best = std::move(other);
   }
   return best;
 }
@@ -91,7 +101,7 @@ Lengths lengths_of(const char* op, const TensorView& lengths, int64_t T, int64_t
   return out;
 }
 
-void plan_rows(RecurrentRows& rows, const Lengths& lengths, bool reverse, Scratch& scratch) {
+void plan_rows(RecurrentRows& rows, const Lengths& lengths, bool reverse, int64_t row_tile, Scratch& scratch) {
   rows.lines = rows.T, rows.rows = rows.B, rows.reverse = reverse;
   std::vector<int32_t> order;
   bool even = true;
@@ -105,7 +115,7 @@ void plan_rows(RecurrentRows& rows, const Lengths& lengths, bool reverse, Scratc
   }
   if (!even) {
     std::stable_sort(order.begin(), order.end(), [&](int32_t i, int32_t j) { return lengths[i] > lengths[j]; });
-    fill_slots(rows, best_deal(order, lengths), lengths, reverse, scratch);
+    fill_slots(rows, best_deal(order, lengths, row_tile), lengths, reverse, scratch);
   }
   if (rows.reset || rows.slots) find_events(rows, scratch);
 }

@@ -37,7 +37,7 @@ MK_INLINE Vec<T> gate_sigmoid(Vec<T> x) {
   return quotient(select(x < V::zero(), e, one), one + e);
 }
 #if defined(__AVX512F__)
-// 1 / (1 + 2^t), t = -x log2(e) with what its rounding lost.
+// 1 / (1 + 2^t), t = -x log2(e); what the roundings of t and of the sum lost is put back.
 MK_INLINE Vec<float> gate_sigmoid(Vec<float> x) {
   using V = Vec<float>;
   // Chebyshev fit of 2^r on [-0.5, 0.5].
@@ -45,8 +45,9 @@ MK_INLINE Vec<float> gate_sigmoid(Vec<float> x) {
       0.0001545316294f, 0.001339086336f, 0.009618082557f, 0.05550357114f, 0.2402265076f, 0.693147188f, 1.0f};
   const V scaled = V::set1(-1.4426950408889634f), clamped = min(V::set1(87.0f), max(V::set1(-87.0f), x));
   const V t = clamped * scaled, n = round(t), r = (t - n) + fma(clamped, scaled, V::zero() - t);
-  const V d = V::set1(1.0f) + scale(polynomial(r, kPower), n);
-  return quotient(V::set1(1.0f), d);
+  const V one = V::set1(1.0f), power = scale(polynomial(r, kPower), n), d = one + power;
+  const V lost = min(power, one) - (d - max(power, one)), estimate = reciprocal(d);
+  return fma(fma(estimate, V::zero() - d, one) - estimate * lost, estimate, estimate);
 }
 #endif
 
@@ -93,6 +94,12 @@ MK_INLINE Vec<float> coarse_tanh(Vec<float> x) {
   return x * polynomial(square, kOver) * V{_mm512_rcp14_ps(polynomial(square, kUnder).v)};
 }
 #endif
+
+// 1 - x^2: the slope of tanh from its value.
+template <class V>
+MK_INLINE V tanh_slope(V x) {
+  return fma(V::zero() - x, x, V::set1(1));
+}
 
 // As accurate as a result in T needs.
 template <class T, class A>

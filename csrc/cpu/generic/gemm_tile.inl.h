@@ -14,7 +14,7 @@ constexpr int64_t tile_rows(int n) {
   return Vec<float>::kLanes == 16 ? (n == 4 ? 6 : n == 3 ? 9 : 14) : (n == 4 ? 2 : n == 3 ? 4 : 5);
 }
 
-constexpr int64_t kSumBlock = 256;  // longest chain of additions: blocks of k are summed from zero, then added in order
+constexpr int64_t kSumBlock = 128;  // longest chain of additions: blocks of k are summed from zero, then added in order
 
 template <class A, int M, int N, bool kColumns>
 void gemm_tile(int64_t count, const A* a, int64_t lda, const A* b, const A* init, int64_t ldi, A* c, int64_t ldc) {
@@ -23,13 +23,15 @@ void gemm_tile(int64_t count, const A* a, int64_t lda, const A* b, const A* init
   // registers.
   const A* row[(M + 2) / 3];
   for (int i = 0; i < (M + 2) / 3; i++) row[i] = kColumns ? a : a + 3 * i * lda;
-  for (int64_t begin = 0; begin == 0 || begin < count; begin += kSumBlock) {
+  const int64_t blocks = (count + kSumBlock - 1) / kSumBlock,
+                block = blocks > 1 ? (count + blocks - 1) / blocks : kSumBlock;
+  for (int64_t begin = 0; begin == 0 || begin < count; begin += block) {
     V sum[M][N];
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
       for (int n = 0; n < N; n++) sum[m][n] = V::zero();
-    const int64_t left = count - begin < kSumBlock ? count - begin : kSumBlock;
+    const int64_t left = count - begin < block ? count - begin : block;
     for (int64_t k = 0; k < left; k++) {
       // Each k reads another page of a: no hardware prefetcher follows.
       if (kColumns) __builtin_prefetch(row[0] + 16 * lda), __builtin_prefetch(row[0] + 16 * lda + M - 1);
@@ -46,7 +48,7 @@ void gemm_tile(int64_t count, const A* a, int64_t lda, const A* b, const A* init
       b += N * V::kLanes;
     }
     // The first term comes last: a large one would cost every partial sum its low bits.
-    const bool last = begin + kSumBlock >= count;
+    const bool last = begin + block >= count;
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4

@@ -30,7 +30,7 @@ struct GruCell {
     const V r = load<V>(gate, part), keep = load<V>(gate + width, part), n = load<V>(gate + 2 * width, part);
     const V hn = load<V>(gate + 3 * width, part), one = V::set1(A(1));
     const V old = row.old ? load<V>(row.old + at, part) : V::zero();
-    const V dh = row.arriving(at, part), dn = dh * (one - keep) * (one - n * n);
+    const V dh = row.arriving(at, part), dn = dh * (one - keep) * tanh_slope(n);
     P* dz = row.dz + at;
     store(dn, dz, part);
     store(dn * hn * r * (one - r), dz + width, part);

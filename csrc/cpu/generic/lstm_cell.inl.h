@@ -33,11 +33,11 @@ struct LstmCell {
     const V dh = row.arriving(at, part), tanh_c = tanh_for<T>(load<V>(row.state + at, part));
     V dc = V::load(row.dc + at);
     if (row.dcells) dc = dc + load<V>(row.dcells + at, part);
-    dc = fma(dh * o, one - tanh_c * tanh_c, dc);
+    dc = fma(dh * o, tanh_slope(tanh_c), dc);
     P* dz = row.dz + at;
     store(dc * g * i * (one - i), dz, part);
     store(dc * old * forget * (one - forget), dz + width, part);
-    store(dc * i * (one - g * g), dz + 2 * width, part);
+    store(dc * i * tanh_slope(g), dz + 2 * width, part);
     store(dh * tanh_c * o * (one - o), dz + 3 * width, part);
     (dc * forget).store(row.dc + at);
   }

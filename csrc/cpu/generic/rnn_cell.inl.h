@@ -20,7 +20,7 @@ struct RnnCell {
                                  Part part) {
     using V = Vec<acc_t<T>>;
     const V h = load<V>(row.state + at, part), dh = row.arriving(at, part);
-    store(f.relu ? select(V::zero() < h, dh, V::zero()) : dh * (V::set1(1) - h * h), row.dz + at, part);
+    store(f.relu ? select(V::zero() < h, dh, V::zero()) : dh * tanh_slope(h), row.dz + at, part);
   }
 };
 
