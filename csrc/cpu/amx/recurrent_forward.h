@@ -207,5 +207,27 @@ void step_tiles(const RecurrentForward& f, int64_t l, int64_t row, int64_t parit
   cells.finish(f, l, parity);
 }
 
+template <class C>
+void recall_tiles(const RecurrentForward& f, Span lines, Span panels) {
+  const int64_t rows = (lines.end - lines.begin) * f.rows.rows, tiles = tiles_of(rows, kRows);
+  RecurrentForward known = f;
+  known.hidden[0] = f.known;
+  for (int64_t p = panels.begin; p < panels.end; p++) {
+    project_tiles<C>(f, lines, {p * tiles, (p + 1) * tiles});
+    {
+      const Tiles shape;
+      for (int64_t i = 0; i < tiles; i++) {
+        const Span r = rows_of(rows, i);
+        const int64_t at = (p * f.chunk + r.begin) * kPanel;
+        step_product<C>(known, lines.begin, r, p, 0, element<float>(f.projected, at), element<float>(f.z, at),
+                        Nothing());
+      }
+    }
+    recall_cells<C, B16, B16>(f, lines, p);
+  }
+}
+
+void gather_known_tiles(const RecurrentForward& f, Span lines, Span rows) { known_rows<B16, B16>(f, lines, rows); }
+
 }  // namespace
 }  // namespace mk::cpu::MK_LEVEL
