@@ -113,7 +113,8 @@ void run_recurrent(RecurrentForward& f, const Lengths& lengths, bool reverse, DT
   const int64_t projected_bytes = int64_t(format.pack_bytes == 2 ? 4 : 1) << 20;
   const int64_t row_bytes = f.panels * kPanelVectors * format.lanes * format.sum_bytes;
   // A known chunk is worked on panel by panel: it needs no room in the cache but for its operands.
-  const int64_t rows = f.known_output ? 256 : std::clamp<int64_t>(projected_bytes / row_bytes, 64, 512);
+  const int64_t rows =
+      f.known_output ? (format.pack_bytes == 2 ? 512 : 256) : std::clamp<int64_t>(projected_bytes / row_bytes, 64, 512);
   const int64_t lines =
       std::clamp<int64_t>(rows / std::max<int64_t>(f.rows.rows, 1), 1, std::max<int64_t>(f.rows.lines, 1));
   const int64_t tiles = tiles_of(f.rows.rows, format.row_tiles[int(f.cell)]);

@@ -207,23 +207,23 @@ void step_tiles(const RecurrentForward& f, int64_t l, int64_t row, int64_t parit
   cells.finish(f, l, parity);
 }
 
+// As a fused run, whose lines are the rows of the chunk: both factors of z are at hand.
 template <class C>
 void recall_tiles(const RecurrentForward& f, Span lines, Span panels) {
   const int64_t rows = (lines.end - lines.begin) * f.rows.rows, tiles = tiles_of(rows, kRows);
   RecurrentForward known = f;
-  known.hidden[0] = f.known;
+  known.fused = true, known.hidden[0] = f.known, known.input_t = 0, known.input_b = f.ld_x;
+  known.input = f.x ? element<B16>(f.x, 0) : element<B16>(f.input, lines.begin * f.input_t);
   for (int64_t p = panels.begin; p < panels.end; p++) {
-    project_tiles<C>(f, lines, {p * tiles, (p + 1) * tiles});
     {
       const Tiles shape;
       for (int64_t i = 0; i < tiles; i++) {
         const Span r = rows_of(rows, i);
-        const int64_t at = (p * f.chunk + r.begin) * kPanel;
-        step_product<C>(known, lines.begin, r, p, 0, element<float>(f.projected, at), element<float>(f.z, at),
-                        Nothing());
+        float* z = element<float>(f.z, (p * f.chunk + r.begin) * kPanel);
+        step_product<C>(known, 0, r, p, 0, z, z, Nothing());
       }
     }
-    recall_cells<C, B16, B16>(f, lines, p);
+    recall_cells<C, B16, B16>(f, f.z, lines, p);
   }
 }
 

@@ -175,7 +175,7 @@ void recall(const RecurrentForward& f, Span lines, Span panels) {
                                                          element<A>(f.projected, at), kPanel, element<A>(f.z, at),
                                                          kPanel);
     }
-    recall_cells<C, T, A>(f, lines, p);
+    recall_cells<C, T, A>(f, f.projected, lines, p);
   }
 }
 

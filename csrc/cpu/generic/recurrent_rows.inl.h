@@ -131,15 +131,15 @@ void known_rows(const RecurrentForward& f, Span lines, Span span) {
   }
 }
 
-// The cells of panel p over all lines, from z of their products.
+// The cells of panel p over all lines, from z of their products; x as for cell_rows.
 template <class C, class T, class P>
-void recall_cells(const RecurrentForward& f, Span lines, int64_t p) {
+void recall_cells(const RecurrentForward& f, const void* x, Span lines, int64_t p) {
   using A = acc_t<T>;
   constexpr int64_t kPanel = kPanelVectors * Vec<A>::kLanes;
   const int64_t count = lines.end - lines.begin;
   for (int64_t i = 0; i < count; i++) {
     const int64_t at = f.rows.reverse ? count - 1 - i : i, row = (p * f.chunk + at * f.rows.rows) * kPanel;
-    cell_rows<C, T, P>(f, element<A>(f.z, row), element<A>(f.projected, row), lines.begin + at,
+    cell_rows<C, T, P>(f, element<A>(f.z, row), element<A>(x, row), lines.begin + at,
                        {0, f.rows.alive_at(lines.begin + at)}, p, 0);
   }
 }
