@@ -30,7 +30,7 @@ void pack_backward(const RecurrentBackward& f, Span panels) {
   constexpr int64_t kPanel = 2 * Vec<A>::kLanes;
   const int64_t hidden_panels = tiles_of(f.H, kPanel);
   const auto hidden = [&](int64_t k) { return element<T>(f.weight_hh, k * f.weight_hh_n); };
-  const auto input = [&](int64_t k) { return element<T>(f.weight_ih, f.input_row(k) * f.weight_ih_n); };
+  const auto input = [&](int64_t k) { return element<T>(f.weight_ih, k * f.weight_ih_n); };
   for (int64_t p = panels.begin; p < panels.end; p++) {
     const int64_t q = p - hidden_panels;
     if (q < 0)
@@ -91,14 +91,17 @@ template <class T>
 void input_backward(const RecurrentBackward& f, Span lines, const void* dz, Span units) {
   using A = acc_t<T>;
   constexpr int64_t kPanel = 2 * Vec<A>::kLanes;
-  alignas(64) A product[tile_rows(2) * kPanel];
+  alignas(64) A product[tile_rows(2) * kPanel], first[tile_rows(2) * kPanel];
   const int64_t count = (lines.end - lines.begin) * f.rows.rows, tiles = tiles_of(count, tile_rows(2));
+  // Rows of W_ih in their order: the columns that only the input has come last, and are the largest.
+  const int64_t own = f.hidden_column(), shared = f.gate_rows() - own;
   for (int64_t u = units.begin; u < units.end; u++) {
     const int64_t p = u / tiles;
     const Span rows = tile_of(count, tiles, u % tiles);
-    gemm_tile_for<A, 2, false>(rows.end - rows.begin)(f.gate_rows(), element<A>(dz, rows.begin * f.ld_gates),
-                                                      f.ld_gates, element<A>(f.packed_ih, p * f.k_gates * kPanel),
-                                                      nullptr, 0, product, kPanel);
+    const auto tile = gemm_tile_for<A, 2, false>(rows.end - rows.begin);
+    const A *a = element<A>(dz, rows.begin * f.ld_gates), *panel = element<A>(f.packed_ih, p * f.k_gates * kPanel);
+    tile(shared, a + own, f.ld_gates, panel, nullptr, 0, own ? first : product, kPanel);
+    if (own) tile(own, a, f.ld_gates, panel + shared * kPanel, first, kPanel, product, kPanel);
     for (int64_t r = rows.begin; r < rows.end; r++)
       store_input_gradient<T>(f, lines, r, p * kPanel, kPanel, product + (r - rows.begin) * kPanel);
   }

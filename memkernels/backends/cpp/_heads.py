@@ -3,17 +3,17 @@
 
 def block_diagonal(weight, heads, gates):
     """The dense matrix, zero outside of the blocks."""
-    width = weight.shape[1]
-    dense = weight.new_zeros(gates, heads, weight.shape[0] // (gates * heads), heads, width)
-    _diagonal(dense).copy_(weight.view(gates, heads, -1, width).movedim(1, -1))
+    width, rows = weight.shape[1], weight.shape[0] // (gates * heads)
+    dense = weight.new_zeros(gates, heads, rows, heads, width)
+    _diagonal(dense).copy_(weight.reshape(gates, heads, rows, width).movedim(1, -1))
     return dense.view(weight.shape[0], heads * width)
 
 
 def diagonal_blocks(dense, heads, gates, out):
     """The blocks of a dense gradient, into `out`."""
-    width = out.shape[1]
-    blocks = _diagonal(dense.view(gates, heads, out.shape[0] // (gates * heads), heads, width))
-    out.view(gates, heads, -1, width).copy_(blocks.movedim(-1, 1))
+    width, rows = out.shape[1], out.shape[0] // (gates * heads)
+    blocks = _diagonal(dense.view(gates, heads, rows, heads, width))
+    out.view(gates, heads, rows, width).copy_(blocks.movedim(-1, 1))
 
 
 def _diagonal(dense):
