@@ -229,7 +229,7 @@ void bind_lstm_options(pybind11::module_& m) {
       .def(py::init<bool, int64_t, double, double, double, bool>(), py::arg("reverse"), py::arg("num_heads"),
            py::arg("zoneout_h"), py::arg("zoneout_c"), py::arg("recurrent_dropout"), py::arg("expected"));
   m.def("lstm_options", &forward, py::arg("outputs"), py::arg("inputs"), py::arg("numbers"));
-  m.def("lstm_recall", &recall, py::arg("cells"), py::arg("gates"), py::arg("output"), py::arg("inputs"),
+  m.def("lstm_options_recall", &recall, py::arg("cells"), py::arg("gates"), py::arg("output"), py::arg("inputs"),
         py::arg("numbers"));
   m.def("lstm_options_backward", &lstm_options_backward, py::arg("gradients"), py::arg("upstream"), py::arg("inputs"),
         py::arg("saved"), py::arg("numbers"));

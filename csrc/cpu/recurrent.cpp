@@ -84,6 +84,22 @@ void forward(const Options& options, const RecurrentOutputs& out, const In& in) 
   run_recurrent(f, lengths, options.reverse, type);
 }
 
+// Cells and gates of a call whose output is known.
+void recall(const Options& options, const RecurrentOutputs& saved, const In& in) {
+  auto f = arguments<RecurrentForward>(in, options, &RecurrentForward::carry0);
+  const char* op = options.op;
+  const DType type = in.input.dtype();
+  const int64_t T = f.rows.T, B = f.rows.B;
+  const Lengths lengths = lengths_of(op, in.lengths, T, B);
+  check_output(op, "output", saved.output, {T, B, f.H}, type);
+  f.known_output = saved.output.data();
+  f.cells = take_output(op, "cells", saved.cells, {T, B, f.H}, type);
+  f.gates = take_output(op, "gates", saved.gates, {T, B, kShapes[int(f.cell)].saved * f.H}, type);
+  f.bias_ih = data_or_null(in.bias_ih), f.bias_hh = data_or_null(in.bias_hh);
+  pybind11::gil_scoped_release nogil;
+  if (T > 0) run_recurrent(f, lengths, options.reverse, type);
+}
+
 void take_upstream(RecurrentBackward& f, const char* op, const RecurrentUpstream& from, DType type) {
   const int64_t T = f.rows.T, B = f.rows.B;
   auto take = [&](const char* name, const TensorView& t, bool steps, const void*& data, int64_t* stride_t,
@@ -186,12 +202,25 @@ void bind_cell(pybind11::module_& m, const char* op, const char* op_backward) {
   });
 }
 
+// saved outputs, inputs, options
+template <Cell kCell>
+void bind_recall(pybind11::module_& m, const char* op, const char* op_recall) {
+  m.def(op_recall, [op](const pybind11::args& arguments) {
+    Reader read(arguments, kCell);
+    const RecurrentOutputs saved = read.saved();
+    const In in = read.inputs();
+    recall(read.options(op), saved, in);
+  });
+}
+
 }  // namespace
 
 void bind_recurrent(pybind11::module_& m) {
   bind_cell<Cell::lstm>(m, "lstm", "lstm_backward");
   bind_cell<Cell::gru>(m, "gru", "gru_backward");
   bind_cell<Cell::rnn>(m, "rnn", "rnn_backward");
+  bind_recall<Cell::lstm>(m, "lstm", "lstm_recall");
+  bind_recall<Cell::gru>(m, "gru", "gru_recall");
 }
 
 }  // namespace mk::cpu

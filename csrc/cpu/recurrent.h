@@ -110,6 +110,10 @@ struct RecurrentForward {
   void* hidden[2];  // P [rows][ld_hidden]: state entering a step, even and odd steps
   void* carry;      // A [rows][ld_hidden]: carry entering the next step
   bool fused;       // a step adds the input part of z itself: neither `projected` nor `x` is used
+
+  // Where the output is known and only cells and gates are wanted (output and h_n are null), steps wait for nothing:
+  const void* known_output;
+  void *known, *z;  // P [chunk][ld_hidden]: states entering the steps of a chunk; A [panels][chunk][4 lanes]
 };
 
 struct RecurrentBackward {
@@ -153,6 +157,7 @@ struct CellKernels {
   void (*start[kFloatTypes])(const RecurrentForward&, Span rows);
   void (*project[kFloatTypes])(const RecurrentForward&, Span lines, Span units);
   void (*step[kFloatTypes])(const RecurrentForward&, int64_t line, int64_t row, int64_t parity, Span units);
+  void (*recall[kFloatTypes])(const RecurrentForward&, Span lines, Span panels);  // all steps of known states
   void (*gates_backward[kFloatTypes])(const RecurrentBackward&, int64_t line, void* dz, Span units);  // dz of a line
 };
 
@@ -160,6 +165,7 @@ struct RecurrentKernels {
   RecurrentFormat format[kFloatTypes];
   CellKernels cell[kCells];
   void (*gather[kFloatTypes])(const RecurrentForward&, Span lines, Span rows);
+  void (*gather_known[kFloatTypes])(const RecurrentForward&, Span lines, Span rows);
 
   void (*pack_backward[kFloatTypes])(const RecurrentBackward&, Span panels);  // those of weight_hh, then weight_ih
   void (*start_backward[kFloatTypes])(const RecurrentBackward&, Span rows);

@@ -21,7 +21,7 @@ void plan_forward(RecurrentForward& f, const RecurrentFormat& format, int64_t li
   // Weights that stay in cache from step to step are worth more than their reuse within a chunk. The terms of z are
   // added in the same order either way.
   f.fused = f.panels * width * (f.k_input + f.k_hidden) * format.pack_bytes <= ranks * format.fused_bytes &&
-            f.I % format.k_multiple == 0 && rows % format.row_multiple == 0 && !f.rows.slots;
+            f.I % format.k_multiple == 0 && rows % format.row_multiple == 0 && !f.rows.slots && !f.known_output;
   f.ld_x = rows == 1 ? f.input_t : f.input_b;
   if (f.fused) {
     // The input is read where it lies.
@@ -33,6 +33,10 @@ void plan_forward(RecurrentForward& f, const RecurrentFormat& format, int64_t li
   f.packed_hh = scratch.take<char>(f.panels * f.k_hidden * width * format.pack_bytes);
   f.bias = scratch.take<char>(f.panels * panel * format.sum_bytes);
   if (!f.fused) f.projected = scratch.take<char>(f.panels * f.chunk * panel * format.sum_bytes);
+  if (f.known_output) {
+    f.known = scratch.take<char>(f.chunk * f.ld_hidden * format.pack_bytes);
+    f.z = scratch.take<char>(f.panels * f.chunk * panel * format.sum_bytes);
+  }
   for (void*& hidden : f.hidden) hidden = scratch.take<char>(hidden_rows * f.ld_hidden * format.pack_bytes);
   if (shape.cell_state || shape.direct) f.carry = scratch.take<char>(rows * f.ld_hidden * format.sum_bytes);
 }
@@ -75,7 +79,13 @@ void run_lines(const RecurrentForward& f, const Run& run, int rank, int size, Ba
     const Span chunk = chunk_of(f.rows, run.lines, i, f.rows.reverse);
     const int64_t count = (chunk.end - chunk.begin) * rows;
     if (f.x) kernels.gather[dtype](f, chunk, share(count, rank, size));
+    if (f.known) kernels.gather_known[dtype](f, chunk, share(count, rank, size));
     barrier.wait();
+    if (f.known) {
+      cell.recall[dtype](f, chunk, share(f.panels, rank, size));
+      barrier.wait();
+      continue;
+    }
     if (!f.fused) {
       cell.project[dtype](f, chunk, share(f.panels * tiles_of(count, row_tile), rank, size));
       barrier.wait();
@@ -102,11 +112,14 @@ void run_recurrent(RecurrentForward& f, const Lengths& lengths, bool reverse, DT
   // the weights again for every chunk costs more than that. No result depends on where chunks end.
   const int64_t projected_bytes = int64_t(format.pack_bytes == 2 ? 4 : 1) << 20;
   const int64_t row_bytes = f.panels * kPanelVectors * format.lanes * format.sum_bytes;
-  const int64_t rows = std::clamp<int64_t>(projected_bytes / row_bytes, 64, 512);
+  // A known chunk is worked on panel by panel: it needs no room in the cache but for its operands.
+  const int64_t rows =
+      f.known_output ? (format.pack_bytes == 2 ? 512 : 256) : std::clamp<int64_t>(projected_bytes / row_bytes, 64, 512);
   const int64_t lines =
       std::clamp<int64_t>(rows / std::max<int64_t>(f.rows.rows, 1), 1, std::max<int64_t>(f.rows.lines, 1));
   const int64_t tiles = tiles_of(f.rows.rows, format.row_tiles[int(f.cell)]);
-  const int ranks = ranks_for(f.cell, f.rows.rows, f.H, f.panels * tiles);
+  const int ranks = f.known_output ? ranks_for(f.cell, f.rows.rows * lines, f.H, f.panels)
+                                   : ranks_for(f.cell, f.rows.rows, f.H, f.panels * tiles);
   plan_forward(f, format, lines, ranks, scratch);
   const Run run{kernels, lengths, int(type), lines, item_size(type)};
   team(ranks, [&](int rank, int size, Barrier& barrier) {

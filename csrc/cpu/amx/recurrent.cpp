@@ -20,12 +20,13 @@ constexpr RecurrentFormat kFormat = {kBlock, 2,     4,      kDepth, 512,    {kRo
 #define MK_CELL(C)                                                                                      \
   {                                                                                                     \
     MK_CELL_TILES(pack, C), MK_CELL_TILES(start, C), MK_CELL_TILES(project, C), MK_CELL_TILES(step, C), \
-        MK_CELL_TILES(gates_backward, C)                                                                \
+        MK_CELL_TILES(recall, C), MK_CELL_TILES(gates_backward, C)                                      \
   }
 const RecurrentKernels recurrent = {
     {format_of<double>(128, false), format_of<float>(256, false), kFormat, format_of<float16>(256, true)},
     {MK_CELL(LstmCell), MK_CELL(GruCell), MK_CELL(RnnCell)},
     MK_WITH_TILES(gather, gather_tiles),
+    MK_WITH_TILES(gather_known, gather_known_tiles),
     MK_WITH_TILES(pack_backward, pack_backward_tiles),
     MK_WITH_TILES(start_backward, start_backward_tiles),
     MK_WITH_TILES(state_backward, state_backward_tiles),

@@ -207,5 +207,27 @@ void step_tiles(const RecurrentForward& f, int64_t l, int64_t row, int64_t parit
   cells.finish(f, l, parity);
 }
 
+// As a fused run, whose lines are the rows of the chunk: both factors of z are at hand.
+template <class C>
+void recall_tiles(const RecurrentForward& f, Span lines, Span panels) {
+  const int64_t rows = (lines.end - lines.begin) * f.rows.rows, tiles = tiles_of(rows, kRows);
+  RecurrentForward known = f;
+  known.fused = true, known.hidden[0] = f.known, known.input_t = 0, known.input_b = f.ld_x;
+  known.input = f.x ? element<B16>(f.x, 0) : element<B16>(f.input, lines.begin * f.input_t);
+  for (int64_t p = panels.begin; p < panels.end; p++) {
+    {
+      const Tiles shape;
+      for (int64_t i = 0; i < tiles; i++) {
+        const Span r = rows_of(rows, i);
+        float* z = element<float>(f.z, (p * f.chunk + r.begin) * kPanel);
+        step_product<C>(known, 0, r, p, 0, z, z, Nothing());
+      }
+    }
+    recall_cells<C, B16, B16>(f, f.z, lines, p);
+  }
+}
+
+void gather_known_tiles(const RecurrentForward& f, Span lines, Span rows) { known_rows<B16, B16>(f, lines, rows); }
+
 }  // namespace
 }  // namespace mk::cpu::MK_LEVEL

@@ -160,6 +160,31 @@ void step(const RecurrentForward& f, int64_t l, int64_t row, int64_t parity, Spa
 }
 
 template <class C, class T>
+void recall(const RecurrentForward& f, Span lines, Span panels) {
+  using A = acc_t<T>;
+  constexpr int kVectors = shape_of<C>().vectors();
+  constexpr int64_t kLanes = Vec<A>::kLanes, kPanel = kPanelVectors * kLanes, kHidden = shape_of<C>().hidden * kLanes;
+  const int64_t rows = (lines.end - lines.begin) * f.rows.rows, tiles = tiles_of(rows, tile_rows(kVectors));
+  for (int64_t p = panels.begin; p < panels.end; p++) {
+    project<C, T>(f, lines, {p * tiles, (p + 1) * tiles});
+    for (int64_t i = 0; i < tiles; i++) {
+      const Span r = tile_of(rows, tiles, i);
+      const int64_t at = (p * f.chunk + r.begin) * kPanel + kHidden;
+      gemm_tile_for<A, kVectors, false>(r.end - r.begin)(f.H, element<A>(f.known, r.begin * f.ld_hidden), f.ld_hidden,
+                                                         element<A>(f.packed_hh, p * f.k_hidden * kVectors * kLanes),
+                                                         element<A>(f.projected, at), kPanel, element<A>(f.z, at),
+                                                         kPanel);
+    }
+    recall_cells<C, T, A>(f, f.projected, lines, p);
+  }
+}
+
+template <class T>
+void gather_known(const RecurrentForward& f, Span lines, Span rows) {
+  known_rows<T, acc_t<T>>(f, lines, rows);
+}
+
+template <class C, class T>
 void start(const RecurrentForward& f, Span rows) {
   start_rows<C, T, acc_t<T>>(f, rows);
 }

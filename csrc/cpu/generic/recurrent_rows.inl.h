@@ -51,12 +51,12 @@ MK_INLINE void event_row(const RecurrentForward& f, const acc_t<T>* z, const acc
   V carry = kCarries<C> ? V::load(element<A>(f.carry, lane)) : V::zero(), h;
   T* gates = f.gates ? element<T>(f.gates, row * shape_of<C>().saved * f.H + j) : nullptr;
   C::template forward<T>(f, z, x, carry, h, gates, f.H, part);
-  store(h, element<T>(f.output, at), part);
+  if (f.output) store(h, element<T>(f.output, at), part);
   if (f.cells) store(carry, element<T>(f.cells, at), part);
   h.store(element<P>(f.hidden[1 - parity], lane));
   if constexpr (kCarries<C>) carry.store(element<A>(f.carry, lane));
   if (rows.ends(l, r)) {
-    store(h, element<T>(f.h_n, s.b * f.H + j), part);
+    if (f.h_n) store(h, element<T>(f.h_n, s.b * f.H + j), part);
     if (f.c_n) store(carry, element<T>(f.c_n, s.b * f.H + j), part);
   }
   if (l != rows.last()) enter<C, T, P>(f, rows.next(l), r, j, 1 - parity, smaller(f.H - j, V::kLanes));
@@ -73,13 +73,14 @@ MK_INLINE void open_rows(const RecurrentForward& f, const acc_t<T>* z, const acc
   const RecurrentRows rows = f.rows;
   A* carries = kCarries<C> ? element<A>(f.carry, span.begin * ld + j) : nullptr;
   P* hidden = element<P>(f.hidden[1 - parity], span.begin * ld + j);
-  T *output = element<T>(f.output, j), *cells = f.cells ? element<T>(f.cells, j) : nullptr;
+  T *output = f.output ? element<T>(f.output, j) : nullptr, *cells = f.cells ? element<T>(f.cells, j) : nullptr;
   T* gates = f.gates ? element<T>(f.gates, j) : nullptr;
   for (int64_t r = span.begin; r < span.end; r++, z += kPanelVectors * V::kLanes, x += kPanelVectors * V::kLanes) {
     const int64_t at = rows.at(rows.slot(l, r)) * width;
     V carry = kCarries<C> ? V::load(carries) : V::zero(), h;
     C::template forward<T>(f, z, x, carry, h, gates ? gates + saved * at : nullptr, width, Full{});
-    h.store(hidden), h.store(output + at);
+    h.store(hidden);
+    if (output) h.store(output + at);
     if (cells) carry.store(cells + at);
     if constexpr (kCarries<C>) carry.store(carries), carries += ld;
     hidden += ld;
@@ -106,6 +107,40 @@ MK_INLINE void cell_rows(const RecurrentForward& f, const acc_t<T>* z, const acc
       else
         event_row<C, T, P>(f, zu, xu, l, r, j, parity, Tail{left});
     }
+  }
+}
+
+// The hidden states that enter the steps of lines whose output is known, as operands.
+template <class T, class P>
+void known_rows(const RecurrentForward& f, Span lines, Span span) {
+  using V = Vec<acc_t<T>>;
+  const RecurrentRows& rows = f.rows;
+  for (int64_t row = span.begin; row < span.end; row++) {
+    const int64_t l = lines.begin + row / rows.rows, r = row % rows.rows;
+    const Slot s = rows.slot(l, r);
+    const T* from = nullptr;
+    if (s.b >= 0) {
+      const Entering<T> given =
+          rows.event(l, kEnters) ? entering<T>(rows, f.hidden0, l, r, s) : Entering<T>{false, nullptr};
+      from = given.given ? given.state : element<T>(f.known_output, rows.at(rows.slot(rows.previous(l), r)) * f.H);
+    }
+    for (int64_t j = 0; j < f.ld_hidden; j += V::kLanes) {
+      const int64_t left = from && j < f.H ? smaller(f.H - j, V::kLanes) : 0;
+      (left ? V::load(from + j, left) : V::zero()).store(element<P>(f.known, row * f.ld_hidden + j));
+    }
+  }
+}
+
+// The cells of panel p over all lines, from z of their products; x as for cell_rows.
+template <class C, class T, class P>
+void recall_cells(const RecurrentForward& f, const void* x, Span lines, int64_t p) {
+  using A = acc_t<T>;
+  constexpr int64_t kPanel = kPanelVectors * Vec<A>::kLanes;
+  const int64_t count = lines.end - lines.begin;
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t at = f.rows.reverse ? count - 1 - i : i, row = (p * f.chunk + at * f.rows.rows) * kPanel;
+    cell_rows<C, T, P>(f, element<A>(f.z, row), element<A>(x, row), lines.begin + at,
+                       {0, f.rows.alive_at(lines.begin + at)}, p, 0);
   }
 }
 

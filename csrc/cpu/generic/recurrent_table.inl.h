@@ -8,13 +8,14 @@ namespace mk::cpu::MK_LEVEL {
 #define MK_CELL(C)                                                                                      \
   {                                                                                                     \
     MK_CELL_TYPES(pack, C), MK_CELL_TYPES(start, C), MK_CELL_TYPES(project, C), MK_CELL_TYPES(step, C), \
-        MK_CELL_TYPES(gates_backward, C)                                                                \
+        MK_CELL_TYPES(recall, C), MK_CELL_TYPES(gates_backward, C)                                      \
   }
 const RecurrentKernels recurrent = {
     {format_of<double>(128, false), format_of<float>(256, false), format_of<bfloat16>(256, true),
      format_of<float16>(256, true)},
     {MK_CELL(LstmCell), MK_CELL(GruCell), MK_CELL(RnnCell)},
     MK_FLOAT_TYPES(gather),
+    MK_FLOAT_TYPES(gather_known),
     MK_FLOAT_TYPES(pack_backward),
     MK_FLOAT_TYPES(start_backward),
     MK_FLOAT_TYPES(state_backward),

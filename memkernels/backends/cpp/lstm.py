@@ -5,6 +5,7 @@ from memkernels._C import lstm as _forward
 from memkernels._C import lstm_backward as _backward
 from memkernels._C import lstm_options as _options
 from memkernels._C import lstm_options_backward as _options_backward
+from memkernels._C import lstm_options_recall as _options_recall
 from memkernels._C import lstm_recall as _recall
 from memkernels.backends.cpp._heads import block_diagonal, diagonal_blocks
 
@@ -43,16 +44,16 @@ def backward(
     zoneout_h, zoneout_c, recurrent_dropout, expected, recompute, return_cells, training,
 ):  # fmt: skip
     plain = _plain(weight_hr, peephole, norm_weight, weight_co, zoneout_h, zoneout_c, recurrent_dropout)
-    if recompute or not plain:
+    if recompute:
+        cells, gates = (input.new_empty((*input.shape[:2], width)) for width in (c0.shape[1], 4 * c0.shape[1]))
+    if not plain:
         inputs = (
             input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norm_weight, norm_bias, weight_co, reset, reset_h,
             reset_c, lengths, seed,
         )  # fmt: skip
         numbers = LstmNumbers(reverse, num_heads, zoneout_h, zoneout_c, recurrent_dropout, expected)
-    if recompute:
-        cells, gates = (input.new_empty((*input.shape[:2], width)) for width in (c0.shape[1], 4 * c0.shape[1]))
-        _recall(cells, gates, output, inputs, numbers)
-    if not plain:
+        if recompute:
+            _options_recall(cells, gates, output, inputs, numbers)
         gradients = (
             dinput, dh0, dc0, dweight_ih, dweight_hh, dbias_ih, dbias_hh, dweight_hr, dpeephole, dnorm_weight, dnorm_bias, dweight_co,
             dreset_h, dreset_c,
@@ -62,6 +63,8 @@ def backward(
     if num_heads > 1:
         weight_hh = block_diagonal(weight_hh, num_heads, 4)
         dweight_hh = None if dheads is None else weight_hh.new_empty(weight_hh.shape)
+    if recompute:
+        _recall(output, cells, gates, input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, reset, reset_h, reset_c, lengths, reverse)
     _backward(
         dinput, dh0, dc0, dweight_ih, dweight_hh, dbias_ih, dbias_hh, dreset_h, dreset_c, doutput, dh_n, dc_n, dcells, input, h0, c0,
         weight_ih, weight_hh, bias_ih, bias_hh, reset, reset_h, reset_c, lengths, output, cells, gates, reverse,
