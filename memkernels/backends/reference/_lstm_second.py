@@ -75,7 +75,7 @@ class SecondOrder:
 
     def adjoint_tangents(self, adjoint: torch.Tensor, dh: torch.Tensor, dc: torch.Tensor) -> Any:
         """How the adjoints move: (of the initial h and c, of the gates' arguments, of the states to reset to)."""
-        dz, by_c, by_old = self.slopes.moved(self.dz, self.moved[1], self.move_c, (dh, dc))
+        dz, (by_c, by_old) = self.dz, self.slopes.moved(self.dz, self.moved[1], self.move_c, dh, dc)
         by_weight = summed((adjoint, self.move_hh))
         h_old = each(torch.zeros_like(self.h_old) if by_weight is None else by_weight.view(self.h_old.shape))
         z, z_c, z_o, c_old = each(dz.flatten(2)), each(dz[:, :, :3]), each(dz[:, :, 3]), each(by_old)

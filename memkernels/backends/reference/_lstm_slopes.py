@@ -27,24 +27,21 @@ class Slopes:
         steps = max(1, SPAN // max(self.c_old[0].numel(), 1))
         return [slice(t, t + steps) for t in range(0, len(self.c_old), steps)]
 
-    def moved(
-        self, dz: torch.Tensor, c: torch.Tensor, c_old: torch.Tensor, adjoints: tuple[torch.Tensor, torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """What the slopes change by as dz, c and c' move, times the `adjoints` of h and c: by gate, through, forget."""
-        found = torch.empty_like(self.by_gate), torch.empty_like(c), torch.empty_like(c)
+    def moved(self, dz: torch.Tensor, c: torch.Tensor, c_old: torch.Tensor, dh: torch.Tensor, dc: torch.Tensor) -> list[torch.Tensor]:
+        """What the slopes change by as dz, c and c' move, times the adjoints of h and c: of `through`, `forget`, and by gate in `dz`."""
+        found = [torch.empty_like(c), torch.empty_like(c)]
         for t in self.spans():
-            dh, dc = (d[t] for d in adjoints)
-            gates, z, y, (by_gate, through, forget) = self.gates[t], dz[t], self.bounded[t], (f[t] for f in found)
+            gates, z, y, (through, forget) = self.gates[t], dz[t], self.bounded[t], (f[t] for f in found)
             bend, s_y = torch.rsub(gates, 1, alpha=2), 1 - y * y
             bend[:, :, 2] -= 1
-            torch.mul(self.by_gate[t], bend, out=by_gate).mul_(z)
+            by_gate = bend.mul_(self.by_gate[t]).mul_(z)
             s_i, s_f, _, s_o = (gates - gates.square()).unbind(2)
             g, o = gates[:, :, 2], gates[:, :, 3]
             across, move_y = s_i * (1 - g * g), s_y * c[t]
             for gate, slope, move in ((0, across, z[:, :, 2]), (1, s_f, c_old[t]), (2, across, z[:, :, 0]), (3, s_o, move_y)):
                 by_gate[:, :, gate].addcmul_(slope, move)
-            by_gate[:, :, :3] *= dc[:, :, None]
-            by_gate[:, :, 3] *= dh
-            torch.mul(s_o, s_y, out=through).mul_(z[:, :, 3]).addcmul_(o * y, move_y, value=-2).mul_(dh)
-            torch.mul(dc, s_f, out=forget).mul_(z[:, :, 1])
-        return list(found)
+            torch.mul(s_o, s_y, out=through).mul_(z[:, :, 3]).addcmul_(o * y, move_y, value=-2).mul_(dh[t])
+            torch.mul(dc[t], s_f, out=forget).mul_(z[:, :, 1])
+            torch.mul(by_gate[:, :, :3], dc[t][:, :, None], out=z[:, :, :3])
+            torch.mul(by_gate[:, :, 3], dh[t], out=z[:, :, 3])
+        return found
