@@ -14,10 +14,10 @@ def pair(op: str, argument: str, got: Any, expected: str, names: tuple[str, str]
     """Two tensors given as one argument."""
     if not isinstance(got, (tuple, list)) or len(got) != 2:
         fail(op, argument, expected, type(got).__name__, TypeError)
-    for name, tensor in zip(names, got):
-        if tensor is None:
-            check_tensor(op, name, None)
-    return got[0], got[1]
+    first, second = got
+    if first is None or second is None:
+        check_tensor(op, names[0] if first is None else names[1], None)
+    return first, second
 
 
 def check_lengths(op: str, lengths: torch.Tensor, input: torch.Tensor) -> None:

@@ -121,11 +121,7 @@ def second_order(cotangents, needs, doutput, dh_n, dc_n, dcells, *flat):
         return None
     second = SecondOrder(call, cotangents, saved)
     (h_n, c_n), (h, c) = second.tangents()
-    found = [h, h_n, c_n, c]
-    if True not in needs[len(found) :]:
-        return [*found, *[None] * 14]
-    adjoints = second.adjoints(doutputs)
-    found += second.gradients(needs[len(found) :], adjoints[0], second.adjoint_tangents(adjoints))
+    found = [h, h_n, c_n, c, *(second.gradients(needs[4:], doutputs) if True in needs[4:] else [None] * 14)]
     return [d if d is None else d.to(call.input.dtype) for d in found]
 
 
