@@ -170,7 +170,7 @@ def measure(
     direction = {name: DIRECTIONS[name.startswith("d ")] for name in truth}
     limit = {name: spec.tol[name.startswith("d ")] for name in truth}
     found = {name: judge(name, error(actual[name], t), floor(t, actual[name].dtype), own[name], limit[name]) for name, t in truth.items()}
-    narrow = [n for n, row in found.items() if limit[n] < row["ratio"] < NARROW * limit[n]] if inputs is None and draws > 1 else []
+    narrow = [n for n, row in found.items() if draws > 1 and limit[n] < row["ratio"] < NARROW * limit[n]]
     if narrow:
         wrong, low, theirs = _over_draws(spec, sample, dtype, backend, layout, gradient, seed, device, draws)
         found |= {n: judge(n, wrong[n], low[n], theirs[n], limit[n]) for n in narrow}
