@@ -167,7 +167,7 @@ void outputs_backward(const LstmOptionsBackward& f, int64_t t, int64_t row, Span
     A* dy = f.gamma ? element<A>(f.dy, (row + b) * f.ld_h) : nullptr;
     for_each_vec<V>(width, [&](int64_t j, auto part) {
       const V o = load<V>(gate + j, part), tanh_c = load<V>(bounded + j, part), one = V::set1(A(1));
-      const V d = load<V>(dq + j, part) * o, du = d * tanh_c * (one - o), slope = one - tanh_c * tanh_c;
+      const V d = load<V>(dq + j, part) * o, du = d * tanh_c * (one - o), slope = fma(V::zero() - tanh_c, tanh_c, one);
       store(du, dz + j, part);
       V sum = load<V>(dc + j, part);
       if (f.peephole) sum = fma(du, load<V>(p + j, part), sum);
@@ -201,7 +201,8 @@ void step_gates_backward(const LstmOptionsBackward& f, int64_t t, int64_t row, S
       V d = load<V>(fresh + j, part);
       if (more) d = d + load<V>(more + j, part);
       const V di = d * g * i * (one - i), df = d * load<V>(old + j, part) * forget * (one - forget);
-      store(di, dz + j, part), store(df, dz + width + j, part), store(d * i * (one - g * g), dz + 2 * width + j, part);
+      store(di, dz + j, part), store(df, dz + width + j, part),
+          store(d * i * fma(V::zero() - g, g, one), dz + 2 * width + j, part);
       V back = fma(d, forget, load<V>(dc + j, part));
       if (f.peephole) back = fma(di, load<V>(p + j, part), fma(df, load<V>(p + width + j, part), back));
       store(back, dc + j, part);
