@@ -125,7 +125,7 @@ def _rebuilt(call, layer, raw):
 
 def _new_cells(layer, gates, c_old):
     """Before zoneout."""
-    i, f, g, _ = gates.view(-1, 4 * layer.hidden).float().chunk(4, 1)
+    i, f, g, _ = gates.view(layer.steps * layer.batch, 4 * layer.hidden).float().chunk(4, 1)
     return f * c_old + i * g
 
 
@@ -219,7 +219,7 @@ def _cell_side(call, layer, want, dz, raw, dnormed, dnew, cells, gates):
                 gradient[4 * hidden :] = torch.cat([part[i] for part in found])
     if want.weight_hr is not None:
         bounded = torch.layer_norm(c_new, (hidden,), *_norm(call, 8 * hidden, 9 * hidden)) if normed else c_new
-        memory = gates.view(-1, 4 * hidden)[:, 3 * hidden :] * torch.tanh(bounded)
+        memory = gates.view(len(c_new), 4 * hidden)[:, 3 * hidden :] * torch.tanh(bounded)
         _matmul.matmul(want.weight_hr, dnew.view(len(memory), layer.state).mT, memory, layer.dtype)
     if want.weight_co is not None:
         _matmul.matmul(want.weight_co, dz[:, 3 * hidden :].mT, c_new, layer.dtype)
