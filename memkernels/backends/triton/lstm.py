@@ -229,9 +229,9 @@ def _cell_side(call, layer, want, dz, raw, dnormed, dnew, cells, gates):
 
 
 OPTIONS = {
-    "ragged": "lengths order reset reset_h reset_c dreset_h dreset_c",
-    "drawn": "seed peephole dcells",
-    "rows": "norm_weight norm_bias weight_co weight_hr dnew dnormed raw",
+    "ragged": (64, "lengths order reset reset_h reset_c dreset_h dreset_c"),
+    "drawn": (64, "seed peephole dcells"),
+    "rows": (32, "norm_weight norm_bias weight_co weight_hr dnew dnormed raw"),
 }
 AOT = [
     entry
@@ -239,6 +239,6 @@ AOT = [
     for backward in (False, True)
     for entry in (
         *(_recurrence_aot.entry("lstm", _cells.LSTM.value, backward, dtype, hidden) for hidden in (64, 128, 512)),
-        *(_recurrence_aot.entry(f"lstm_{name}", _cells.LSTM.value, backward, dtype, 64, given) for name, given in OPTIONS.items()),
+        *(_recurrence_aot.entry(f"lstm_{name}", _cells.LSTM.value, backward, dtype, *call) for name, call in OPTIONS.items()),
     )
 ] + [entry for dtype in AOT_DTYPES for entry in _matmul.entries(dtype)]
