@@ -38,7 +38,8 @@ def tanh(x):
 
 @triton.jit
 def sigmoid(x):
-    return 1 / (1 + tl.exp2(x * -1.4426950408889634))
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x < 0, e, 1.0) / (1 + e)
 
 
 @triton.jit

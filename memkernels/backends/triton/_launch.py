@@ -116,9 +116,9 @@ def recurrence(
     if largest <= (64 if element == 4 else 128):
         tile = 16 * largest * 4
         weights = (gates + more) * largest * largest * element
-        loads = gates + (2 + (gates if norm else 0) if backward else 0)
+        loads = gates + (2 + (gates if norm else 0) if backward else 0) + (8 if element == 4 else 3)
         warps = 8 if largest > (32 if element == 4 else 64) else 4
-        for ahead, need in ((2, weights + (3 + loads) * tile), (1, weights + 2 * tile)):
+        for ahead, need in ((2, weights + loads * tile), (1, weights + 2 * tile)):
             if need <= shared_bytes and (ahead == 2 or element < 4):
                 return Recurrence(16, block_h, block_p, 16, warps, ahead, True)
     block = 128 if interpreted else 32

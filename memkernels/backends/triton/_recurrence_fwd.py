@@ -98,7 +98,7 @@ def _simple_cell(x0, x1, x2, s0, s1, s2, old, bias_ptr, u, units, CELL: tl.const
             s2 += per_unit(bias_ptr, u, units)
         r, z = sigmoid(x0 + s0), sigmoid(x1 + s1)
         n = tanh(x2 + r * s2)
-        return n + z * (old - n), r, z, n, s2
+        return (1 - z) * n + z * old, r, z, n, s2
     elif CELL == RELU:
         new = tl.where(x0 + s0 < 0, 0.0, x0 + s0)
         return new, new, new, new, new

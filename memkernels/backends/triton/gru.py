@@ -1,4 +1,4 @@
-"""A whole GRU layer over time on Triton: r, z = s(x + h), n = tanh(xn + r * hn), h = n + z * (h' - n).
+"""A whole GRU layer over time on Triton: r, z = s(x + h), n = tanh(xn + r * hn), h = (1 - z) * n + z * h'.
 
 _recurrence_fwd says who owns what. The input's part is one product over all steps. Bytes a hidden unit and step: forward 12 + 5s, backward
 24 + 7s, and weight_hh where it does not stay on the chip.

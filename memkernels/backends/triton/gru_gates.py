@@ -1,4 +1,4 @@
-"""The pointwise half of a GRU step on Triton: h = n + z * (hidden - n), n = tanh(xn + r * hn).
+"""The pointwise half of a GRU step on Triton: h = (1 - z) * n + z * hidden, n = tanh(xn + r * hn).
 
 A program owns a tile of rows x hidden units; backward computes the activations again. Bytes an element: forward 8s, backward 15s. float32
 inside.
@@ -38,7 +38,7 @@ def _gru_gates_fwd_kernel(
     gates_hidden_ptr += b[:, None] * gates_stride_b + h[None, :] * gates_stride_h
     _, z, n, _ = _parts(gates_input_ptr, gates_hidden_ptr, input_stride_h, gates_stride_h, tile, H)
     old = tl.load(hidden_ptr + b[:, None] * hidden_stride_b + h[None, :] * hidden_stride_h, mask=tile, other=0.0).to(tl.float32)
-    store(h_ptr + b[:, None] * H + h[None, :], n + z * (old - n), mask=tile)
+    store(h_ptr + b[:, None] * H + h[None, :], (1 - z) * n + z * old, mask=tile)
 
 
 @triton.jit

@@ -125,7 +125,7 @@ def _rebuilt(call, layer, raw):
 
 def _new_cells(layer, gates, c_old):
     """Before zoneout."""
-    i, f, g, _ = gates.view(-1, 4 * layer.hidden).float().chunk(4, 1)
+    i, f, g, _ = gates.view(layer.steps * layer.batch, 4 * layer.hidden).float().chunk(4, 1)
     return f * c_old + i * g
 
 
@@ -219,7 +219,7 @@ def _cell_side(call, layer, want, dz, raw, dnormed, dnew, cells, gates):
                 gradient[4 * hidden :] = torch.cat([part[i] for part in found])
     if want.weight_hr is not None:
         bounded = torch.layer_norm(c_new, (hidden,), *_norm(call, 8 * hidden, 9 * hidden)) if normed else c_new
-        memory = gates.view(-1, 4 * hidden)[:, 3 * hidden :] * torch.tanh(bounded)
+        memory = gates.view(len(c_new), 4 * hidden)[:, 3 * hidden :] * torch.tanh(bounded)
         _matmul.matmul(want.weight_hr, dnew.view(len(memory), layer.state).mT, memory, layer.dtype)
     if want.weight_co is not None:
         _matmul.matmul(want.weight_co, dz[:, 3 * hidden :].mT, c_new, layer.dtype)
@@ -229,9 +229,9 @@ def _cell_side(call, layer, want, dz, raw, dnormed, dnew, cells, gates):
 
 
 OPTIONS = {
-    "ragged": "lengths order reset reset_h reset_c dreset_h dreset_c",
-    "drawn": "seed peephole dcells",
-    "rows": "norm_weight norm_bias weight_co weight_hr dnew dnormed raw",
+    "ragged": (64, "lengths order reset reset_h reset_c dreset_h dreset_c"),
+    "drawn": (64, "seed peephole dcells"),
+    "rows": (32, "norm_weight norm_bias weight_co weight_hr dnew dnormed raw"),
 }
 AOT = [
     entry
@@ -239,6 +239,6 @@ AOT = [
     for backward in (False, True)
     for entry in (
         *(_recurrence_aot.entry("lstm", _cells.LSTM.value, backward, dtype, hidden) for hidden in (64, 128, 512)),
-        *(_recurrence_aot.entry(f"lstm_{name}", _cells.LSTM.value, backward, dtype, 64, given) for name, given in OPTIONS.items()),
+        *(_recurrence_aot.entry(f"lstm_{name}", _cells.LSTM.value, backward, dtype, *call) for name, call in OPTIONS.items()),
     )
 ] + [entry for dtype in AOT_DTYPES for entry in _matmul.entries(dtype)]
