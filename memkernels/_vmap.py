@@ -77,4 +77,6 @@ def _looped(call: Callable[..., Any], n: int, tensors: list[Any], args: tuple[An
         results.append(call(*sliced))
     if isinstance(results[0], torch.Tensor):
         return torch.stack(results), 0
-    return tuple(torch.stack(column) for column in zip(*results)), (0,) * len(results[0])
+    missing = [all(_is_placeholder(t) for t in column) for column in zip(*results)]
+    outputs = tuple(column[0] if none else torch.stack(column) for none, column in zip(missing, zip(*results)))
+    return outputs, tuple(None if none else 0 for none in missing)

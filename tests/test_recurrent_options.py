@@ -156,9 +156,9 @@ def test_masks_have_their_rates_and_are_independent(backend):
 MODULES = [
     ("LSTM", {}),
     ("LSTM", dict(num_layers=2, bidirectional=True, proj_size=2, peephole=True, layer_norm=True, output_gate="cell", learned_reset=True)),
-    ("LSTM", dict(num_layers=2, zoneout=0.2, num_heads=2)),
+    ("LSTM", dict(num_layers=2, zoneout=0.2, num_heads=2, recompute=True)),
     ("GRU", {}),
-    ("GRU", dict(num_layers=2, bidirectional=True, num_heads=2, learned_reset=True)),
+    ("GRU", dict(num_layers=2, bidirectional=True, num_heads=2, learned_reset=True, recompute=True)),
     ("RNN", {}),
     ("RNN", dict(num_layers=2, nonlinearity="relu", learned_reset=True)),
 ]

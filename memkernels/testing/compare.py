@@ -18,7 +18,7 @@ from memkernels.testing.spec import OpSpec, Sample, Tensors, specs
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DIRECTIONS = ("forward", "backward")
 ELEMENTS = 256  # so many elements make the largest error of the reference a fair measure
-NARROW = 3.0  # a failure by less than this factor may be the luck of one draw: it is judged over several
+NARROW, MANY = 3.0, 24  # a failure by less than this factor may be the luck of one draw: it is judged over so many
 LEVELS = ("baseline", "avx2", "avx512", "amx")
 # The float64 reference has no better truth to be measured with, so float64 kernels must agree with it to this part of the largest value.
 FLOAT64_FLOOR = 2.0**-40
@@ -149,7 +149,7 @@ def measure(
 
     Returns:
         One row per tensor. The bar is spec.tol times the reference's error, at least 2 ulp of the largest value. Where one element
-        decides, both errors are luck: a narrow failure is judged by the largest error of either side over `draws` draws.
+        decides, both errors are luck: a narrow failure is judged by the largest error of either side over MANY draws.
     """
     drawn = make.draw(spec, sample, dtype, seed, device) if inputs is None else inputs
     given = drawn if layout == "contiguous" else make.laid_out(drawn, layout)
@@ -172,20 +172,20 @@ def measure(
     found = {name: judge(name, error(actual[name], t), floor(t, actual[name].dtype), own[name], limit[name]) for name, t in truth.items()}
     narrow = [n for n, row in found.items() if draws > 1 and limit[n] < row["ratio"] < NARROW * limit[n]]
     if narrow:
-        wrong, low, theirs = _over_draws(spec, sample, dtype, backend, layout, gradient, seed, device, draws)
+        wrong, low, theirs = _over_draws(spec, sample, dtype, backend, layout, gradient, seed, device)
         found |= {n: judge(n, wrong[n], low[n], theirs[n], limit[n]) for n in narrow}
     kind = str(dtype).removeprefix("torch.")
     return [Row(op=spec.name, backend=backend, dtype=kind, sample=sample.name, direction=direction[n], **row) for n, row in found.items()]
 
 
 def _over_draws(
-    spec: OpSpec, sample: Sample, dtype: torch.dtype, backend: str, layout: str, gradient: str | None, seed: int, device: str, draws: int
+    spec: OpSpec, sample: Sample, dtype: torch.dtype, backend: str, layout: str, gradient: str | None, seed: int, device: str
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """By tensor, the largest of `draws` draws: errors of the backend, floors, errors of the reference."""
+    """By tensor, the largest of MANY draws: errors of the backend, floors, errors of the reference."""
     wrong: dict[str, float] = {}
     low: dict[str, float] = {}
     theirs: dict[str, float] = {}
-    for s in range(seed, seed + 6 * draws, 6):  # as in `own_errors`
+    for s in range(seed, seed + 6 * MANY, 6):  # as in `own_errors`
 
         def upstream(outputs: Sequence[torch.Tensor], s: int = s) -> list[torch.Tensor | None]:
             return make.upstream(outputs, dtype, gradient or "contiguous", s)
