@@ -201,7 +201,8 @@ _OPTIONS = (
     Sample("reset_learned", dict(T=4, B=3, I=2, H=3), present=(*BIAS, *_RESETS), twist=learned(*_RESETS[1:])),
     Sample("peephole", dict(T=3, B=2, I=3, H=4), dict(return_cells=True), (*BIAS, "peephole")),
     Sample("layer_norm", dict(T=3, B=2, I=2, H=4), present=(*BIAS, *_NORM)),
-    Sample("layer_norm_all", dict(T=4, B=5, I=3, H=4), dict(reverse=True), (*_ALL, *_NORM), ragged, hard=True),  # equal inputs would make its rows constant, where a norm is ill-conditioned
+    # Equal inputs would make its rows constant, where a norm is ill-conditioned.
+    Sample("layer_norm_all", dict(T=4, B=5, I=3, H=4), dict(reverse=True), (*_ALL, *_NORM), ragged, hard=True),
     Sample("output_gate", dict(T=3, B=2, I=3, H=4), dict(output_gate="cell"), (*BIAS, "weight_co")),
     Sample("output_gate_norm", dict(T=3, B=2, I=2, H=3), dict(output_gate="cell"), (*_NORM, "weight_co", "peephole", "reset")),
     Sample("projection", dict(T=3, B=2, I=3, H=4, HP=2), present=(*BIAS, "weight_hr")),
