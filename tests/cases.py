@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -119,6 +120,8 @@ def select(
         first, dtypes = min(first or short, short), [d for d in dtypes if d == torch.float32]
     for spec in specs().values():
         samples = [s for s in spec.samples if (hard or not s.hard) and (empty or all(s.dims.values()))][:first]
+        if SHORT:  # a program of the interpreter takes milliseconds: hard values at large sizes wait for the long form
+            samples = [s for s in samples if not s.hard or math.prod(s.dims.values()) < 10_000]
         for backend, device in places(levels):
             for dtype in dtypes:
                 for sample in samples:
@@ -126,6 +129,15 @@ def select(
                     if (kernels_only and backend == "reference") or case.reason() is not None:
                         continue
                     found.append(pytest.param(case, id=str(case), marks=[pytest.mark.gpu] if device == "cuda" else []))
+    return found
+
+
+def short(parameters: list[Any], first: int) -> list[Any]:
+    """Cases of later samples than an op's `first` ones belong to the long form (`make test-all`)."""
+    found = []
+    for p in parameters:
+        late = p.values[0].spec.samples.index(p.values[0].sample) >= first
+        found.append(pytest.param(*p.values, id=p.id, marks=[*p.marks, pytest.mark.slow]) if late else p)
     return found
 
 

@@ -2,7 +2,7 @@
 
 import checks
 import pytest
-from cases import DTYPES, INTERPRETED, SHORT, Case, one_per_op, select
+from cases import DTYPES, INTERPRETED, SHORT, Case, one_per_op, select, short
 from fuzz import families
 
 from memkernels.testing import GRADIENT_LAYOUTS, LAYOUTS, specs
@@ -16,16 +16,21 @@ def plain(**kwargs):
     return select(hard=False, empty=False, **kwargs)
 
 
-ALL = dict(levels="all", short=None)
+BEST = dict(levels="best", short=None)
 
 
-@pytest.mark.parametrize("case", select(dtypes=FLOAT, **ALL) + select(dtypes=DTYPES[2:], first=2 if SHORT else None, **ALL))
+@pytest.mark.parametrize(
+    "case",
+    select(dtypes=FLOAT, **BEST)
+    + select(dtypes=DTYPES[2:], first=2 if SHORT else None, **BEST)
+    + (select(levels="lower", dtypes=DTYPES[1:2]) + short(select(levels="lower", dtypes=(DTYPES[0], *DTYPES[2:])), 8)),
+)
 def test_accuracy(case):
     checks.check_accuracy(case)
 
 
 @pytest.mark.parametrize(
-    "case", plain(dtypes=FLOAT, kernels_only=True) + plain(dtypes=DTYPES[2:], first=3) + plain(levels="lower", first=3)
+    "case", short(plain(dtypes=FLOAT, kernels_only=True), 16) + plain(dtypes=DTYPES[2:], first=3) + plain(levels="lower", first=3)
 )
 def test_input_layouts(case):
     for layout in LAYOUTS:
@@ -33,7 +38,7 @@ def test_input_layouts(case):
 
 
 @pytest.mark.parametrize(
-    "case", plain(dtypes=FLOAT, kernels_only=True) + plain(dtypes=DTYPES[2:], first=3) + plain(levels="lower", first=3)
+    "case", short(plain(dtypes=FLOAT, kernels_only=True), 16) + plain(dtypes=DTYPES[2:], first=3) + plain(levels="lower", first=3)
 )
 def test_gradient_layouts(case):
     for gradient in GRADIENT_LAYOUTS:

@@ -29,8 +29,8 @@ GruGatesArgs arguments(const TensorView& gates_input, const TensorView& gates_hi
   return a;
 }
 
-void forward(const TensorView& h, const TensorView& gates_input, const TensorView& gates_hidden,
-             const TensorView& hidden) {
+void forward(const TensorView& h, const InputView& gates_input, const InputView& gates_hidden,
+             const InputView& hidden) {
   GruGatesArgs a = arguments(gates_input, gates_hidden, hidden);
   const DType type = hidden.dtype();
   check_output(kOp, "h", h, {a.batch, a.hidden}, type);
@@ -42,8 +42,8 @@ void forward(const TensorView& h, const TensorView& gates_input, const TensorVie
 }
 
 void backward(const TensorView& dgates_input, const TensorView& dgates_hidden, const TensorView& dhidden,
-              const TensorView& dh, const TensorView& gates_input, const TensorView& gates_hidden,
-              const TensorView& hidden) {
+              const InputView& dh, const InputView& gates_input, const InputView& gates_hidden,
+              const InputView& hidden) {
   GruGatesArgs a = arguments(gates_input, gates_hidden, hidden);
   const DType type = hidden.dtype();
   take("dh", dh, {a.batch, a.hidden}, type, a.dh, a.dh_b);

@@ -45,6 +45,7 @@ def backward(
 ):  # fmt: skip
     plain = _plain(weight_hr, peephole, norm_weight, weight_co, zoneout_h, zoneout_c, recurrent_dropout)
     if recompute:
+        dcells = dcells if return_cells else None  # else a placeholder
         cells, gates = (input.new_empty((*input.shape[:2], width)) for width in (c0.shape[1], 4 * c0.shape[1]))
     if not plain:
         inputs = (
