@@ -126,7 +126,7 @@ def targets() -> str:
         needed = ("at most " if row["bar"] == "us" else "at least ") + format(row["needed"], ".3g")
         got = "-" if row["measured"] is None else format(row["measured"], ".3g")
         verdict = "reached" if row["reached"] else "missed"
-        floor = "-" if row["bar"] == "us" else f"{row['floor']:.0%}"
+        floor = "-" if row["bar"] == "us" or row["floor"] is None else f"{row['floor']:.0%}"
         lines.append(
             f"| {row['target']} | {PEERS.get(row['bar'], row['bar'])} | {row['ms']:.3g} | {row['gb_s']:.1f} | {floor} | {needed} | {got} "
             f"| {verdict} | {extra(row)} | {row['checked']} |"
