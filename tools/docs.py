@@ -123,12 +123,13 @@ def targets() -> str:
     lines += ["", f"Ceilings measured in the same process: {ceilings}.", ""]
     lines += ["| target | against | ms | GB/s | of floor | needed | measured | | extra MB | peer's | checked |", "|---|" + "---|" * 10]
     for row in rows:
-        needed = ("at most " if row["bar"] == "us" else "at least ") + format(row["needed"], ".3g")
+        needed = ("at most " if row["bar"] in ("us", "backward", "saved") else "at least ") + format(row["needed"], ".3g")
         got = "-" if row["measured"] is None else format(row["measured"], ".3g")
         verdict = "reached" if row["reached"] else "missed"
         floor = "-" if row["bar"] == "us" or row["floor"] is None else f"{row['floor']:.0%}"
+        rate = "-" if row["gb_s"] is None else f"{row['gb_s']:.1f}"
         lines.append(
-            f"| {row['target']} | {PEERS.get(row['bar'], row['bar'])} | {row['ms']:.3g} | {row['gb_s']:.1f} | {floor} | {needed} | {got} "
+            f"| {row['target']} | {PEERS.get(row['bar'], row['bar'])} | {row['ms']:.3g} | {rate} | {floor} | {needed} | {got} "
             f"| {verdict} | {extra(row)} | {row['checked']} |"
         )
     lines += ["", f"{sum(row['reached'] for row in rows)} of {len(rows)} reached."]
