@@ -56,9 +56,8 @@ def measure(target: Target, seconds: float) -> list[dict[str, Any]]:
         row = next((r for r in rows if r.peer == PEERS.get(name, name)), rows[0])
         measured = _figure(name, row, target)
         reached = measured is not None and (measured <= bar if name in AT_MOST else measured >= bar)
-        found.append(
-            {**dataclasses.asdict(row), "target": target.name, "bar": name, "needed": bar, "measured": measured, "reached": reached}
-        )
+        verdict = {"needed": bar, "at_most": name in AT_MOST, "measured": measured, "reached": reached}
+        found.append({**dataclasses.asdict(row), "target": target.name, "bar": name, **verdict})
     return found
 
 

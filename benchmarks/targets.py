@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from recurrent import recurrent_targets
-from target import AT_MOST, BF16, Target, measure
+from target import BF16, Target, measure
 
 from memkernels import bench, cpu_level
 from memkernels.bench.environment import binding_note, cpu_model
@@ -85,7 +85,7 @@ def table(found: list[dict[str, Any]]) -> str:
     lines = [f"{'target':<58} {'against':<16} {'ms':>9} {'peer ms':>9} {'needed':>8} {'measured':>9} {'extra MB':>9} {'peer':>6}"]
     for row in found:
         against = AGAINST.get(row["bar"], row["bar"])
-        needed = ("<= " if row["bar"] in AT_MOST else ">= ") + format(row["needed"], ".3g")
+        needed = ("<= " if row["at_most"] else ">= ") + format(row["needed"], ".3g")
         measured = "-" if row["measured"] is None else format(row["measured"], ".3g")
         peer_ms = "-" if row["peer_ms"] is None else format(row["peer_ms"], ".3g")
         extra, peers = (_megabytes(row.get(name)) for name in ("extra_mb", "peer_extra_mb"))

@@ -8,6 +8,20 @@ import torch
 
 from memkernels._checks import check_dense, check_flag, check_floating, check_tensor, fail
 from memkernels._compat import functorch_active, jit_tracing, plain_call
+from memkernels._registry import Arg
+
+# What a layer with one state takes besides its options.
+LAYER_INPUTS = (
+    Arg("input", batch=1),
+    Arg("h0"),
+    Arg("weight_ih", batch=None),
+    Arg("weight_hh", batch=None),
+    Arg("bias_ih", optional=True, batch=None),
+    Arg("bias_hh", optional=True, batch=None),
+    Arg("reset", differentiable=False, optional=True, batch=1),
+    Arg("reset_h", optional=True, batch=1),
+    Arg("lengths", differentiable=False, optional=True),
+)
 
 
 def pair(op: str, argument: str, got: Any, expected: str, names: tuple[str, str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from memkernels._checks import Signature, check_choice
-from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
-from memkernels.ops._recurrent import check_flags, check_heads, check_lengths, check_reset_state, entering, needs_gradients
+from memkernels._registry import Out, define_op, empty_like, new_empty
+from memkernels.ops._recurrent import LAYER_INPUTS, check_flags, check_heads, check_lengths, check_reset_state, entering, needs_gradients
 
 NONLINEARITIES = ("tanh", "relu")
 
@@ -102,17 +102,7 @@ SIGNATURE = Signature(
 )  # fmt: skip
 OP = define_op(
     "rnn",
-    inputs=(
-        Arg("input", batch=1),
-        Arg("h0"),
-        Arg("weight_ih", batch=None),
-        Arg("weight_hh", batch=None),
-        Arg("bias_ih", optional=True, batch=None),
-        Arg("bias_hh", optional=True, batch=None),
-        Arg("reset", differentiable=False, optional=True, batch=1),
-        Arg("reset_h", optional=True, batch=1),
-        Arg("lengths", differentiable=False, optional=True),
-    ),
+    inputs=LAYER_INPUTS,
     outputs=(Out("output", save=True, batch=1), Out("h_n")),
     options="bool relu, bool reverse, int num_heads, bool training",
     allocate=_allocate,

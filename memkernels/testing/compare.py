@@ -153,7 +153,7 @@ def measure(
     """
     drawn = make.draw(spec, sample, dtype, seed, device) if inputs is None else inputs
     given = drawn if layout == "contiguous" else make.laid_out(drawn, layout)
-    upstream = None if gradient is None else lambda outputs: make.upstream(outputs, dtype, gradient, seed)
+    upstream = _upstream(dtype, gradient, seed)
     with using(backend):
         actual = evaluate(spec, given, dict(sample.options), upstream)
     key = (*_key(spec, sample, dtype, gradient, seed, device), layout)
@@ -178,6 +178,10 @@ def measure(
     return [Row(op=spec.name, backend=backend, dtype=kind, sample=sample.name, direction=direction[n], **row) for n, row in found.items()]
 
 
+def _upstream(dtype: torch.dtype, gradient: str | None, seed: int) -> Callable[..., Any] | None:
+    return None if gradient is None else lambda outputs: make.upstream(outputs, dtype, gradient, seed)
+
+
 def _over_draws(
     spec: OpSpec, sample: Sample, dtype: torch.dtype, backend: str, layout: str, gradient: str | None, seed: int, device: str
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
@@ -186,13 +190,9 @@ def _over_draws(
     low: dict[str, float] = {}
     theirs: dict[str, float] = {}
     for s in range(seed, seed + 6 * MANY, 6):  # as in `own_errors`
-
-        def upstream(outputs: Sequence[torch.Tensor], s: int = s) -> list[torch.Tensor | None]:
-            return make.upstream(outputs, dtype, gradient or "contiguous", s)
-
         given = make.draw(spec, sample, dtype, s, device)
         given = given if layout == "contiguous" else make.laid_out(given, layout)
-        asked = None if gradient is None else upstream
+        asked = _upstream(dtype, gradient, s)
         with using(backend):
             actual = evaluate(spec, given, dict(sample.options), asked)
         truth, own = _reference(spec, given, dict(sample.options), dtype, asked)
@@ -237,12 +237,8 @@ def own_errors(
     found: dict[str, tuple[int, float]] = {}
     for i in range(1, draws):
         s = seed + 6 * i  # the same outputs of "partial" are kept, for up to three outputs
-
-        def upstream(outputs: Sequence[torch.Tensor], s: int = s) -> list[torch.Tensor | None]:
-            return make.upstream(outputs, dtype, gradient or "contiguous", s)
-
         given = make.draw(spec, sample, dtype, s, device)
-        truth, own = _reference(spec, given, dict(sample.options), dtype, None if gradient is None else upstream)
+        truth, own = _reference(spec, given, dict(sample.options), dtype, _upstream(dtype, gradient, s))
         for name, t in truth.items():
             finite = own[name] if math.isfinite(own[name]) else 0.0
             if i == 1 or i * t.numel() < ELEMENTS:
