@@ -184,6 +184,14 @@ MK_INLINE int64_t tiles_of(int64_t rows, int64_t most) { return (rows + most - 1
 MK_INLINE Span tile_of(int64_t rows, int64_t tiles, int64_t i) { return {rows * i / tiles, rows * (i + 1) / tiles}; }
 MK_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 MK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+// The order in which a rank goes through its units: every other line backwards, so that the weights that the second
+// cache kept are read before others push them out.
+struct Sweep {
+  Span units;
+  bool back;
+  MK_INLINE int64_t count() const { return units.end - units.begin; }
+  MK_INLINE int64_t operator[](int64_t i) const { return back ? units.end - 1 - i : units.begin + i; }
+};
 MK_INLINE Span clip(Span rows, int64_t end) { return {smaller(rows.begin, end), smaller(rows.end, end)}; }
 
 }  // namespace mk::cpu

@@ -38,19 +38,20 @@ void state_backward_tiles(const RecurrentBackward& f, int64_t l, const void* dz,
   alignas(64) float product[kRows * 64];
   const int64_t tiles = tiles_of(f.rows.rows, kRows), depth = depth_of(f.gate_rows()), panel = f.k_gates * 32;
   const B16* gradients = element<B16>(dz, f.hidden_column());
-  if (units.begin < units.end)
-    fetch_rows(gradients, f.ld_gates, f.gate_rows(), rows_of(f.rows.rows, units.begin % tiles));
-  for (int64_t u = units.begin; u < units.end;) {
-    const int64_t p = u / tiles;
-    const Span r = clip(rows_of(f.rows.rows, u % tiles), f.rows.alive_at(l));
-    const B16 *a = gradients + r.begin * f.ld_gates, *weight = element<B16>(f.packed_hh, p * panel);
+  const Sweep sweep{units, l % 2 != 0};
+  if (sweep.count() > 0)
+    fetch_rows(gradients, f.ld_gates, f.gate_rows(), rows_of(f.rows.rows, sweep[0] % tiles));
+  for (int64_t i = 0; i < sweep.count();) {
     // One block of rows takes two panels at once, for four independent chains of sums; the next panel may be another
     // rank's.
-    const int64_t width = r.end - r.begin <= kBlock && tiles == 1 && u + 1 < units.end ? 64 : 32;
-    u += width / 32;
+    const bool two = f.rows.rows <= kBlock && i + 1 < sweep.count();
+    const int64_t u = two ? smaller(sweep[i], sweep[i + 1]) : sweep[i], p = u / tiles, width = two ? 64 : 32;
+    i += two ? 2 : 1;
+    const Span r = clip(rows_of(f.rows.rows, u % tiles), f.rows.alive_at(l));
     if (r.begin == r.end) continue;
+    const B16 *a = gradients + r.begin * f.ld_gates, *weight = element<B16>(f.packed_hh, p * panel);
     zero_sums();
-    if (width == 64) {
+    if (two) {
       add_row(depth, a, f.ld_gates, weight, 2 * kTile, panel);
       store_row(product, 64);
     } else {

@@ -142,12 +142,12 @@ class UnitCells {
 };
 
 // What a later product reads, brought in beside that of unit u: x of the next step, of which every unit takes a share
-// of the rows, or what was projected for the unit after u.
-MK_INLINE Prefetch prefetch_beside(const RecurrentForward& f, int64_t l, int64_t row, int64_t u, Span units,
+// of the rows, or what was projected for the unit after the i-th.
+MK_INLINE Prefetch prefetch_beside(const RecurrentForward& f, int64_t l, int64_t row, const Sweep& sweep, int64_t i,
                                    int64_t calls) {
-  const int64_t tiles = tiles_of(f.rows.rows, kRows), next = u + 1;
+  const int64_t tiles = tiles_of(f.rows.rows, kRows), next = sweep[i + 1];
   if (f.fused) {
-    const Span share = tile_of(f.rows.rows, units.end - units.begin, u - units.begin);
+    const Span share = tile_of(f.rows.rows, sweep.count(), i);
     const int64_t after = f.rows.next(l);
     const bool some = after >= 0 && after < f.rows.lines;
     return {element<B16>(f.input, (some ? after : l) * f.input_t + share.begin * f.input_b), f.input_b * 2, f.I / 32,
@@ -155,7 +155,7 @@ MK_INLINE Prefetch prefetch_beside(const RecurrentForward& f, int64_t l, int64_t
   }
   const Span b = rows_of(f.rows.rows, next % tiles);
   return {element<float>(f.projected, (next / tiles * f.chunk + row + b.begin) * kPanel), 256, 4,
-          next < units.end ? b.end - b.begin : 0, calls};
+          i + 1 < sweep.count() ? b.end - b.begin : 0, calls};
 }
 
 // z of rows `r` of panel p; x: what was projected for them. A fused run has no x and leaves xn in z.
@@ -189,15 +189,16 @@ void step_tiles(const RecurrentForward& f, int64_t l, int64_t row, int64_t parit
   alignas(64) float z[2][kRows * kPanel];
   const int64_t tiles = tiles_of(f.rows.rows, kRows), depth = depth_of(f.H) + (f.fused ? depth_of(f.I) : 0);
   const int64_t alive = f.rows.alive_at(l);
-  if (units.begin < units.end)
-    fetch_rows(element<B16>(f.hidden[parity], 0), f.ld_hidden, f.H, rows_of(f.rows.rows, units.begin % tiles));
+  const Sweep sweep{units, parity != 0};
+  if (sweep.count() > 0)
+    fetch_rows(element<B16>(f.hidden[parity], 0), f.ld_hidden, f.H, rows_of(f.rows.rows, sweep[0] % tiles));
   UnitCells<C> cells;
-  for (int64_t u = units.begin; u < units.end; u++) {
-    const int64_t p = u / tiles;
+  for (int64_t i = 0; i < sweep.count(); i++) {
+    const int64_t u = sweep[i], p = u / tiles;
     const Span r = clip(rows_of(f.rows.rows, u % tiles), alive);
     if (r.begin == r.end) continue;
     const int64_t calls = depth * (r.end - r.begin > kBlock ? 2 : 1);
-    Prefetch prefetch = prefetch_beside(f, l, row, u, units, calls);
+    Prefetch prefetch = prefetch_beside(f, l, row, sweep, i, calls);
     const auto beside = [&] { cells.advance(f, l, parity), prefetch(); };
     const float* x = f.fused ? z[u % 2] : element<float>(f.projected, (p * f.chunk + row + r.begin) * kPanel);
     step_product<C>(f, l, r, p, parity, x, z[u % 2], beside);

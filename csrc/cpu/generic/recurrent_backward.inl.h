@@ -64,8 +64,9 @@ void state_backward(const RecurrentBackward& f, int64_t l, const void* dz, Span 
   constexpr int64_t kPanel = 2 * Vec<A>::kLanes;
   alignas(64) A product[tile_rows(2) * kPanel];
   const int64_t tiles = tiles_of(f.rows.rows, tile_rows(2)), alive = f.rows.alive_at(l);
-  for (int64_t u = units.begin; u < units.end; u++) {
-    const int64_t p = u / tiles;
+  const Sweep sweep{units, l % 2 != 0};
+  for (int64_t i = 0; i < sweep.count(); i++) {
+    const int64_t u = sweep[i], p = u / tiles;
     const Span rows = clip(tile_of(f.rows.rows, tiles, u % tiles), alive);
     if (rows.begin == rows.end) continue;
     gemm_tile_for<A, 2, false>(rows.end - rows.begin)(
