@@ -116,29 +116,42 @@ void project_tiles(const RecurrentForward& f, Span lines, Span units) {
   }
 }
 
-// The cells of one unit of work, a few rows at a time.
+// The cells of one unit of work, a few rows at a time: beside a product, where their instructions fill the time of the
+// matrix unit. That needs them in line, with all they point to in registers.
 template <class C>
 class UnitCells {
  public:
+  UnitCells() = default;
   // No more than `calls` advances are needed.
-  void start(const float* z, const float* x, Span rows, int64_t panel, int64_t calls) {
-    z_ = z, x_ = x, rows_ = rows, panel_ = panel, each_ = (rows.end - rows.begin + calls - 1) / calls;
+  MK_INLINE UnitCells(const RecurrentForward& f, const float* z, const float* x, int64_t l, Span rows, int64_t panel,
+                      int64_t parity, int64_t calls)
+      : open_(f, z, x, l, rows.begin, panel, parity), z_(z), x_(x), rows_(rows), panel_(panel) {
+    is_open_ = is_open<C, B16>(f, l, panel), each_ = (rows.end - rows.begin + calls - 1) / calls;
   }
   MK_INLINE void advance(const RecurrentForward& f, int64_t l, int64_t parity) {
-    if (rows_.begin < rows_.end) run(f, l, parity, smaller(rows_.begin + each_, rows_.end));
+    for (int64_t i = 0; i < each_ && rows_.begin < rows_.end; i++) {
+      if (is_open_)
+        open_.next(f);
+      else
+        row(f, z_, x_, l, rows_.begin, panel_, parity), z_ += kPanel, x_ += kPanel;
+      rows_.begin++;
+    }
   }
   MK_INLINE void finish(const RecurrentForward& f, int64_t l, int64_t parity) {
-    if (rows_.begin < rows_.end) run(f, l, parity, rows_.end);
+    while (rows_.begin < rows_.end) advance(f, l, parity);
   }
 
  private:
-  __attribute__((noinline)) void run(const RecurrentForward& f, int64_t l, int64_t parity, int64_t end) {
-    cell_rows<C, B16, B16>(f, z_, x_, l, {rows_.begin, end}, panel_, parity);
-    z_ += (end - rows_.begin) * kPanel, x_ += (end - rows_.begin) * kPanel, rows_.begin = end;
+  // Takes copies: an address of this object that left it would bring its members back into memory.
+  static __attribute__((noinline)) void row(const RecurrentForward& f, const float* z, const float* x, int64_t l,
+                                            int64_t r, int64_t panel, int64_t parity) {
+    cell_rows<C, B16, B16>(f, z, x, l, {r, r + 1}, panel, parity);
   }
+  OpenRows<C, B16, B16> open_;
   const float *z_ = nullptr, *x_ = nullptr;
   Span rows_{0, 0};
   int64_t panel_ = 0, each_ = 0;
+  bool is_open_ = false;
 };
 
 // What a later product reads, brought in beside that of unit u: x of the next step, of which every unit takes a share
@@ -199,11 +212,11 @@ void step_tiles(const RecurrentForward& f, int64_t l, int64_t row, int64_t parit
     if (r.begin == r.end) continue;
     const int64_t calls = depth * (r.end - r.begin > kBlock ? 2 : 1);
     Prefetch prefetch = prefetch_beside(f, l, row, sweep, i, calls);
-    const auto beside = [&] { cells.advance(f, l, parity), prefetch(); };
+    const auto beside = [&]() __attribute__((always_inline)) { cells.advance(f, l, parity), prefetch(); };
     const float* x = f.fused ? z[u % 2] : element<float>(f.projected, (p * f.chunk + row + r.begin) * kPanel);
     step_product<C>(f, l, r, p, parity, x, z[u % 2], beside);
     cells.finish(f, l, parity);
-    cells.start(z[u % 2], x, r, p, calls);
+    cells = UnitCells<C>(f, z[u % 2], x, l, r, p, parity, calls);
   }
   cells.finish(f, l, parity);
 }

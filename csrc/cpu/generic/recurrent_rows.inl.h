@@ -62,29 +62,56 @@ MK_INLINE void event_row(const RecurrentForward& f, const acc_t<T>* z, const acc
   if (l != rows.last()) enter<C, T, P>(f, rows.next(l), r, j, 1 - parity, smaller(f.H - j, V::kLanes));
 }
 
-// Whole vectors of rows that carry their state on: nothing to ask row by row.
+// The rows of a whole panel that carry their state on, one after the other: nothing to ask row by row.
 template <class C, class T, class P>
-MK_INLINE void open_rows(const RecurrentForward& f, const acc_t<T>* z, const acc_t<T>* x, int64_t l, Span span,
-                         int64_t j, int64_t parity) {
+class OpenRows {
   using A = acc_t<T>;
   using V = Vec<A>;
-  // Copies: a store through the pointers could change f for all that the compiler knows.
-  const int64_t width = f.H, ld = f.ld_hidden, saved = shape_of<C>().saved;
-  const RecurrentRows rows = f.rows;
-  A* carries = kCarries<C> ? element<A>(f.carry, span.begin * ld + j) : nullptr;
-  P* hidden = element<P>(f.hidden[1 - parity], span.begin * ld + j);
-  T *output = f.output ? element<T>(f.output, j) : nullptr, *cells = f.cells ? element<T>(f.cells, j) : nullptr;
-  T* gates = f.gates ? element<T>(f.gates, j) : nullptr;
-  for (int64_t r = span.begin; r < span.end; r++, z += kPanelVectors * V::kLanes, x += kPanelVectors * V::kLanes) {
-    const int64_t at = rows.at(rows.slot(l, r)) * width;
-    V carry = kCarries<C> ? V::load(carries) : V::zero(), h;
-    C::template forward<T>(f, z, x, carry, h, gates ? gates + saved * at : nullptr, width, Full{});
-    h.store(hidden);
-    if (output) h.store(output + at);
-    if (cells) carry.store(cells + at);
-    if constexpr (kCarries<C>) carry.store(carries), carries += ld;
-    hidden += ld;
+  static constexpr CellShape kShape = shape_of<C>();
+
+ public:
+  OpenRows() = default;
+  MK_INLINE OpenRows(const RecurrentForward& f, const A* z, const A* x, int64_t l, int64_t r, int64_t p, int64_t parity)
+      : z_(z), x_(x), slots_(f.rows.slots ? f.rows.slots + l * f.rows.rows + r : nullptr), batch_(f.rows.B) {
+    // Copies: a store through the pointers could change f for all that the compiler knows.
+    const int64_t j = p * kShape.units * V::kLanes;
+    width_ = f.H, ld_ = f.ld_hidden, at_ = (l * batch_ + r) * width_;
+    if (kCarries<C>) carry_ = element<A>(f.carry, r * ld_ + j);
+    hidden_ = element<P>(f.hidden[1 - parity], r * ld_ + j);
+    if (f.output) output_ = element<T>(f.output, j);
+    if (f.cells) cells_ = element<T>(f.cells, j);
+    if (f.gates) gates_ = element<T>(f.gates, j);
   }
+  MK_INLINE void next(const RecurrentForward& f) {
+    if (slots_) at_ = (slots_->t * batch_ + slots_->b) * width_, slots_++;
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < kShape.units * V::kLanes; j += V::kLanes) {
+      V carry = kCarries<C> ? V::load(carry_ + j) : V::zero(), h;
+      T* gates = gates_ ? gates_ + kShape.saved * at_ + j : nullptr;
+      C::template forward<T>(f, z_ + j, x_ + j, carry, h, gates, width_, Full{});
+      h.store(hidden_ + j);
+      if (output_) h.store(output_ + at_ + j);
+      if (cells_) carry.store(cells_ + at_ + j);
+      if constexpr (kCarries<C>) carry.store(carry_ + j);
+    }
+    z_ += kPanelVectors * V::kLanes, x_ += kPanelVectors * V::kLanes, at_ += width_;
+    hidden_ += ld_, carry_ += kCarries<C> ? ld_ : 0;
+  }
+
+ private:
+  const A *z_ = nullptr, *x_ = nullptr;
+  const Slot* slots_ = nullptr;
+  int64_t batch_ = 0, width_ = 0, ld_ = 0, at_ = 0;
+  A* carry_ = nullptr;
+  P* hidden_ = nullptr;
+  T *output_ = nullptr, *cells_ = nullptr, *gates_ = nullptr;
+};
+
+// A panel without places past H, at a line where no row's state enters or leaves.
+template <class C, class T>
+MK_INLINE bool is_open(const RecurrentForward& f, int64_t l, int64_t p) {
+  return (p + 1) * shape_of<C>().units * Vec<acc_t<T>>::kLanes <= f.H && !f.rows.event(l, kLeaves) &&
+         !f.rows.event(f.rows.next(l), kEnters);
 }
 
 // Rows [begin, end) of panel p, all in use; z and x hold them from `begin` on.
@@ -92,15 +119,15 @@ template <class C, class T, class P>
 MK_INLINE void cell_rows(const RecurrentForward& f, const acc_t<T>* z, const acc_t<T>* x, int64_t l, Span rows,
                          int64_t p, int64_t parity) {
   constexpr int64_t kLanes = Vec<acc_t<T>>::kLanes, kPanel = kPanelVectors * kLanes, kUnits = shape_of<C>().units;
-  const bool open = !f.rows.event(l, kLeaves) && !f.rows.event(f.rows.next(l), kEnters);
+  if (is_open<C, T>(f, l, p)) {
+    OpenRows<C, T, P> open(f, z, x, l, rows.begin, p, parity);
+    for (int64_t r = rows.begin; r < rows.end; r++) open.next(f);
+    return;
+  }
   for (int64_t u = 0; u < kUnits; u++) {
     const int64_t j = (p * kUnits + u) * kLanes, left = f.H - j;
     const acc_t<T>*zu = z + u * kLanes, *xu = x + u * kLanes;
     if (left <= 0) return;
-    if (left >= kLanes && open) {
-      open_rows<C, T, P>(f, zu, xu, l, rows, j, parity);
-      continue;
-    }
     for (int64_t r = rows.begin; r < rows.end; r++, zu += kPanel, xu += kPanel) {
       if (left >= kLanes)
         event_row<C, T, P>(f, zu, xu, l, r, j, parity, Full{});
