@@ -45,6 +45,11 @@ struct RecurrentFormat {
   int64_t row_multiple;       // rows that an operand must have in memory: operand tiles are loaded whole
   bool gather;                // the input is always copied into operand form
   int64_t fused_bytes;        // packed weights of a rank up to which a step takes the input part of z along
+  // Products over a whole chunk may have their own operands: bytes of an element, rows of a unit and, of the product of
+  // the input, vectors of columns of a unit at most. 0: those of the steps, a panel.
+  int64_t product_bytes, product_tile, product_vectors;
+  MK_INLINE int64_t operand_bytes() const { return product_bytes ? product_bytes : pack_bytes; }
+  MK_INLINE int64_t product_rows(int64_t step_rows) const { return product_tile ? product_tile : step_rows; }
 };
 
 struct Span {
@@ -135,9 +140,9 @@ struct RecurrentBackward {
   void *dh, *dc;                                // A [rows][ld_hidden]: gradients that flow to the step before
   // A [gates H][I], [gates H][H], [columns H]: of the chunks so far; the outputs themselves if T is A.
   void *sum_ih, *sum_hh, *sum_bias;
-  // P, where the kernels have `arrange`: dz of a chunk as left operand of the weight gradients, and [panels][chunk][2
-  // lanes], x and hidden states as right operand.
-  void *transposed, *operand;
+  // Where the kernels have `arrange`, in operand form: dz of a chunk as left operand of the weight gradients, [panels]
+  // [chunk][2 lanes], x and hidden states as right operand, and, where dz itself is none, dz as left operand of dx.
+  void *transposed, *operand, *left;
 
   MK_INLINE const CellShape& shape() const { return kShapes[int(cell)]; }
   MK_INLINE int64_t columns() const { return shape().columns * H; }

@@ -32,7 +32,7 @@ void plan_backward(RecurrentBackward& f, const RecurrentFormat& format, Run& run
   f.chunk = round_up(run.lines * f.rows.rows, 32);
   const int64_t dz_rows = f.chunk + format.row_multiple;  // the last line's tiles may reach past the chunk
   f.packed_hh = scratch.take<char>(tiles_of(f.H, panel) * panel * f.k_gates * format.pack_bytes);
-  if (f.dinput) f.packed_ih = scratch.take<char>(tiles_of(f.I, panel) * panel * f.k_gates * format.pack_bytes);
+  if (f.dinput) f.packed_ih = scratch.take<char>(tiles_of(f.I, panel) * panel * f.k_gates * format.operand_bytes());
   for (void*& dz : f.dz) dz = scratch.take<char>(dz_rows * f.ld_gates * format.pack_bytes);
   f.dh = scratch.take<char>(f.rows.rows * f.ld_hidden * format.sum_bytes);
   if (f.shape().cell_state) f.dc = scratch.take<char>(f.rows.rows * f.ld_hidden * format.sum_bytes);
@@ -42,8 +42,10 @@ void plan_backward(RecurrentBackward& f, const RecurrentFormat& format, Run& run
   f.sum_bias = scratch.take<char>(f.columns() * format.sum_bytes);
   run.operand = scratch.take<char>(ranks * operand_bytes(f, format));
   if (!run.kernels.arrange[run.dtype]) return;
-  f.transposed = scratch.take<char>(round_up(f.columns(), 32) * f.chunk * format.pack_bytes);
-  f.operand = scratch.take<char>((round_up(f.I, 32) + round_up(f.H, 32)) * f.chunk * format.pack_bytes);
+  f.transposed = scratch.take<char>(round_up(f.columns(), 32) * f.chunk * format.operand_bytes());
+  f.operand = scratch.take<char>((round_up(f.I, 32) + round_up(f.H, 32)) * f.chunk * format.operand_bytes());
+  if (f.dinput && format.product_bytes)
+    f.left = scratch.take<char>(round_up(f.chunk, 32) * f.k_gates * format.product_bytes);
 }
 
 // The products over a whole chunk, whose dz is complete.
@@ -62,7 +64,7 @@ void run_products(const RecurrentBackward& f, const Run& run, Span chunk, const 
     barrier.wait();
   }
   if (f.dinput) {
-    const int64_t units = tiles_of(f.I, panel) * tiles_of(count, format.tile);
+    const int64_t units = tiles_of(f.I, panel) * tiles_of(count, format.product_rows(format.tile));
     kernels.input_backward[run.dtype](f, chunk, dz, share(units, rank, size));
   }
   if (f.dbias_ih || f.dbias_hh) {

@@ -27,9 +27,9 @@ void plan_forward(RecurrentForward& f, const RecurrentFormat& format, int64_t li
     // The input is read where it lies.
   } else if (format.gather || !one_stride || !whole) {
     f.ld_x = f.k_input;
-    f.x = scratch.take<char>(f.chunk * f.ld_x * format.pack_bytes);
+    f.x = scratch.take<char>(f.chunk * f.ld_x * format.operand_bytes());
   }
-  f.packed_ih = scratch.take<char>(f.panels * f.k_input * width * format.pack_bytes);
+  f.packed_ih = scratch.take<char>(f.panels * f.k_input * width * format.operand_bytes());
   f.packed_hh = scratch.take<char>(f.panels * f.k_hidden * width * format.pack_bytes);
   f.bias = scratch.take<char>(f.panels * panel * format.sum_bytes);
   if (!f.fused) f.projected = scratch.take<char>(f.panels * f.chunk * panel * format.sum_bytes);
@@ -70,7 +70,10 @@ void finish_sequences(const RecurrentForward& f, const Run& run, int rank, int s
 void run_lines(const RecurrentForward& f, const Run& run, int rank, int size, Barrier& barrier) {
   const RecurrentKernels& kernels = run.kernels;
   const CellKernels& cell = kernels.cell[int(f.cell)];
-  const int64_t rows = f.rows.rows, dtype = run.dtype, row_tile = kernels.format[dtype].row_tiles[int(f.cell)];
+  const RecurrentFormat& format = kernels.format[run.dtype];
+  const int64_t rows = f.rows.rows, dtype = run.dtype, row_tile = format.row_tiles[int(f.cell)];
+  const int64_t vectors = f.panels * kShapes[int(f.cell)].vectors();
+  const int64_t columns = format.product_vectors ? tiles_of(vectors, format.product_vectors) : f.panels;
   const Span step_units = share(f.panels * tiles_of(rows, row_tile), rank, size);
   cell.pack[dtype](f, share(f.panels, rank, size));
   cell.start[dtype](f, share(rows, rank, size));
@@ -87,7 +90,7 @@ void run_lines(const RecurrentForward& f, const Run& run, int rank, int size, Ba
       continue;
     }
     if (!f.fused) {
-      cell.project[dtype](f, chunk, share(f.panels * tiles_of(count, row_tile), rank, size));
+      cell.project[dtype](f, chunk, share(columns * tiles_of(count, format.product_rows(row_tile)), rank, size));
       barrier.wait();
     }
     for (int64_t s = 0; s < chunk.end - chunk.begin; s++, parity ^= 1) {
@@ -108,13 +111,14 @@ void run_recurrent(RecurrentForward& f, const Lengths& lengths, bool reverse, DT
   Scratch scratch;
   plan_rows(f.rows, lengths, reverse, format.row_tiles[int(f.cell)], scratch);
   f.panels = tiles_of(f.H, format.lanes * shape.units);
-  // The input part of z for a chunk should stay in the L2 cache. Products of 16-bit operands are so fast that reading
-  // the weights again for every chunk costs more than that. No result depends on where chunks end.
-  const int64_t projected_bytes = int64_t(format.pack_bytes == 2 ? 4 : 1) << 20;
+  // The input part of z for a chunk should stay in the L2 cache. Products on matrix units are so fast that reading the
+  // weights again for every chunk costs more than that. No result depends on where chunks end.
+  const bool matrix_units = format.pack_bytes == 2 || format.product_bytes;
+  const int64_t projected_bytes = int64_t(matrix_units ? 4 : 1) << 20;
   const int64_t row_bytes = f.panels * kPanelVectors * format.lanes * format.sum_bytes;
   // A known chunk is worked on panel by panel: it needs no room in the cache but for its operands.
   const int64_t rows =
-      f.known_output ? (format.pack_bytes == 2 ? 512 : 256) : std::clamp<int64_t>(projected_bytes / row_bytes, 64, 512);
+      f.known_output ? (matrix_units ? 512 : 256) : std::clamp<int64_t>(projected_bytes / row_bytes, 64, 512);
   const int64_t lines =
       std::clamp<int64_t>(rows / std::max<int64_t>(f.rows.rows, 1), 1, std::max<int64_t>(f.rows.lines, 1));
   const int64_t tiles = tiles_of(f.rows.rows, format.row_tiles[int(f.cell)]);

@@ -160,14 +160,15 @@ void step(const RecurrentForward& f, int64_t l, int64_t row, int64_t parity, Spa
   }
 }
 
-template <class C, class T>
-void recall(const RecurrentForward& f, Span lines, Span panels) {
+// project(p): the input part of panel p for all rows.
+template <class C, class T, class Project>
+MK_INLINE void recall_with(const RecurrentForward& f, Span lines, Span panels, const Project& project) {
   using A = acc_t<T>;
   constexpr int kVectors = shape_of<C>().vectors();
   constexpr int64_t kLanes = Vec<A>::kLanes, kPanel = kPanelVectors * kLanes, kHidden = shape_of<C>().hidden * kLanes;
   const int64_t rows = (lines.end - lines.begin) * f.rows.rows, tiles = tiles_of(rows, tile_rows(kVectors));
   for (int64_t p = panels.begin; p < panels.end; p++) {
-    project<C, T>(f, lines, {p * tiles, (p + 1) * tiles});
+    project(p);
     for (int64_t i = 0; i < tiles; i++) {
       const Span r = tile_of(rows, tiles, i);
       const int64_t at = (p * f.chunk + r.begin) * kPanel + kHidden;
@@ -178,6 +179,12 @@ void recall(const RecurrentForward& f, Span lines, Span panels) {
     }
     recall_cells<C, T, A>(f, f.projected, lines, p);
   }
+}
+
+template <class C, class T>
+void recall(const RecurrentForward& f, Span lines, Span panels) {
+  const int64_t tiles = tiles_of((lines.end - lines.begin) * f.rows.rows, tile_rows(shape_of<C>().vectors()));
+  recall_with<C, T>(f, lines, panels, [&](int64_t p) { project<C, T>(f, lines, {p * tiles, (p + 1) * tiles}); });
 }
 
 template <class T>
@@ -202,6 +209,9 @@ constexpr RecurrentFormat format_of(int64_t chunk_rows, bool gather) {
           tile_rows(2),
           1,
           gather,
+          0,
+          0,
+          0,
           0};
 }
 
