@@ -7,6 +7,7 @@
 #include "common/checks.h"
 #include "common/parallel.h"
 #include "cpu/recurrent.h"
+#include "cpu/select.h"
 
 namespace mk::cpu {
 
@@ -43,6 +44,14 @@ void zero_past_ends(void* data, const RecurrentRows& rows, const Lengths& length
 // recurrent_forward.cpp, recurrent_backward.cpp
 void run_recurrent(RecurrentForward& f, const Lengths& lengths, bool reverse, DType type);
 void run_recurrent(RecurrentBackward& f, const Lengths& lengths, bool reverse, DType type);
+
+// Splitting the weights costs more than it saves where large ones meet few steps. The choice must not depend on B.
+inline const RecurrentKernels& kernels_for(Cell cell, int64_t steps, int64_t I, int64_t H, DType type) {
+  constexpr int64_t kSteps = 32, kFew = 3, kWeights = 1 << 16;
+  const RecurrentKernels& best = select(recurrent_levels);
+  const bool split = best.format[int(type)].product_bytes > 0, large = kShapes[int(cell)].gates * H * I > kWeights;
+  return split && steps < (large ? kSteps : kFew) ? select(recurrent_levels, int(cpu_level()) - 1) : best;
+}
 
 inline Span share(int64_t n, int rank, int size) { return {n * rank / size, n * (rank + 1) / size}; }
 

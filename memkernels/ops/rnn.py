@@ -54,7 +54,8 @@ def rnn(
 
     Numerics:
         Products are summed in float32 (float64 for float64). In half precision h enters the next step as it is returned. Results
-        do not depend on B or on the number of threads, bit for bit.
+        do not depend on B or on the number of threads, bit for bit. On CPUs with AMX the large products
+        of float32 are taken from three bfloat16 parts an operand (docs/ops/lstm.md): no less accurate, but below 2^-126 all is 0.
 
     Raises:
         ValueError: on a shape that does not fit, an unknown nonlinearity, or a length outside 0..T (CPU only: on a GPU lengths are

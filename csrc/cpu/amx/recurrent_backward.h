@@ -39,8 +39,7 @@ void state_backward_tiles(const RecurrentBackward& f, int64_t l, const void* dz,
   const int64_t tiles = tiles_of(f.rows.rows, kRows), depth = depth_of(f.gate_rows()), panel = f.k_gates * 32;
   const B16* gradients = element<B16>(dz, f.hidden_column());
   const Sweep sweep{units, l % 2 != 0};
-  if (sweep.count() > 0)
-    fetch_rows(gradients, f.ld_gates, f.gate_rows(), rows_of(f.rows.rows, sweep[0] % tiles));
+  if (sweep.count() > 0) fetch_rows(gradients, f.ld_gates, f.gate_rows(), rows_of(f.rows.rows, sweep[0] % tiles));
   for (int64_t i = 0; i < sweep.count();) {
     // One block of rows takes two panels at once, for four independent chains of sums; the next panel may be another
     // rank's.

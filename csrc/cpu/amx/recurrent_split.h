@@ -1,5 +1,5 @@
-// The products of the recurrent family over a whole chunk in float32 on AMX tiles (amx/split.h). Those of the steps stay
-// with the vector units: their weights are read anew each step, and three parts are half as many bytes again.
+// The products of the recurrent family over a whole chunk in float32 on AMX tiles (amx/split.h). Those of the steps
+// stay with the vector units: their weights are read anew each step, and three parts are half as many bytes again.
 #pragma once
 #include "cpu/amx/recurrent_backward.h"
 #include "cpu/amx/recurrent_forward.h"
@@ -112,7 +112,8 @@ void arrange_gradients(const RecurrentBackward& f, const float* dz, int64_t rows
   for (int64_t n = block * 32; n < smaller(block * 32 + 32, width); n += kBlock)
     split_columns<false>(row, rows, n, width, element<B16>(f.transposed, n / kBlock * depth * kSplitTile));
   for (int64_t r = 0; f.dinput && block < k_blocks && r < rows; r++)
-    split_row(row(r) + block * 32, width - block * 32, 1, element<B16>(f.left, (r * k_blocks + block) * kParts * kDepth));
+    split_row(row(r) + block * 32, width - block * 32, 1,
+              element<B16>(f.left, (r * k_blocks + block) * kParts * kDepth));
 }
 
 // Units: blocks of 32 columns of dz, then panels of x, then panels of the hidden states.
@@ -174,9 +175,9 @@ void input_backward_split(const RecurrentBackward& f, Span lines, const void* dz
 }
 
 // A block of weight gradients without splitting: columns of dz against columns of x or the states.
-__attribute__((noinline)) void weight_gradient_plainly(const RecurrentBackward& f, const float* const* rows, int64_t count,
-                                                       const float* dz, Span columns, int64_t first, int64_t width,
-                                                       float* out) {
+__attribute__((noinline)) void weight_gradient_plainly(const RecurrentBackward& f, const float* const* rows,
+                                                       int64_t count, const float* dz, Span columns, int64_t first,
+                                                       int64_t width, float* out) {
   for (int64_t n = columns.begin; n < columns.end; n++, out += 32) {
     for (int64_t j = 0; j < 32; j++) out[j] = 0;
     for (int64_t r = 0; r < count; r++)
@@ -199,9 +200,10 @@ void weight_backward_split(const RecurrentBackward& f, Span lines, const void* d
     const B16 *left = element<B16>(f.transposed, block.columns.begin / kBlock * column),
               *right = element<B16>(f.operand, u % panels * 2 * column);
     split_product(depth, left_tiles(left, depth), right, right + column, product);
-    bool all = true;
-    for (int64_t i = 0; i < kRows * 32; i += kBlock) all = all && !broken(Vec<float>::load(product + i));
-    if (!all) {
+    bool any = false;
+    for (int64_t i = 0; i < (block.columns.end - block.columns.begin) * 32; i += kBlock)
+      any = any || broken(Vec<float>::load(product + i));
+    if (any) {
       const float **input = static_cast<const float**>(scratch), **state = input + f.chunk;
       operand_rows<float>(f, lines, input, state);
       weight_gradient_plainly(f, block.hidden ? state : input, count, static_cast<const float*>(dz), block.columns,

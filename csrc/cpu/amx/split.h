@@ -39,8 +39,7 @@ MK_INLINE void split_row(const float* from, int64_t width, int64_t depth, B16* o
   for (int64_t k = 0; k < depth * kDepth; k += kDepth, out += kParts * kDepth)
     for (int64_t half = 0; half < 2; half++) {
       const Parts parts = split(from ? from + smaller(k + half * 16, width) : nullptr, width - k - half * 16);
-      for (int64_t i = 0; i < kParts; i++)
-        _mm256_storeu_si256((__m256i*)(out + i * kDepth + half * 16), parts.part[i]);
+      for (int64_t i = 0; i < kParts; i++) _mm256_storeu_si256((__m256i*)(out + i * kDepth + half * 16), parts.part[i]);
     }
 }
 
@@ -68,8 +67,8 @@ MK_INLINE __m512i pairs(__m256i even, __m256i odd) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }
 
-// Tiles of a matrix whose columns lie along k, [k block][part][tile]: 16 columns from `first` on become those of a right
-// operand or the rows of a left one. row(k): a row's first element or null for zeros.
+// Tiles of a matrix whose columns lie along k, [k block][part][tile]: 16 columns from `first` on become those of a
+// right operand or the rows of a left one. row(k): a row's first element or null for zeros.
 template <bool kRight, class Row>
 MK_INLINE void split_columns(const Row& row, int64_t count, int64_t first, int64_t width, B16* out) {
   const int64_t left = width - first, at = smaller(first, width);
@@ -97,7 +96,9 @@ MK_INLINE SplitLeft left_rows(const B16* at, int64_t depth) {
   const int64_t row = depth * kParts * kDepth;
   return {at, row, kDepth, kParts * kDepth, 16 * row};
 }
-MK_INLINE SplitLeft left_tiles(const B16* at, int64_t depth) { return {at, kDepth, kTile, kSplitTile, depth * kSplitTile}; }
+MK_INLINE SplitLeft left_tiles(const B16* at, int64_t depth) {
+  return {at, kDepth, kTile, kSplitTile, depth * kSplitTile};
+}
 
 // c[32][32] = the product of 32 rows and two columns of tiles.
 MK_INLINE void split_product(int64_t depth, SplitLeft a, const B16* b0, const B16* b1, float* c) {
