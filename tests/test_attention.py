@@ -85,3 +85,15 @@ def test_bits_do_not_depend_on_threads(backend, dtype):
                 torch.set_num_threads(before)
             for run in runs[1:]:
                 assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 16), (1, 1, 5, 16), (1, 1, 1, 16), (5, 1)])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_a_shared_mask_of_no_rows_has_gradient_zero(backend, shape, dtype):
+    for batch, heads in ((0, 1), (2, 0)):
+        query, key, value = (torch.randn(batch, heads, rows, 8, dtype=dtype) for rows in (5, 16, 16))
+        mask = torch.zeros(shape, dtype=dtype, requires_grad=True)
+        with using(backend):
+            mk.attention(query, key, value, mask).sum().backward()
+        assert mask.grad.shape == shape and not mask.grad.any()

@@ -80,6 +80,7 @@ def test_verify_prints_a_table_and_a_json(run, tmp_path):
         (["bench", "--dtype", "int3"], "--dtype: expected one of"),
         (["train", "--model", "dream"], "--model: expected one of attention, memory, got 'dream'"),
         (["train", "--mode", "dream"], "--mode: expected one of content, ntm"),
+        (["generate", "--checkpoint", "none", "--top-p", "0"], "--top-p: expected a number above 0 and at most 1, got 0.0"),
         (["demo", "--model", "dream"], "--model: expected one of attention, memory"),
     ],
 )

@@ -65,6 +65,17 @@ def test_an_infinite_weight_and_upstream_gradient(op, backend):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@kernels
+@ops
+def test_an_infinite_input_in_half_precision(op, backend, dtype):
+    """H is no multiple of a vector: units that do not exist must not turn it into NaN."""
+    inputs = {n: t if t is None else t.to(dtype) for n, t in draw(op).items()}
+    inputs["input"][0, 0, 0] = torch.inf
+    found, expected = (run(op, label, inputs)["output"] for label in (backend, "reference"))
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05, equal_nan=True)
+
+
 @pytest.mark.parametrize("scale", (1e-28, 1e-12, 1e12, 1e28))
 @kernels
 @ops

@@ -77,6 +77,38 @@ def _long_run(op, backend, dtype, wide):
     return {n: t.double() for n, t in case.evaluate(given).items()}
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:3])
+@pytest.mark.parametrize("full", [1, 15, 16, 17, 18])
+@kernels
+@ops
+def test_steps_that_leave_the_last_rows_of_a_tile_empty(op, backend, full, dtype):
+    """Ragged rows have the bits of full ones, whichever rows of a kernel's tiles run out first."""
+    batch = 48
+    case = case_of(op, backend, dtype, dict(T=2, B=batch, I=5, H=40))
+    if case.reason() is not None:
+        pytest.skip(case.reason())
+    given = case.inputs()
+    lengths = torch.tensor([2] * full + [1] * (batch - full))
+    ragged, whole = case.call({**given, "lengths": lengths})[0], case.call(given)[0]
+    assert torch.equal(ragged[0], whole[0]) and torch.equal(ragged[1, :full], whole[1, :full])
+
+
+@kernels
+def test_a_relu_layer_hides_no_nan(backend):
+    """As in torch.nn.RNN: what is NaN forward makes the gradients of what led there NaN."""
+    found = []
+    for label in (backend, "reference"):
+        case = case_of("rnn", label, torch.float32, dict(T=5, B=2, I=3, H=20), nonlinearity="relu")
+        given = {n: t if t is None else t.clone() for n, t in case.inputs().items()}
+        given["weight_hh"][1, 1] = torch.nan
+        given = {n: t if t is None else t.requires_grad_() for n, t in given.items()}
+        names = case.differentiable(given)
+        output = case.call(given)[0]
+        found.append(grads_of(given, names, [output.square().sum()], None))
+    for name, value in found[1].items():
+        assert torch.equal(found[0][name].isnan(), value.isnan()), name
+
+
 RAGGED = {
     "lstm": [((), {}), (("reset", "reset_h", "reset_c", "peephole", "norm_weight", "norm_bias"), dict(reverse=True, return_cells=True))],
     "gru": [((), {}), (("reset", "reset_state"), dict(reverse=True))],

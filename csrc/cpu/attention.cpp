@@ -232,6 +232,10 @@ void backward(const TensorView& dquery, const TensorView& dkey, const TensorView
   const auto& kernels = select(attention_levels);
   const int type = int(dtype);
   pybind11::gil_scoped_release nogil;
+  if (a.batch * a.heads == 0) {  // only a mask that is shared by no rows has elements
+    if (a.dmask) std::memset(a.dmask, 0, size_t(dmask.numel() * item_size(dtype)));
+    return;
+  }
   const int64_t rows = a.batch * a.heads * a.queries, size = sum_size(dtype);
   Scratch scratch;
   a.rows_base = scratch.take<char>(rows * size), a.rows_unit = scratch.take<char>(rows * size);

@@ -208,9 +208,12 @@ def generate(
     threads: Threads = None,
 ) -> None:
     """Continues a prompt, one character at a time."""
+    from memkernels.cli.errors import OptionError
     from memkernels.models import MemoryLM
 
     _threads(threads)
+    if not top_p > 0:
+        raise OptionError(f"--top-p: expected a number above 0 and at most 1, got {top_p}")
     text = prompt + MemoryLM.load(checkpoint).generate(prompt, length, temperature, top_p, seed)
     sys.stdout.buffer.write((text + "\n").encode("utf-8", "replace"))
 

@@ -206,17 +206,18 @@ void step_tiles(const RecurrentForward& f, int64_t l, int64_t row, int64_t parit
   if (sweep.count() > 0)
     fetch_rows(element<B16>(f.hidden[parity], 0), f.ld_hidden, f.H, rows_of(f.rows.rows, sweep[0] % tiles));
   UnitCells<C> cells;
-  for (int64_t i = 0; i < sweep.count(); i++) {
+  for (int64_t i = 0, turn = 0; i < sweep.count(); i++) {
     const int64_t u = sweep[i], p = u / tiles;
     const Span r = clip(rows_of(f.rows.rows, u % tiles), alive);
     if (r.begin == r.end) continue;
     const int64_t calls = depth * (r.end - r.begin > kBlock ? 2 : 1);
     Prefetch prefetch = prefetch_beside(f, l, row, sweep, i, calls);
     const auto beside = [&]() __attribute__((always_inline)) { cells.advance(f, l, parity), prefetch(); };
-    const float* x = f.fused ? z[u % 2] : element<float>(f.projected, (p * f.chunk + row + r.begin) * kPanel);
-    step_product<C>(f, l, r, p, parity, x, z[u % 2], beside);
+    const float* x = f.fused ? z[turn] : element<float>(f.projected, (p * f.chunk + row + r.begin) * kPanel);
+    step_product<C>(f, l, r, p, parity, x, z[turn], beside);
     cells.finish(f, l, parity);
-    cells = UnitCells<C>(f, z[u % 2], x, l, r, p, parity, calls);
+    cells = UnitCells<C>(f, z[turn], x, l, r, p, parity, calls);
+    turn ^= 1;  // by units that have rows: the cells still read the other buffer
   }
   cells.finish(f, l, parity);
 }

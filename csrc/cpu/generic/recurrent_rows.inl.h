@@ -53,7 +53,7 @@ MK_INLINE void event_row(const RecurrentForward& f, const acc_t<T>* z, const acc
   C::template forward<T>(f, z, x, carry, h, gates, f.H, part);
   if (f.output) store(h, element<T>(f.output, at), part);
   if (f.cells) store(carry, element<T>(f.cells, at), part);
-  h.store(element<P>(f.hidden[1 - parity], lane));
+  store(h, element<P>(f.hidden[1 - parity], lane), part);  // zeros stay where there are no units: products read them
   if constexpr (kCarries<C>) carry.store(element<A>(f.carry, lane));
   if (rows.ends(l, r)) {
     if (f.h_n) store(h, element<T>(f.h_n, s.b * f.H + j), part);

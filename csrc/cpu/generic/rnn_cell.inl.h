@@ -20,7 +20,8 @@ struct RnnCell {
                                  Part part) {
     using V = Vec<acc_t<T>>;
     const V h = load<V>(row.state + at, part), dh = row.arriving(at, part);
-    store(f.relu ? select(V::zero() < h, dh, V::zero()) : dh * tanh_slope(h), row.dz + at, part);
+    // h is 0, or NaN, which must not vanish.
+    store(f.relu ? select(V::zero() < h, dh, h * dh) : dh * tanh_slope(h), row.dz + at, part);
   }
 };
 
