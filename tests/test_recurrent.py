@@ -9,7 +9,7 @@ from cases import DTYPES, INTERPRETED, Case, places
 
 import memkernels as mk
 from memkernels.bench.memory import saved_bytes
-from memkernels.testing import inputs, specs
+from memkernels.testing import compare, inputs, specs
 from memkernels.testing.recurrent import BIAS, spread
 from memkernels.testing.spec import Sample
 
@@ -91,6 +91,15 @@ def test_steps_that_leave_the_last_rows_of_a_tile_empty(op, backend, full, dtype
     lengths = torch.tensor([2] * full + [1] * (batch - full))
     ragged, whole = case.call({**given, "lengths": lengths})[0], case.call(given)[0]
     assert torch.equal(ragged[0], whole[0]) and torch.equal(ragged[1, :full], whole[1, :full])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@kernels
+def test_relu_finds_the_units_above_zero(backend, dtype):
+    """Of many units some are nearly zero: one that a kernel takes for zero, or the other way round, is an error of a whole gradient."""
+    sample = Sample("relu_wide", dict(T=20, B=16, I=33, H=130), dict(nonlinearity="relu"), BIAS)
+    rows = compare.measure(specs()["rnn"], sample, dtype, backend)
+    assert not [row.reason for row in rows if row.status != "ok"]
 
 
 @kernels

@@ -133,7 +133,7 @@ void zero_sums(const RecurrentBackward& f, int64_t item) {
 
 void run_recurrent(RecurrentBackward& f, const Lengths& lengths, bool reverse, DType type) {
   const int64_t item = item_size(type);
-  const RecurrentKernels& kernels = kernels_for(f.cell, f.rows.T, f.I, f.H, type);
+  const RecurrentKernels& kernels = kernels_for(f, type);
   const RecurrentFormat& format = kernels.format[int(type)];
   Scratch scratch;
   plan_rows(f.rows, lengths, reverse, format.row_tiles[int(f.cell)], scratch);

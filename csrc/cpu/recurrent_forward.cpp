@@ -104,7 +104,7 @@ void run_lines(const RecurrentForward& f, const Run& run, int rank, int size, Ba
 
 void run_recurrent(RecurrentForward& f, const Lengths& lengths, bool reverse, DType type) {
   if (f.rows.B == 0 || f.H == 0) return;
-  const RecurrentKernels& kernels = kernels_for(f.cell, f.rows.T, f.I, f.H, type);
+  const RecurrentKernels& kernels = kernels_for(f, type);
   const RecurrentFormat& format = kernels.format[int(type)];
   const CellShape& shape = kShapes[int(f.cell)];
   Scratch scratch;

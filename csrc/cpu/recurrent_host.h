@@ -45,12 +45,17 @@ void zero_past_ends(void* data, const RecurrentRows& rows, const Lengths& length
 void run_recurrent(RecurrentForward& f, const Lengths& lengths, bool reverse, DType type);
 void run_recurrent(RecurrentBackward& f, const Lengths& lengths, bool reverse, DType type);
 
-// Splitting the weights costs more than it saves where large ones meet few steps. The choice must not depend on B.
-inline const RecurrentKernels& kernels_for(Cell cell, int64_t steps, int64_t I, int64_t H, DType type) {
+// Two calls are not for matrix units: splitting the weights costs more than it saves where large ones meet few steps,
+// and where states are rounded before they are multiplied, relu would take 0 for units that are just above. The choice
+// must not depend on B.
+template <class Call>
+const RecurrentKernels& kernels_for(const Call& f, DType type) {
   constexpr int64_t kSteps = 32, kFew = 3, kWeights = 1 << 16;
   const RecurrentKernels& best = select(recurrent_levels);
-  const bool split = best.format[int(type)].product_bytes > 0, large = kShapes[int(cell)].gates * H * I > kWeights;
-  return split && steps < (large ? kSteps : kFew) ? select(recurrent_levels, int(cpu_level()) - 1) : best;
+  const RecurrentFormat& format = best.format[int(type)];
+  const bool large = kShapes[int(f.cell)].gates * f.H * f.I > kWeights, rounds = format.pack_bytes < format.sum_bytes;
+  const bool vectors = format.product_bytes ? f.rows.T < (large ? kSteps : kFew) : f.relu && rounds;
+  return vectors ? select(recurrent_levels, int(cpu_level()) - 1) : best;
 }
 
 inline Span share(int64_t n, int rank, int size) { return {n * rank / size, n * (rank + 1) / size}; }

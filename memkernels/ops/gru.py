@@ -52,9 +52,10 @@ def gru(
         output and gates (r, z, n, h_n), with `recompute` the output, in the input's dtype; any other call keeps nothing.
 
     Numerics:
-        Products are summed in float32 (float64 for float64). In half precision h enters the products of the next step as it is
-        returned. Results do not depend on B or on the number of threads, bit for bit. On CPUs with AMX the large products
-        of float32 are taken from three bfloat16 parts an operand (docs/ops/lstm.md): no less accurate, but below 2^-126 all is 0.
+        Products are summed in float32 (float64 for float64). In half precision h meets the weights of the next step as it is
+        returned where a matrix unit multiplies (AMX, Triton), in float32 elsewhere. On CPUs with AMX the large products of
+        float32 are taken from three bfloat16 parts an operand (docs/ops/lstm.md): no less accurate, but all below 2^-126 is 0.
+        Results do not depend on B or on the number of threads, bit for bit.
 
     Raises:
         ValueError: on a shape that does not fit, or a length outside 0..T (CPU only: on a GPU lengths are clamped, to avoid

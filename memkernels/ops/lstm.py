@@ -83,10 +83,11 @@ def lstm(
         output, cells and activated gates in the input's dtype, with `recompute` the output; any other call keeps nothing.
 
     Numerics:
-        Products are summed in float32 (float64 for float64) and c is carried in float32 from step to step. In half precision
-        h enters the next step as it is returned. Results do not depend on B or on the number of threads, bit for bit; masks are the
-        same on every backend. On CPUs with AMX the large products
-        of float32 are taken from three bfloat16 parts an operand (docs/ops/lstm.md): no less accurate, but below 2^-126 all is 0.
+        Products are summed in float32 (float64 for float64) and c is carried in float32 from step to step. In half precision h
+        meets the weights of the next step as it is returned where a matrix unit multiplies (AMX, Triton), in float32 elsewhere.
+        On CPUs with AMX the large products of float32 are taken from three bfloat16 parts an operand (docs/ops/lstm.md): no less
+        accurate, but all below 2^-126 is 0. Results do not depend on B or on the number of threads, bit for bit; masks are the
+        same on every backend.
 
     Raises:
         ValueError: on a shape that does not fit, a probability out of range, weight_co without output_gate="cell" or the other way

@@ -53,9 +53,11 @@ def rnn(
         output alone.
 
     Numerics:
-        Products are summed in float32 (float64 for float64). In half precision h enters the next step as it is returned. Results
-        do not depend on B or on the number of threads, bit for bit. On CPUs with AMX the large products
-        of float32 are taken from three bfloat16 parts an operand (docs/ops/lstm.md): no less accurate, but below 2^-126 all is 0.
+        Products are summed in float32 (float64 for float64). In half precision h meets the weights of the next step as it is
+        returned where a matrix unit multiplies (AMX, Triton), in float32 elsewhere. On CPUs with AMX the large products of
+        float32 are taken from three bfloat16 parts an operand (docs/ops/lstm.md): no less accurate, but all below 2^-126 is 0.
+        Results do not depend on B or on the number of threads, bit for bit. relu in bfloat16 does without AMX: h rounded would
+        take 0 for units just above it.
 
     Raises:
         ValueError: on a shape that does not fit, an unknown nonlinearity, or a length outside 0..T (CPU only: on a GPU lengths are
