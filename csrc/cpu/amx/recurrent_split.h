@@ -8,6 +8,18 @@
 namespace mk::cpu::MK_LEVEL {
 namespace {
 
+// Visits the units u = i * inner + j of a rank so that all i meet one group of j after the other, whose operands of
+// `depth` blocks of k stay in the second cache: one(i, j).
+template <class One>
+MK_INLINE void by_groups(Span units, int64_t inner, int64_t depth, const One& one) {
+  constexpr int64_t kBytes = 3 << 18, kOperand = 2 * kSplitTile * int64_t(sizeof(B16));
+  const int64_t fits = kBytes / (kOperand * (depth < 1 ? 1 : depth)), group = fits < 1 ? 1 : fits;
+  for (int64_t begin = 0; begin < inner; begin += group)
+    for (int64_t i = units.begin / inner; i < tiles_of(units.end, inner); i++)
+      for (int64_t j = begin; j < smaller(begin + group, inner); j++)
+        if (i * inner + j >= units.begin && i * inner + j < units.end) one(i, j);
+}
+
 template <class C>
 void pack_split(const RecurrentForward& f, Span panels) {
   constexpr int64_t kVectors = shape_of<C>().vectors();
@@ -78,10 +90,9 @@ void project_split(const RecurrentForward& f, Span lines, Span units) {
   const Tiles shape;
   const int64_t count = (lines.end - lines.begin) * f.rows.rows, tiles = tiles_of(count, kRows);
   const int64_t vectors = f.panels * shape_of<C>().vectors();
-  for (int64_t u = units.begin; u < units.end; u++) {
-    const int64_t v = u / tiles * 2;
-    project_vectors<C>(f, lines, rows_of(count, u % tiles), {v, smaller(v + 2, vectors)});
-  }
+  by_groups(units, tiles, depth_of(f.I), [&](int64_t pair, int64_t tile) {
+    project_vectors<C>(f, lines, rows_of(count, tile), {pair * 2, smaller(pair * 2 + 2, vectors)});
+  });
 }
 
 template <class C>
@@ -148,15 +159,13 @@ __attribute__((noinline)) void input_gradient_plainly(const RecurrentBackward& f
   }
 }
 
-// Units: panels, each with the row tiles. A few row tiles at a time with all panels of a rank: they stay in the second
-// cache, the weights do not.
+// Units: panels, each with the row tiles.
 void input_backward_split(const RecurrentBackward& f, Span lines, const void* dz, Span units) {
-  constexpr int64_t kGroup = 4;
   const Tiles shape;
   alignas(64) float product[kRows * 32];
   const int64_t count = (lines.end - lines.begin) * f.rows.rows, tiles = tiles_of(count, kRows);
   const int64_t depth = depth_of(f.gate_rows()), column = depth * kSplitTile;
-  const auto one = [&](int64_t p, int64_t tile) {
+  by_groups(units, tiles, depth, [&](int64_t p, int64_t tile) {
     const Span rows = rows_of(count, tile);
     const B16 *left = element<B16>(f.left, rows.begin * depth * kParts * kDepth),
               *right = element<B16>(f.packed_ih, p * 2 * column);
@@ -167,11 +176,7 @@ void input_backward_split(const RecurrentBackward& f, Span lines, const void* dz
         input_gradient_plainly(f, element<float>(dz, r * f.ld_gates), p * 32, row);
       store_input_gradient<float>(f, lines, r, p * 32, 32, row);
     }
-  };
-  for (int64_t group = 0; group < tiles; group += kGroup)
-    for (int64_t p = units.begin / tiles; p < tiles_of(units.end, tiles); p++)
-      for (int64_t tile = group; tile < smaller(group + kGroup, tiles); tile++)
-        if (p * tiles + tile >= units.begin && p * tiles + tile < units.end) one(p, tile);
+  });
 }
 
 // A block of weight gradients without splitting: columns of dz against columns of x or the states.
@@ -186,7 +191,7 @@ __attribute__((noinline)) void weight_gradient_plainly(const RecurrentBackward& 
   }
 }
 
-// Units: blocks of columns of dz, each with all panels: the panels stay in the second cache.
+// Units: blocks of columns of dz, each with all panels.
 void weight_backward_split(const RecurrentBackward& f, Span lines, const void* dz, void* scratch, Span units) {
   const Tiles shape;
   alignas(64) float product[kRows * 32];
@@ -194,11 +199,11 @@ void weight_backward_split(const RecurrentBackward& f, Span lines, const void* d
   const int64_t panels = input_panels + (f.sum_hh ? tiles_of(f.H, 32) : 0);
   const int64_t count = (lines.end - lines.begin) * f.rows.rows, depth = depth_of(count), column = depth * kSplitTile;
   const bool fresh = f.first_chunk(lines);
-  for (int64_t u = units.begin; u < units.end; u++) {
-    const GradientBlock block = gradient_block(f, u, panels, input_panels);
-    if (!block.used) continue;
+  by_groups(units, panels, depth, [&](int64_t columns, int64_t panel) {
+    const GradientBlock block = gradient_block(f, columns * panels + panel, panels, input_panels);
+    if (!block.used) return;
     const B16 *left = element<B16>(f.transposed, block.columns.begin / kBlock * column),
-              *right = element<B16>(f.operand, u % panels * 2 * column);
+              *right = element<B16>(f.operand, panel * 2 * column);
     split_product(depth, left_tiles(left, depth), right, right + column, product);
     bool any = false;
     for (int64_t i = 0; i < (block.columns.end - block.columns.begin) * 32; i += kBlock)
@@ -210,7 +215,7 @@ void weight_backward_split(const RecurrentBackward& f, Span lines, const void* d
                               block.first, block.width, product);
     }
     add_weight_gradient<float>(f, block.hidden, fresh, block.columns, block.first, 32, product);
-  }
+  });
 }
 
 }  // namespace
