@@ -9,8 +9,8 @@
 namespace mk::cpu::MK_LEVEL {
 namespace {
 
-constexpr RecurrentFormat kFormat = {kBlock, 2,     4,      kDepth, 512,    {kRows, kRows, kRows},
-                                     kRows,  kRows, kBlock, false,  1 << 20, 0,   0,      0};
+constexpr RecurrentFormat kFormat = {kBlock, 2,       4, kDepth, 512, {kRows, kRows, kRows}, kRows, kRows, kBlock,
+                                     false,  1 << 20, 0, 0,      0};
 
 constexpr RecurrentFormat split_format() {
   RecurrentFormat f = format_of<float>(256, true);
