@@ -17,7 +17,7 @@ kernels = pytest.mark.parametrize("backend", [label for label, device in places(
 def run(op, backend, inputs, upstream=None):
     """Output and gradients by name."""
     case = Case(specs()[op], backend, inputs["input"].dtype, Sample("one", DIMS, {}, BIAS), "cpu")
-    given = {n: t if t is None else t.detach().requires_grad_() for n, t in inputs.items()}
+    given = {n: t.detach().requires_grad_() if t is not None and t.is_floating_point() else t for n, t in inputs.items()}
     output = case.call(given)[0]
     names = case.differentiable(given)
     grads = torch.autograd.grad(output, [given[n] for n in names], torch.ones_like(output) if upstream is None else upstream)
@@ -63,6 +63,20 @@ def test_an_infinite_weight_and_upstream_gradient(op, backend):
     torch.testing.assert_close(
         run(op, backend, inputs)["output"], run(op, "reference", inputs)["output"], rtol=1e-4, atol=1e-5, equal_nan=True
     )
+
+
+@kernels
+@ops
+def test_an_infinite_gradient_at_a_reset(op, backend):
+    """The state that enters is zero there, and zero times an infinite gradient is NaN."""
+    inputs = draw(op)
+    inputs["reset"] = torch.zeros(DIMS["T"], DIMS["B"], dtype=torch.bool)
+    inputs["reset"][2, 1] = True
+    upstream = torch.ones(DIMS["T"], DIMS["B"], DIMS["H"])
+    upstream[2, 1, 1] = torch.inf
+    expected, found = run(op, "reference", inputs, upstream), run(op, backend, inputs, upstream)
+    for name, value in expected.items():
+        assert torch.equal(found[name].isfinite(), value.isfinite()), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

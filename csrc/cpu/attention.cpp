@@ -232,7 +232,7 @@ void backward(const TensorView& dquery, const TensorView& dkey, const TensorView
   const auto& kernels = select(attention_levels);
   const int type = int(dtype);
   pybind11::gil_scoped_release nogil;
-  if (a.batch * a.heads == 0) {  // only a mask that is shared by no rows has elements
+  if (a.batch * a.heads == 0) {  // no heads of queries, no heads of keys: of the gradients a shared mask's has elements
     if (a.dmask) std::memset(a.dmask, 0, size_t(dmask.numel() * item_size(dtype)));
     return;
   }

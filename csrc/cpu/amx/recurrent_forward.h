@@ -158,7 +158,7 @@ class UnitCells {
 // of the rows, or what was projected for the unit after the i-th.
 MK_INLINE Prefetch prefetch_beside(const RecurrentForward& f, int64_t l, int64_t row, const Sweep& sweep, int64_t i,
                                    int64_t calls) {
-  const int64_t tiles = tiles_of(f.rows.rows, kRows), next = sweep[i + 1];
+  const int64_t tiles = tiles_of(f.rows.rows, kRows), next = i + 1 < sweep.count() ? sweep[i + 1] : 0;
   if (f.fused) {
     const Span share = tile_of(f.rows.rows, sweep.count(), i);
     const int64_t after = f.rows.next(l);

@@ -186,8 +186,8 @@ __attribute__((noinline)) void weight_gradient_plainly(const RecurrentBackward& 
   for (int64_t n = columns.begin; n < columns.end; n++, out += 32) {
     for (int64_t j = 0; j < 32; j++) out[j] = 0;
     for (int64_t r = 0; r < count; r++)
-      for (int64_t j = 0; rows[r] && j < smaller(32, width - first); j++)
-        out[j] = __builtin_fmaf(dz[r * f.ld_gates + n], rows[r][first + j], out[j]);
+      for (int64_t j = 0; j < smaller(32, width - first); j++)
+        out[j] = __builtin_fmaf(dz[r * f.ld_gates + n], rows[r] ? rows[r][first + j] : 0.0f, out[j]);
   }
 }
 

@@ -2,7 +2,7 @@
 // added up, the small ones first.
 //
 //   x = high + middle + low, each the rounding of what the ones before left: exact for 24 bits
-//   x y = low high + middle high + middle middle + high middle + high low + high high, within 2^-26 of |x y|
+//   x y = low high + middle high + middle middle + high middle + high low + high high, within 2^-24 of |x y|
 //
 // Henry, Tang, Heinecke 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision
 // Computations". A sum of products is as accurate as one of float32 fma: 32 terms are summed from zero before they are

@@ -1,5 +1,7 @@
 // The pointwise step of rnn: h = tanh(z), or max(z, 0)
 #pragma once
+#include <limits>
+
 #include "cpu/generic/gates.inl.h"
 #include "cpu/generic/recurrent_state.inl.h"
 
@@ -20,8 +22,9 @@ struct RnnCell {
                                  Part part) {
     using V = Vec<acc_t<T>>;
     const V h = load<V>(row.state + at, part), dh = row.arriving(at, part);
-    // h is 0, or NaN, which must not vanish.
-    store(f.relu ? select(V::zero() < h, dh, h * dh) : dh * tanh_slope(h), row.dz + at, part);
+    // As in torch, only units at 0 are dead: one that is NaN is not.
+    const V least = V::set1(std::numeric_limits<acc_t<T>>::denorm_min());
+    store(f.relu ? select(h < least, V::zero(), dh) : dh * tanh_slope(h), row.dz + at, part);
   }
 };
 

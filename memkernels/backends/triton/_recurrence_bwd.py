@@ -118,7 +118,7 @@ def _simple_cell(dh, output_ptr, gates_ptr, old, own, place, gate, tile, CELL: t
     else:
         y = tl.load(output_ptr + own, mask=tile, other=0.0).to(tl.float32)
         if CELL == RELU:
-            dz = tl.where(y > 0, dh, y * dh)  # y is 0, or NaN, which must not vanish
+            dz = tl.where(y <= 0, 0.0, dh)  # as in torch, only units at 0 are dead: one that is NaN is not
         else:
             dz = dh * (1 - y * y)
         return dz, dz, dz, dz, tl.zeros_like(dh)
