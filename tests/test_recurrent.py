@@ -122,6 +122,24 @@ def test_relu_is_dead_where_torchs_is(backend):
             torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-4, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@kernels
+def test_relu_is_dead_at_zero_where_denormal_numbers_are_flushed(backend):
+    case = case_of("rnn", backend, torch.float32, dict(T=5, B=2, I=3, H=20), nonlinearity="relu")
+    given = case.inputs()
+    given["weight_ih"][3], given["weight_hh"][3] = 0, 0
+    given["bias_ih"][3] = given["bias_hh"][3] = -1
+    found = []
+    try:
+        for flush in (False, True):
+            torch.set_flush_denormal(flush)
+            found.append(case.evaluate(given))
+    finally:
+        torch.set_flush_denormal(False)
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, msg=lambda m, name=name: f"{name}: {m}")
+    assert not found[1]["d bias_ih"][3]
+
+
 RAGGED = {
     "lstm": [((), {}), (("reset", "reset_h", "reset_c", "peephole", "norm_weight", "norm_bias"), dict(reverse=True, return_cells=True))],
     "gru": [((), {}), (("reset", "reset_state"), dict(reverse=True))],

@@ -26,8 +26,8 @@ void pack_split(const RecurrentForward& f, Span panels) {
   for (int64_t p = panels.begin; p < panels.end; p++) {
     for (int64_t v = 0; v < kVectors; v++) {
       const auto [row, units] = gate_vector<C>(f.H, kBlock, p, v, shape_of<C>().rotation);
-      split_rows<true>(element<float>(f.weight_ih, row * f.weight_ih_n), f.weight_ih_n, units, f.I,
-                       element<B16>(f.packed_ih, (p * kVectors + v) * depth_of(f.I) * kSplitTile));
+      split_rows(element<float>(f.weight_ih, row * f.weight_ih_n), f.weight_ih_n, units, f.I,
+                 element<B16>(f.packed_ih, (p * kVectors + v) * depth_of(f.I) * kSplitTile));
     }
     pack_gates<C, float>(element<float>(f.weight_hh, 0), f.weight_hh_n, f.H, p, 0, f.H,
                          element<float>(f.packed_hh, p * f.k_hidden * kWide<C>));

@@ -43,9 +43,7 @@ MK_INLINE void split_row(const float* from, int64_t width, int64_t depth, B16* o
     }
 }
 
-// Tiles of a matrix whose rows lie along k, [k block][part][tile]: 16 rows become the columns of a right operand, or
-// stay the rows of a left one.
-template <bool kRight>
+// Tiles of a right operand, [k block][part][tile], whose 16 columns are rows that lie along k.
 MK_INLINE void split_rows(const float* from, int64_t stride, int64_t rows, int64_t count, B16* out) {
   for (int64_t k = 0; k < count; k += kDepth, out += kSplitTile) {
     __m512i words[kParts][16];
@@ -57,7 +55,7 @@ MK_INLINE void split_rows(const float* from, int64_t stride, int64_t rows, int64
         words[i][l] = _mm512_inserti64x4(_mm512_castsi256_si512(a.part[i]), b.part[i], 1);
     }
     for (int64_t i = 0; i < kParts; i++) {
-      if (kRight) transpose_words(words[i]);
+      transpose_words(words[i]);
       for (int64_t l = 0; l < 16; l++) _mm512_storeu_si512(out + i * kTile + l * kDepth, words[i][l]);
     }
   }

@@ -22,8 +22,9 @@ struct RnnCell {
                                  Part part) {
     using V = Vec<acc_t<T>>;
     const V h = load<V>(row.state + at, part), dh = row.arriving(at, part);
-    // As in torch, only units at 0 are dead: one that is NaN is not.
-    const V least = V::set1(std::numeric_limits<acc_t<T>>::denorm_min());
+    // As in torch, only units at 0 are dead: one that is NaN is not. The bound is no denormal number, which threads
+    // that flush those take for 0.
+    const V least = V::set1(std::numeric_limits<acc_t<T>>::min());
     store(f.relu ? select(h < least, V::zero(), dh) : dh * tanh_slope(h), row.dz + at, part);
   }
 };

@@ -34,10 +34,10 @@ def backward(
     if not rows.count:
         return without_steps((input, h0, weight_ih, weight_hh, bias_ih, bias_hh, reset_h), [start])
     weight, seen = dense(compute(weight_hh), 1, num_heads), rows.living(compute(input))
-    slope, dead = each(1 - output * output), each(output <= 0)
+    slope = each(output <= 0 if relu else 1 - output * output)
 
     def step(t, dh):
-        dz = dh.masked_fill(dead[t], 0) if relu else dh * slope[t]
+        dz = dh.masked_fill(slope[t], 0) if relu else dh * slope[t]
         return (dz @ weight,), (dz,)
 
     (dh0,), (dz,), resets = rows.backward(step, [start], [compute(doutput)], reset_h is not None)
