@@ -67,10 +67,11 @@ def find_ninja():
     raise BuildSkipped("ninja not found")
 
 
-def includes():
+def includes(folder, *more):
     import pybind11
 
-    return [str(CSRC), pybind11.get_include(), sysconfig.get_path("include")]
+    system = (pybind11.get_include(), sysconfig.get_path("include"), *more)
+    return " ".join(f"-isystem {shlex.quote(str(path))}" for path in system) + f" -I{os.path.relpath(CSRC, folder)}"
 
 
 def jobs():
@@ -122,15 +123,19 @@ class NinjaFile:
     def rule(self, name, command, **variables):
         self.lines += [f"rule {name}", f"  command = {command}"] + [f"  {key} = {value}" for key, value in variables.items()]
 
+    def path(self, path):
+        """A path as ninja reads it, relative to the folder: a copied tree then finds its copied objects up to date."""
+        return quote(os.path.relpath(path, self.folder))
+
     def compile(self, rule, source, flags=""):
         target = Path("obj") / Path(source).relative_to(CSRC).with_suffix(Path(source).suffix + ".o")
-        self.lines += [f"build {quote(target)}: {rule} {quote(source)}", f"  flags = {flags}"]
+        self.lines += [f"build {quote(target)}: {rule} {self.path(source)}", f"  flags = {flags}"]
         self.objects.append(target)
 
     def link(self, target, command):
         # Linked beside and moved: a process that has the old module mapped keeps it.
         self.lines += ["rule link", f"  command = {command} -o $out.tmp && mv -f $out.tmp $out"]
-        self.lines += [f"build {quote(target)}: link {' '.join(quote(o) for o in self.objects)}", ""]
+        self.lines += [f"build {self.path(target)}: link {' '.join(quote(o) for o in self.objects)}", ""]
 
     def build(self, verbose):
         path = self.folder / "build.ninja"
@@ -151,8 +156,7 @@ def build_cpu(target, verbose):
     levels = supported_levels(compiler)
     defines = " ".join(f"-DMK_HAVE_{level.upper()}=1" for level in levels)
     ninja = NinjaFile(build_folder(f"cpu-{kind}"))
-    include = " ".join(f"-isystem {shlex.quote(path)}" for path in includes()[1:]) + f" -I{shlex.quote(str(CSRC))}"
-    flags = f"{optimise} {COMMON_FLAGS} {defines} {include} {os.environ.get('CXXFLAGS', '')}"
+    flags = f"{optimise} {COMMON_FLAGS} {defines} {includes(ninja.folder)} {os.environ.get('CXXFLAGS', '')}"
     ninja.rule("cxx", f"{compiler} -MMD -MF $out.d {flags} $flags -c $in -o $out", deps="gcc", depfile="$out.d", description="CXX $out")
     sources = [CSRC / "bindings.cpp", *sorted((CSRC / "common").glob("*.cpp")), *sorted((CSRC / "cpu").glob("*.cpp"))]
     for source in sources:
@@ -202,8 +206,7 @@ def build_cuda(target, verbose):
     compiler, (nvcc, home) = find_compiler(), find_cuda()
     codes, archs = gencode(nvcc)
     ninja = NinjaFile(build_folder("cuda"))
-    system = " ".join(f"-isystem {shlex.quote(path)}" for path in [*includes()[1:], str(home / "include")])
-    include = f"{system} -I{shlex.quote(str(CSRC))}"
+    include = includes(ninja.folder, home / "include")
     cxx = f"{compiler} -MMD -MF $out.d -O2 {COMMON_FLAGS} {include} $flags -c $in -o $out"
     ninja.rule("cxx", cxx, deps="gcc", depfile="$out.d", description="CXX $out")
     host = "-fPIC,-fvisibility=hidden"

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attention import attention_targets
 from recurrent import recurrent_targets
-from target import BF16, Target, measure
+from target import Target, measure
 
 from memkernels import bench, cpu_level
 from memkernels.bench.environment import binding_note, cpu_model
@@ -30,24 +31,6 @@ RESULTS = Path(__file__).resolve().parent / "results"
 AGAINST = {"us": "us a call", "read": "read bandwidth", "backward": "one backward", "saved": "saved by torch"}
 
 
-def _shared(*axes):
-    """The float mask has size 1 along these axes."""
-
-    def twist(tensors):
-        mask = tensors["attn_mask"]
-        for axis in axes:
-            mask = mask.narrow(axis, 0, 1)
-        return {"attn_mask": mask}
-
-    return twist
-
-
-def _attention(b, q, k, d=64, v=64, **options):
-    name = f"B{b}_Q{q}_K{k}" if q != k else f"B{b}_S{q}"
-    name += f"_V{v}" if v != d else ""
-    return Sample(name + ("_causal" if options.get("is_causal") else ""), dict(B=b, NH=8, NHk=8, Q=q, K=k, D=d, V=v), options)
-
-
 def targets() -> Iterator[Target]:
     """All of them, in the order of the table."""
     for b, n, bars in ((4, 65536, dict(eager=8, compile=4)), (16, 4096, dict(eager=5, compile=2.5)), (32, 128, dict(eager=1.5))):
@@ -55,29 +38,13 @@ def targets() -> Iterator[Target]:
     yield Target("content_read", Sample("B4_N65536", dict(B=4, N=65536, W=64, R=4, V=64)), "forward", dict(eager=6, compile=3, read=0.5))
     for h, bars in ((1, dict(eager=4, compile=1.5)), (4, dict(eager=12, compile=5))):
         yield Target("memory_write", Sample(f"H{h}_B4_N65536", dict(B=4, N=65536, W=64, H=h)), "fwd+bwd", bars)
-    yield from _attention_targets()
+    yield from attention_targets()
     yield from recurrent_targets()
     for spec in specs().values():
         tiny = dataclasses.replace(spec.samples[0], name="tiny")
         yield Target(spec.name, tiny, "forward", dict(us=15))
         yield Target(spec.name, tiny, "training forward", dict(us=45))
         yield Target(spec.name, tiny, "fwd+bwd", dict(us=45))  # both calls together; torch.matmul's own pair takes as long here
-
-
-def _attention_targets() -> Iterator[Target]:
-    square = [_attention(b, s, s, **options) for b, s in ((2, 1024), (1, 4096)) for options in ({}, dict(is_causal=True))]
-    for dtype, forward, training in ((torch.float32, 1.1, 1.1), (BF16, 1.8, 2.5)):
-        for sample in square:
-            yield Target("attention", sample, "forward", dict(sdpa=forward), dtype)
-            yield Target("attention", sample, "fwd+bwd", dict(sdpa=training), dtype)
-    for sample, axes in ((square[0], (0,)), (square[2], (0, 1))):
-        masked = dataclasses.replace(sample, name=sample.name + "_mask", present=("attn_mask",), twist=_shared(*axes))
-        yield Target("attention", masked, "fwd+bwd", dict(sdpa=2))
-    for b, s in ((2, 1024), (1, 4096)):
-        for mode in ("forward", "fwd+bwd"):
-            yield Target("attention", _attention(b, s, s, 64, 96), mode, dict(sdpa=2))
-    yield Target("attention", _attention(1, 4, 65536), "forward", dict(sdpa=1.5))
-    yield Target("attention", _attention(1, 4, 65536), "fwd+bwd", dict(sdpa=3))
 
 
 def table(found: list[dict[str, Any]]) -> str:
