@@ -71,7 +71,7 @@ def includes(folder, *more):
     import pybind11
 
     system = (pybind11.get_include(), sysconfig.get_path("include"), *more)
-    return " ".join(f"-isystem {shlex.quote(str(path))}" for path in system) + f" -I{os.path.relpath(CSRC, folder)}"
+    return " ".join(f"-isystem {shlex.quote(os.path.realpath(path))}" for path in system) + f" -I{os.path.relpath(CSRC, folder)}"
 
 
 def jobs():
