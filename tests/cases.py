@@ -93,12 +93,18 @@ def _reasons(op: str, sample: str, dtype: torch.dtype, device: str) -> dict[str,
 
 @functools.cache
 def places(levels: str) -> list[tuple[str, str]]:
-    """(backend label, device) pairs; levels: "best", "lower" (C++ kernels below the machine's best instruction set) or "all"."""
+    """(backend label, device) pairs.
+
+    levels: "best", "lower" (C++ kernels below the machine's best instruction set), "all", or "traced": where what is checked is the graph
+    around the op, which knows no backend, the one that would run.
+    """
     if levels == "lower":
         return [pair for pair in places("all") if pair not in places("best")]
     if INTERPRETED:
         return [("triton", "cpu")]
     found = ["reference", "cpp"] if memkernels.backends()["cpp"] is None else ["reference"]
+    if levels == "traced":
+        found = found[-1:]
     if levels == "all":
         found += [label for label in compare.labels() if label.startswith("cpp:")]
     pairs = [(label, "cpu") for label in found]

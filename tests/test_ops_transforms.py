@@ -126,7 +126,7 @@ def test_compile_with_inductor(case):
     compiled(case)
 
 
-@pytest.mark.parametrize("case", one_per_op(DTYPES[1]))
+@pytest.mark.parametrize("case", one_per_op(DTYPES[1], levels="traced"))
 def test_compile_dynamic(case):
     """One graph for every size, but for the width of the first input, a constant of a model: two graphs serve four sizes."""
     torch._dynamo.reset()
@@ -149,7 +149,7 @@ def test_compile_dynamic(case):
     assert len(graphs) <= 2, f"{len(graphs)} graphs for four sizes"
 
 
-@pytest.mark.parametrize("case", one_per_op())
+@pytest.mark.parametrize("case", one_per_op(levels="traced"))
 def test_compile_of_vmap_of_grad(case):
     """torch drops a custom backward here without a word; the router must not let it."""
     torch._dynamo.reset()

@@ -57,7 +57,8 @@ def drawn_sample(op, seed):
     return Sample(f"drawn_{seed}", dims, options, tuple(present), twist)
 
 
-DRAWN = [(op, seed) for op, count in (("lstm", 24), ("gru", 6), ("rnn", 6)) for seed in range(count)]
+COUNTS = (("lstm", 16, 24), ("gru", 4, 6), ("rnn", 4, 6))  # in `make test`, and in all
+DRAWN = [pytest.param(op, seed, marks=[pytest.mark.slow] if seed >= short else []) for op, short, count in COUNTS for seed in range(count)]
 
 
 @backends
