@@ -167,7 +167,7 @@ __attribute__((noinline)) void rebase_row(const HalfUnits& w, const Unit& unit, 
 
 // A unit at work: `moved` collects the rows whose base has to move.
 struct UnitRows {
-  const float* scores;
+  float* scores;
   uint16_t* weights;
   float scale;
   uint32_t moved;
@@ -175,12 +175,14 @@ struct UnitRows {
   UnitRows(const AttentionArgs& a, const HalfUnits& w, int64_t odd)
       : scores(w.scores + odd * w.kScores),
         weights(w.weights + odd * w.kScores),
-        scale(float(a.scale) * kUnit<float>),
+        scale(factor_after_cap<float>(a) * kUnit<float>),
         moved(0) {}
 
-  template <bool edge, bool fresh>
+  template <bool edge, bool fresh, bool cap>
   MK_INLINE void row(const AttentionArgs& a, const HalfUnits& w, const Unit& unit, int64_t row) {
-    const float* s = scores + row * kUnitKeys;
+    float* s = scores + row * kUnitKeys;
+    Vec<float> slope;
+    for (int64_t k = 0; cap && k < kUnitKeys; k += 16) capped(a, Vec<float>::load(s + k), slope).store(s + k);
     const uint64_t seen = edge ? unit_sees(a, w, unit, row) : ~uint64_t(0);
     if (fresh) unit.shift[row] = -(unit_highest(s, seen) * scale);
     const __m512 sum =
@@ -201,13 +203,13 @@ struct UnitRows {
   }
 };
 
-template <bool edge, bool fresh>
+template <bool edge, bool fresh, bool cap>
 __attribute__((noinline)) void run_unit(const AttentionArgs& a, const HalfUnits& w, const Unit& unit, TileSteps tiles,
                                         int64_t odd) {
   UnitRows rows(a, w, odd);
   int64_t done = 0;
   for (int64_t row = 0; row < unit.rows; row++) {
-    rows.row<edge, fresh>(a, w, unit, row);
+    rows.row<edge, fresh, cap>(a, w, unit, row);
     for (; done * 32 < (row + 1) * tiles.steps; done++) tiles.step();
   }
   for (; done < tiles.steps; done++) tiles.step();
@@ -218,8 +220,8 @@ __attribute__((noinline)) void run_unit(const AttentionArgs& a, const HalfUnits&
 template <int kPair>
 MK_INLINE void fixed_pairs(const AttentionArgs& a, const HalfUnits& w, const Unit& unit, UnitRows& rows,
                            float* next_scores, const uint16_t* past_weights) {
-  rows.row<false, false>(a, w, unit, 2 * kPair);
-  rows.row<false, false>(a, w, unit, 2 * kPair + 1);
+  rows.row<false, false, false>(a, w, unit, 2 * kPair);
+  rows.row<false, false, false>(a, w, unit, 2 * kPair + 1);
   constexpr bool kScoring = kPair < 8;
   constexpr int64_t kDepth = kPair / 2 % 2 * 32, kColumn = kPair / 4 % 2 * 32, kB = (kDepth / 2 * 64 + kColumn) * 2;
   const Unit &next = *(&unit + 1), &past = *(&unit - 1);
@@ -239,9 +241,10 @@ MK_INLINE void run_tiles(TileSteps tiles) {
   for (int64_t i = 0; i < tiles.steps; i++) tiles.step();
 }
 
+template <bool cap>
 MK_INLINE void run_units(const AttentionArgs& a, const HalfUnits& w, int64_t count) {
   if (count == 0) return;
-  const bool square = w.width == 64 && w.value_width == 64;
+  const bool square = w.width == 64 && w.value_width == 64 && !cap;
   run_tiles({w, w.units, nullptr, 1});
   for (int64_t i = 0; i < count; i++) {
     const Unit& unit = w.units[i];
@@ -250,9 +253,9 @@ MK_INLINE void run_units(const AttentionArgs& a, const HalfUnits& w, int64_t cou
       run_fixed_unit(a, w, unit, i % 2);
       continue;
     }
-    const auto run = unit.edge    ? unit.fresh ? run_unit<true, true> : run_unit<true, false>
-                        : unit.fresh ? run_unit<false, true>
-                                  : run_unit<false, false>;
+    const auto run = unit.edge    ? unit.fresh ? run_unit<true, true, cap> : run_unit<true, false, cap>
+                     : unit.fresh ? run_unit<false, true, cap>
+                                  : run_unit<false, false, cap>;
     run(a, w, unit, {w, i + 1 < count ? &unit + 1 : nullptr, i ? &unit - 1 : nullptr, i % 2}, i % 2);
   }
   run_tiles({w, nullptr, w.units + count - 1, count % 2});
@@ -307,7 +310,8 @@ bool unit_blocks(const AttentionArgs& a, HalfUnits& w, int64_t b, int64_t h, int
     if (pack_pairs_down(rows_of<bfloat16>(a.value, b, shared, first), a.value.row, keys, a.value_width, w.value,
                         (keys + kUnitKeys - 1) / kUnitKeys * kUnitKeys))
       return false;
-    run_units(a, w, list_units(a, w, begin, end, first, keys, started));
+    const int64_t count = list_units(a, w, begin, end, first, keys, started);
+    a.softcap > 0 ? run_units<true>(a, w, count) : run_units<false>(a, w, count);
   }
   return true;
 }
@@ -325,7 +329,7 @@ void half_forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, i
                   void* memory) {
   if (needs_bias(a) || a.seed) return half_forward_biased(a, b, h, begin, end, split, memory);
   HalfUnits w(a, memory);
-  const int64_t start = split * a.split_keys, stop = smaller(start + a.split_keys, a.keys), rows = end - begin;
+  const int64_t start = split * a.split_keys, stop = smaller(start + a.split_keys, a.seen_keys), rows = end - begin;
   bool done = unit_blocks(a, w, b, h, begin, end, start, stop);
   for (int64_t i = 0; done && i < rows; i++)
     done = !(__builtin_fabsf(w.shift[i]) > kMostShift) || __builtin_isinf(w.shift[i]);

@@ -48,7 +48,7 @@ def dropout(seed, head, i, k, threshold, inverse):
     return tl.where(x >= tl.cast(threshold, tl.int64).to(tl.uint32), inverse, 0.0)
 
 
-def supports(query, key, value, attn_mask, seed, scale, dropout_p, left, right, causal):
+def supports(query, key, value, attn_mask, sink, lengths_k, seed, scale, softcap, dropout_p, left, right, causal):
     width = max(query.shape[3], value.shape[3])
     if width > _launch.MAX_WIDTH:
         return f"a head of {width} elements is over the limit of {_launch.MAX_WIDTH}"
