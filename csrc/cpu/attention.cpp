@@ -126,8 +126,8 @@ void forward(const TensorView& out, const TensorView& lse, const TensorView& sta
              const InputView& key, const InputView& value, const InputView& mask, const TensorView& sink,
              const TensorView& lengths, const TensorView& seed, double scale, double softcap, double dropout,
              int64_t left, int64_t right, bool bottom_right) {
-  AttentionArgs a = arguments(query, key, value, mask, sink, lengths, seed,
-                              {scale, softcap, dropout, left, right, bottom_right});
+  AttentionArgs a =
+      arguments(query, key, value, mask, sink, lengths, seed, {scale, softcap, dropout, left, right, bottom_right});
   const DType dtype = query.dtype();
   check_output(kOp, "out", out, {a.batch, a.heads, a.queries, a.value_width}, dtype);
   check_output(kOp, "lse", lse, {a.batch, a.heads, a.queries}, wide(dtype));
@@ -170,9 +170,9 @@ void by_mask_row(const AttentionArgs& a, const AttentionKernels& kernels, int ty
     const int64_t row = task / a.key_heads, h = task % a.key_heads;
     AttentionArgs room;
     for (int64_t b = row * a.mask_group; b < (row + 1) * a.mask_group; b++)
-      kernels.backward[type](
-          entry_of(a, b, room),
-          {b, h, 0, a.keys, 0, a.queries, 0, a.dquery != nullptr, a.dkey || a.dvalue, false, true}, scratch);
+      kernels.backward[type](entry_of(a, b, room),
+                             {b, h, 0, a.keys, 0, a.queries, 0, a.dquery != nullptr, a.dkey || a.dvalue, false, true},
+                             scratch);
   });
 }
 
@@ -250,8 +250,8 @@ void backward(const TensorView& dquery, const TensorView& dkey, const TensorView
               const InputView& key, const InputView& value, const InputView& mask, const TensorView& sink,
               const TensorView& lengths, const TensorView& seed, const InputView& out, const TensorView& stats,
               double scale, double softcap, double dropout, int64_t left, int64_t right, bool bottom_right) {
-  AttentionArgs a = arguments(query, key, value, mask, sink, lengths, seed,
-                              {scale, softcap, dropout, left, right, bottom_right});
+  AttentionArgs a =
+      arguments(query, key, value, mask, sink, lengths, seed, {scale, softcap, dropout, left, right, bottom_right});
   const DType dtype = query.dtype();
   a.dout = checked("dout", dout, {a.batch, a.heads, a.queries, a.value_width}, dtype);
   a.out = checked("out", out, {a.batch, a.heads, a.queries, a.value_width}, dtype);

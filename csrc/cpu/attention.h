@@ -16,7 +16,7 @@ struct AttentionArgs {
   void *out_data, *lse_data, *stats_data, *dquery, *dkey, *dvalue, *dmask,
       *dsink;  // written, contiguous; a gradient nobody needs is null
   int64_t batch, heads, key_heads, queries, keys, width, value_width;
-  double scale, softcap;  // softcap > 0: scores s become softcap tanh(s / softcap) before the mask is added
+  double scale, softcap;       // softcap > 0: scores s become softcap tanh(s / softcap) before the mask is added
   int64_t left, right, shift;  // query i sees keys i + shift - left to i + shift + right; a limit < 0 is none
 
   // Keys of each batch entry (null: all), and what follows from it for one of them, see entry_of().

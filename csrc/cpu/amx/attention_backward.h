@@ -179,7 +179,7 @@ MK_INLINE void half_operands(const AttentionArgs& a, const HalfBackward& w, int6
       const bool inside = bottom.first <= low && top.last >= low + 32 && key + 32 <= keys;
       const bool cap = a.softcap > 0;
       const auto gradients = inside ? cap ? half_gradients<false, true> : half_gradients<false, false>
-                             : cap  ? half_gradients<true, true>
+                             : cap ? half_gradients<true, true>
                                     : half_gradients<true, false>;
       gradients(a, w, key, keys, first, query, column, slot);
     }

@@ -254,7 +254,7 @@ MK_INLINE void run_units(const AttentionArgs& a, const HalfUnits& w, int64_t cou
       continue;
     }
     const auto run = unit.edge    ? unit.fresh ? run_unit<true, true, cap> : run_unit<true, false, cap>
-                     : unit.fresh ? run_unit<false, true, cap>
+                        : unit.fresh ? run_unit<false, true, cap>
                                   : run_unit<false, false, cap>;
     run(a, w, unit, {w, i + 1 < count ? &unit + 1 : nullptr, i ? &unit - 1 : nullptr, i % 2}, i % 2);
   }

@@ -312,7 +312,7 @@ MK_INLINE uint32_t mix(uint32_t x) {
   return x ^ x >> 16;
 }
 // What the weights of one query over keys first + [begin, end) are multiplied by; the hash is specified in
-// backends/reference/attention.py.
+// backends/reference/_dropout.py.
 template <class A>
 __attribute__((nothrow)) void load_kept(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, int64_t first,
                                         int64_t begin, int64_t end, A* kept) {

@@ -100,8 +100,7 @@ void softmax_block(const AttentionArgs& a, const ForwardScratch<A>& w, int64_t b
     const Range all = seen_by(a, query + i);
     const Range seen = {larger(all.first - first, block.first), smaller(all.last - first, block.last)};
     A* s = w.scores + i * w.kScoreRow;
-    if (a.softcap > 0)
-      cap_scores<A>(a, s, block.first / kLanes<A> * kLanes<A>, padded<A>(block.last), nullptr);
+    if (a.softcap > 0) cap_scores<A>(a, s, block.first / kLanes<A> * kLanes<A>, padded<A>(block.last), nullptr);
     if (a.mask)
       load_mask<A, T>(a, b, h, query + i, first, block.first, block.last, w.bias);
     else if (biased)

@@ -65,7 +65,7 @@ def _mix(x):
 
 @triton.jit
 def dropout(seed, head, i, k, threshold, inverse):
-    """0 or 1 / (1 - p) for each weight: the hash of backends/reference/attention.py."""
+    """0 or 1 / (1 - p) for each weight: the hash of backends/reference/_dropout.py."""
     low = (seed & 0xFFFFFFFF).to(tl.uint32)
     high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
     a = _mix(_mix(low + i.to(tl.uint32) * 0x9E3779B9) + head.to(tl.uint32) * 0x9E3779B9)

@@ -256,7 +256,7 @@ def backward(
         run(_attention_dkey_kernel, grid, dkey, dvalue, *tensors, *sizes, *numbers, *layouts, **options)
     rest = None if sink is None else _sink_rows(sink, stats, delta)
     if dsink is not None:
-        dsink.copy_(rest.sum((0, 2)))
+        dsink.copy_(rest.sum((0, 2)))  # type: ignore[union-attr]
     if dmask is not None and attn_mask.shape[3] == 1:
         # A constant added to all scores of a query moves its log-sum-exp, less what the sink takes of it, and nothing else; the sum of
         # ds would only show rounding.
@@ -298,17 +298,25 @@ def _sum_to_mask(dmask, full):
 
 def entries(dtype):
     """What is compiled ahead of time."""
-    found = []
-    for width, causal, ampere, role in product((64, 128), (False, True), (False, True), ("dkey", "dquery")):
-        kernel = _attention_dkey_kernel if role == "dkey" else _attention_dquery_kernel
-        launch = _launch.attention(4096, 4096, width, width, dtype == torch.float32, role, (8, 0) if ampere else (9, 0))
-        absent = dict.fromkeys(("mask_ptr", "lengths_ptr", "seed_ptr", "dmask_ptr")) | dict.fromkeys(MASK_STRIDES, 0)
-        ones = dict.fromkeys(("query_stride_d", "key_stride_d", "value_stride_v", "dout_stride_v", "group", "mask_group", "splits"), 1)
-        constants = {k: v for k, v in tiles(launch, dtype, -1, 0 if causal else -1, 0.0).items() if k.isupper()} | absent | ones
-        constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
-        types = dict(stats_ptr="*fp32", delta_ptr="*fp32", scale="fp32", softcap="fp32", inverse="fp32", threshold="i32")
-        name = f"attention_{role}_D{width}" + ("_causal" if causal else "") + ("_ampere" if ampere else "")
-        expect = () if dtype == torch.float32 else ("wgmma",) if launch.block_n >= 64 else ("mma",)
-        entry = aot(name, kernel, dtype, constants, types, launch.num_warps, launch.num_stages, expect)
-        found.append(replace(entry, capabilities=(80,) if ampere else (90, 100)))
-    return found
+    cases = product((64, 128), (False, True), ("dkey", "dquery"), (False, True))
+    return [_aot(dtype, *case) for case in cases]
+
+
+def every(dtype):
+    """The same with softcap and lengths."""
+    return [_aot(dtype, 64, True, role, False, every=True) for role in ("dkey", "dquery")]
+
+
+def _aot(dtype, width, causal, role, ampere, every=False):
+    kernel = _attention_dkey_kernel if role == "dkey" else _attention_dquery_kernel
+    launch = _launch.attention(4096, 4096, width, width, dtype == torch.float32, role, (8, 0) if ampere else (9, 0))
+    absent = dict.fromkeys(("mask_ptr", "seed_ptr", "dmask_ptr") + (() if every else ("lengths_ptr",))) | dict.fromkeys(MASK_STRIDES, 0)
+    ones = dict.fromkeys(("query_stride_d", "key_stride_d", "value_stride_v", "dout_stride_v", "group", "mask_group", "splits"), 1)
+    constants = {k: v for k, v in tiles(launch, dtype, -1, 0 if causal else -1, float(every)).items() if k.isupper()} | absent | ones
+    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    types = dict.fromkeys(("stats_ptr", "delta_ptr"), "*fp32") | dict.fromkeys(("scale", "softcap", "inverse"), "fp32")
+    types |= dict(lengths_ptr="*i64", threshold="i32")
+    name = f"attention_{role}_D{width}" + ("_causal" if causal else "") + ("_every" if every else "") + ("_ampere" if ampere else "")
+    expect = () if dtype == torch.float32 else ("wgmma",) if launch.block_n >= 64 else ("mma",)
+    entry = aot(name, kernel, dtype, constants, types, launch.num_warps, launch.num_stages, expect)
+    return replace(entry, capabilities=(80,) if ampere else (90,) if every else (90, 100))

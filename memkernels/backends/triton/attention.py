@@ -196,22 +196,37 @@ def forward(out, lse, stats, query, key, value, attn_mask, sink, lengths_k, seed
 backward = _attention_bwd.backward
 
 
-def _aot(dtype, width, causal, queries=4096, ampere=False):
+def _aot(dtype, width, causal, queries=4096, ampere=False, every=False):
     launch = _launch.attention(queries, 4096, width, width, dtype == torch.float32, "forward", (8, 0) if ampere else (9, 0))
-    sizes = dict.fromkeys(("mask_ptr", "sink_ptr", "lengths_ptr", "seed_ptr")) | dict.fromkeys(MASK_STRIDES, 0) | dict(splits=launch.splits)
+    sizes = (
+        dict.fromkeys(("mask_ptr", "seed_ptr") + (() if every else ("sink_ptr", "lengths_ptr")))
+        | dict.fromkeys(MASK_STRIDES, 0)
+        | dict(splits=launch.splits)
+    )
     ones = dict.fromkeys(("query_stride_d", "key_stride_d", "value_stride_v", "group", "mask_group"), 1)
-    constants = {k: v for k, v in tiles(launch, dtype, -1, 0 if causal else -1, 0.0).items() if k.isupper()} | sizes | ones
+    constants = {k: v for k, v in tiles(launch, dtype, -1, 0 if causal else -1, float(every)).items() if k.isupper()} | sizes | ones
     if launch.splits > 1:
         constants["lse_ptr"] = None
-    types = {"lse_ptr": "*fp32", "stats_ptr": "*fp32", "scale": "fp32", "softcap": "fp32", "inverse": "fp32", "threshold": "i32"} | (
-        {"out_ptr": "*fp32"} if launch.splits > 1 else {}
+    types = {
+        "lse_ptr": "*fp32",
+        "lengths_ptr": "*i64",
+        "stats_ptr": "*fp32",
+        "scale": "fp32",
+        "softcap": "fp32",
+        "inverse": "fp32",
+        "threshold": "i32",
+    } | ({"out_ptr": "*fp32"} if launch.splits > 1 else {})
+    name = (
+        f"attention_fwd_D{width}"
+        + ("_causal" if causal else "")
+        + ("_every" if every else "")
+        + (f"_Q{queries}" if queries != 4096 else "")
     )
-    name = f"attention_fwd_D{width}" + ("_causal" if causal else "") + (f"_Q{queries}" if queries != 4096 else "")
     expect = ("wgmma",) if dtype != torch.float32 and queries >= 64 else ()
     entry = aot(
         name + ("_ampere" if ampere else ""), _attention_fwd_kernel, dtype, constants, types, launch.num_warps, launch.num_stages, expect
     )
-    return replace(entry, capabilities=(80,) if ampere else (90, 100))
+    return replace(entry, capabilities=(80,) if ampere else (90,) if every else (90, 100))
 
 
 AOT = [
@@ -222,4 +237,4 @@ AOT = [
         _aot(dtype, 64, False, queries=16),
         *_attention_bwd.entries(dtype),
     )
-]
+] + [_aot(torch.bfloat16, 64, True, every=True), *_attention_bwd.every(torch.bfloat16)]
