@@ -216,23 +216,28 @@ __attribute__((noinline)) void run_unit(const AttentionArgs& a, const HalfUnits&
   rows.rebase<edge>(a, w, unit);
 }
 
-// The common unit, 32 rows of width 64 amid others, with all of its steps laid out: an eighth less time than the loop.
-template <int kPair>
-MK_INLINE void fixed_pairs(const AttentionArgs& a, const HalfUnits& w, const Unit& unit, UnitRows& rows,
+// The common units, 32 rows of width 64 or 128 amid others, with all of their steps laid out: an eighth less time than
+// the loop.
+template <int kWidth, int kStep>
+MK_INLINE void fixed_steps(const AttentionArgs& a, const HalfUnits& w, const Unit& unit, UnitRows& rows,
                            float* next_scores, const uint16_t* past_weights) {
-  rows.row<false, false, false>(a, w, unit, 2 * kPair);
-  rows.row<false, false, false>(a, w, unit, 2 * kPair + 1);
-  constexpr bool kScoring = kPair < 8;
-  constexpr int64_t kDepth = kPair / 2 % 2 * 32, kColumn = kPair / 4 % 2 * 32, kB = (kDepth / 2 * 64 + kColumn) * 2;
+  constexpr int kSteps = kWidth / 4, kRowsAStep = int(kUnitRows) / kSteps, kPlace = kStep % (kSteps / 2) / 2;
+  for (int row = 0; row < kRowsAStep; row++) rows.row<false, false, false>(a, w, unit, kStep * kRowsAStep + row);
+  constexpr bool kScoring = kStep < kSteps / 2;
+  constexpr int64_t kDepths = kScoring ? kWidth : kUnitKeys, kColumns = kScoring ? kUnitKeys : kWidth;
+  constexpr int64_t kDepth = kPlace * 32 % kDepths, kColumn = kPlace * 32 / kDepths * 32;
+  constexpr int64_t kB = (kDepth / 2 * kColumns + kColumn) * 2;
   const Unit &next = *(&unit + 1), &past = *(&unit - 1);
-  tile_step(kScoring, kPair % 2, kDepth == 0, kDepth != 0, (kScoring ? next.query : past_weights) + kDepth, 64,
-            (kScoring ? next.key : past.value) + kB, 64, (kScoring ? next_scores : past.sums) + kColumn, 64);
-  if constexpr (kPair < 15) fixed_pairs<kPair + 1>(a, w, unit, rows, next_scores, past_weights);
+  tile_step(kScoring, kStep % 2, kDepth == 0, kDepth + 32 == kDepths, (kScoring ? next.query : past_weights) + kDepth,
+            kDepths, (kScoring ? next.key : past.value) + kB, kColumns, (kScoring ? next_scores : past.sums) + kColumn,
+            kColumns);
+  if constexpr (kStep + 1 < kSteps) fixed_steps<kWidth, kStep + 1>(a, w, unit, rows, next_scores, past_weights);
 }
+template <int kWidth>
 __attribute__((noinline)) void run_fixed_unit(const AttentionArgs& a, const HalfUnits& w, const Unit& unit,
                                               int64_t odd) {
   UnitRows rows(a, w, odd);
-  fixed_pairs<0>(a, w, unit, rows, w.scores + (1 - odd) * w.kScores, w.weights + (1 - odd) * w.kScores);
+  fixed_steps<kWidth, 0>(a, w, unit, rows, w.scores + (1 - odd) * w.kScores, w.weights + (1 - odd) * w.kScores);
   rows.rebase<false>(a, w, unit);
 }
 
@@ -244,13 +249,13 @@ MK_INLINE void run_tiles(TileSteps tiles) {
 template <bool cap>
 MK_INLINE void run_units(const AttentionArgs& a, const HalfUnits& w, int64_t count) {
   if (count == 0) return;
-  const bool square = w.width == 64 && w.value_width == 64 && !cap;
+  const bool square = w.width == w.value_width && (w.width == 64 || w.width == 128) && !cap;
   run_tiles({w, w.units, nullptr, 1});
   for (int64_t i = 0; i < count; i++) {
     const Unit& unit = w.units[i];
     asm volatile("" ::: "memory");
     if (square && i && i + 1 < count && unit.rows == kUnitRows && !unit.edge && !unit.fresh) {
-      run_fixed_unit(a, w, unit, i % 2);
+      (w.width == 64 ? run_fixed_unit<64> : run_fixed_unit<128>)(a, w, unit, i % 2);
       continue;
     }
     const auto run = unit.edge    ? unit.fresh ? run_unit<true, true, cap> : run_unit<true, false, cap>
