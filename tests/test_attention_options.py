@@ -153,3 +153,18 @@ def test_a_length_out_of_range_is_refused():
     for bad in ((-1, 3), (3, 10)):
         with pytest.raises(ValueError, match=r"attention: lengths_k: expected values in 0..K=9"):
             mk.attention(*tensors[:3], enable_gqa=True, lengths_k=torch.tensor(bad))
+
+
+@pytest.mark.parametrize("options", [{"softcap": 1.5}, {"is_causal": True, "causal": "bottom-right"}, {"softcap": 2.0, "window": (1, 1)}])
+@pytest.mark.parametrize("backend", ["cpp", "reference"] if BACKENDS else ["reference"])
+def test_gradients_of_first_and_second_order(backend, options):
+    sizes = dict(heads=2, shared=1, queries=3, keys=4, width=2, value_width=2, mask=(1, 2, 3, 4), lengths=(4, 2))
+    tensors, lengths = drawn(**sizes)
+    leaves = [t.double().requires_grad_() for t in tensors]
+
+    def call(*leaves):
+        return mk.attention(**dict(zip(NAMES, leaves)), lengths_k=lengths, enable_gqa=True, return_lse=True, **options)
+
+    with using(backend):
+        assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+        assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
