@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -25,22 +26,23 @@ def _shared(*axes):
 
 def _attention(b, q, k, d=64, v=64, **options):
     name = f"B{b}_Q{q}_K{k}" if q != k else f"B{b}_S{q}"
-    name += f"_V{v}" if v != d else ""
+    name += (f"_D{d}" if d != 64 else "") + (f"_V{v}" if v != d else "") + ("_dropout" if "dropout_p" in options else "")
     return Sample(name + ("_causal" if options.get("is_causal") else ""), dict(B=b, NH=8, NHk=8, Q=q, K=k, D=d, V=v), options)
 
 
 def attention_targets() -> Iterator[Target]:
     """Rows of the ops that read and write keys and values by softmax."""
-    square = [_attention(b, s, s, **options) for b, s in ((2, 1024), (1, 4096)) for options in ({}, dict(is_causal=True))]
-    for dtype, forward, training in ((torch.float32, 1.1, 1.1), (BF16, 1.8, 2.5)):
-        for sample in square:
-            yield Target("attention", sample, "forward", dict(sdpa=forward), dtype)
-            yield Target("attention", sample, "fwd+bwd", dict(sdpa=training), dtype)
+    sizes, causal = ((2, 1024, 64), (1, 4096, 64), (1, 4096, 128)), dict(is_causal=True)
+    square = [_attention(b, s, s, d, d, **options) for b, s, d in sizes for options in ({}, causal)]
+    for dtype, bars in ((torch.float32, {"forward": 1.25, "fwd+bwd": 1.25}), (BF16, {"forward": 2, "backward": 3.5, "fwd+bwd": 2.5})):
+        for sample, (mode, bar) in itertools.product(square, bars.items()):
+            yield Target("attention", sample, mode, dict(sdpa=bar), dtype)
     for sample, axes in ((square[0], (0,)), (square[2], (0, 1))):
         masked = dataclasses.replace(sample, name=sample.name + "_mask", present=("attn_mask",), twist=_shared(*axes))
-        yield Target("attention", masked, "fwd+bwd", dict(sdpa=2))
+        yield Target("attention", masked, "fwd+bwd", dict(sdpa=3))
+    yield Target("attention", _attention(2, 1024, 1024, dropout_p=0.1), "fwd+bwd", dict(sdpa=3))
     for b, s in ((2, 1024), (1, 4096)):
         for mode in ("forward", "fwd+bwd"):
-            yield Target("attention", _attention(b, s, s, 64, 96), mode, dict(sdpa=2))
+            yield Target("attention", _attention(b, s, s, 64, 96), mode, dict(sdpa=3))
     yield Target("attention", _attention(1, 4, 65536), "forward", dict(sdpa=1.5))
     yield Target("attention", _attention(1, 4, 65536), "fwd+bwd", dict(sdpa=3))

@@ -29,6 +29,7 @@ QUICK = {
     "gru_fwd_H64_bf16",
     "rnn_bwd_H512_fp32",
     "attention_fwd_D64_causal_bf16",
+    "attention_fwd_D64_causal_every_bf16",
     "attention_dkey_D64_bf16",
     "attention_dquery_D64_causal_bf16",
 }

@@ -20,8 +20,9 @@ constexpr const char* kOp = "attention";
 constexpr int64_t kFewQueries = 64, kRunKeys = 4096;
 
 struct Options {
-  double scale, dropout;
-  int64_t left, right, shift;
+  double scale, softcap, dropout;
+  int64_t left, right;
+  bool bottom_right;
 };
 
 AttentionTensor checked(const char* name, const TensorView& t, std::initializer_list<int64_t> sizes, DType dtype) {
@@ -47,8 +48,26 @@ void set_mask(AttentionArgs& a, const TensorView& mask, DType dtype) {
   a.mask_group = a.mask_batch ? std::max<int64_t>(1, a.batch / a.mask_batch) : 1;
 }
 
+void set_sink(AttentionArgs& a, const TensorView& sink, DType dtype) {
+  if (!sink.defined()) return;
+  check_tensor(kOp, "sink", sink, {a.heads}, dtype);
+  a.sink = sink.data(), a.sink_h = sink.stride(0);
+}
+
+void set_lengths(AttentionArgs& a, const TensorView& lengths) {
+  a.seen_keys = a.keys;
+  if (!lengths.defined()) return;
+  check_tensor(kOp, "lengths_k", lengths, {a.batch}, DType::int64);
+  a.lengths = lengths.data<const int64_t>(), a.lengths_b = lengths.stride(0);
+  for (int64_t b = 0; b < a.batch; b++) {
+    const int64_t length = a.lengths[b * a.lengths_b];
+    MK_CHECK(length >= 0 && length <= a.keys, kOp, "lengths_k", "values in 0..K=" + std::to_string(a.keys), length);
+  }
+}
+
 AttentionArgs arguments(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& mask,
-                        const TensorView& seed, const Options& options) {
+                        const TensorView& sink, const TensorView& lengths, const TensorView& seed,
+                        const Options& options) {
   check_rank(kOp, "query", query, 4), check_rank(kOp, "key", key, 4), check_rank(kOp, "value", value, 4);
   check_float(kOp, "query", query);
   const DType dtype = query.dtype();
@@ -61,6 +80,8 @@ AttentionArgs arguments(const TensorView& query, const TensorView& key, const Te
   if (a.key_heads ? a.heads % a.key_heads : a.heads)
     fail(kOp, "key", "a head count that divides the query's", describe(key));
   set_mask(a, mask, dtype);
+  set_sink(a, sink, dtype);
+  set_lengths(a, lengths);
   if (seed.defined() && options.dropout > 0) {
     check_tensor(kOp, "seed", seed, {a.batch}, DType::int64);
     a.seed = seed.data<const int64_t>(), a.seed_b = seed.stride(0);
@@ -68,7 +89,8 @@ AttentionArgs arguments(const TensorView& query, const TensorView& key, const Te
     a.threshold = a.drop_all ? 0 : uint32_t(options.dropout * 4294967296.0);
     a.keep_scale = a.drop_all ? 0 : 1 / (1 - options.dropout);
   }
-  a.scale = options.scale, a.left = options.left, a.right = options.right, a.shift = options.shift;
+  a.scale = options.scale, a.softcap = options.softcap, a.left = options.left, a.right = options.right;
+  a.bottom_right = options.bottom_right, a.shift = a.bottom_right ? a.keys - a.queries : 0;
   const bool few = a.queries <= kFewQueries && a.keys >= 2 * kRunKeys;
   a.splits = few ? (a.keys + kRunKeys - 1) / kRunKeys : 1;
   a.split_keys = few ? kRunKeys : std::max<int64_t>(a.keys, 1);
@@ -101,9 +123,11 @@ double work(const AttentionArgs& a) {
 }
 
 void forward(const TensorView& out, const TensorView& lse, const TensorView& stats, const InputView& query,
-             const InputView& key, const InputView& value, const InputView& mask, const TensorView& seed, double scale,
-             double dropout, int64_t left, int64_t right, int64_t shift) {
-  AttentionArgs a = arguments(query, key, value, mask, seed, {scale, dropout, left, right, shift});
+             const InputView& key, const InputView& value, const InputView& mask, const TensorView& sink,
+             const TensorView& lengths, const TensorView& seed, double scale, double softcap, double dropout,
+             int64_t left, int64_t right, bool bottom_right) {
+  AttentionArgs a =
+      arguments(query, key, value, mask, sink, lengths, seed, {scale, softcap, dropout, left, right, bottom_right});
   const DType dtype = query.dtype();
   check_output(kOp, "out", out, {a.batch, a.heads, a.queries, a.value_width}, dtype);
   check_output(kOp, "lse", lse, {a.batch, a.heads, a.queries}, wide(dtype));
@@ -118,8 +142,9 @@ void forward(const TensorView& out, const TensorView& lse, const TensorView& sta
     a.partial = partials.take<char>(rows * a.splits * a.queries * (padded16(a.value_width) + 2) * sum_size(dtype));
   run_tasks(rows * groups * a.splits, work(a), kernels.forward_scratch[type](a), [&](int64_t task, void* scratch) {
     const int64_t split = task % a.splits, row = task / a.splits % rows, group = groups - 1 - task / a.splits / rows;
-    const int64_t begin = group * step, end = std::min(begin + step, a.queries);
-    kernels.forward[type](a, row / a.heads, row % a.heads, begin, end, split, scratch);
+    const int64_t begin = group * step, end = std::min(begin + step, a.queries), b = row / a.heads;
+    AttentionArgs room;
+    kernels.forward[type](entry_of(a, b, room), b, row % a.heads, begin, end, split, scratch);
   });
   if (a.splits == 1) return;
   run_tasks(rows, double(rows * a.splits * a.queries * a.value_width), 0,
@@ -143,9 +168,11 @@ void by_mask_row(const AttentionArgs& a, const AttentionKernels& kernels, int ty
   const int64_t bytes = kernels.backward_scratch[type](a);
   run_tasks(a.mask_batch * a.key_heads, 2.5 * work(a), bytes, [&](int64_t task, void* scratch) {
     const int64_t row = task / a.key_heads, h = task % a.key_heads;
+    AttentionArgs room;
     for (int64_t b = row * a.mask_group; b < (row + 1) * a.mask_group; b++)
-      kernels.backward[type](
-          a, {b, h, 0, a.keys, 0, a.queries, 0, a.dquery != nullptr, a.dkey || a.dvalue, false, true}, scratch);
+      kernels.backward[type](entry_of(a, b, room),
+                             {b, h, 0, a.keys, 0, a.queries, 0, a.dquery != nullptr, a.dkey || a.dvalue, false, true},
+                             scratch);
   });
 }
 
@@ -158,9 +185,10 @@ void keys_and_queries(const AttentionArgs& a, const AttentionKernels& kernels, i
   if (together || (dquery && a.splits > 1)) {
     run_tasks(rows * a.splits, flops, bytes, [&](int64_t task, void* scratch) {
       const int64_t row = task / a.splits, run = task % a.splits, first = run * a.split_keys;
-      const int64_t last = std::min(first + a.split_keys, a.keys);
-      kernels.backward[type](
-          a, {row / a.key_heads, row % a.key_heads, first, last, 0, a.queries, run, true, dkv, full, false}, scratch);
+      const int64_t last = std::min(first + a.split_keys, a.keys), b = row / a.key_heads;
+      AttentionArgs room;
+      kernels.backward[type](entry_of(a, b, room),
+                             {b, row % a.key_heads, first, last, 0, a.queries, run, true, dkv, full, false}, scratch);
     });
     return;
   }
@@ -175,12 +203,14 @@ void keys_and_queries(const AttentionArgs& a, const AttentionKernels& kernels, i
                 query_tasks = dquery ? blocks_of(a.queries, query_step) : 0;
   run_tasks(rows * (key_tasks + query_tasks), flops, bytes, [&](int64_t task, void* scratch) {
     const int64_t row = task % rows, part = task / rows, b = row / a.key_heads, h = row % a.key_heads;
+    AttentionArgs room;
+    const AttentionArgs& entry = entry_of(a, b, room);
     if (part < key_tasks) {
       const int64_t first = part * key_step, last = std::min(first + key_step, a.keys);
-      kernels.backward[type](a, {b, h, first, last, 0, a.queries, 0, false, dkv, full, false}, scratch);
+      kernels.backward[type](entry, {b, h, first, last, 0, a.queries, 0, false, dkv, full, false}, scratch);
     } else {
       const int64_t begin = (part - key_tasks) * query_step, end = std::min(begin + query_step, a.queries);
-      kernels.backward[type](a, {b, h, 0, a.keys, begin, end, 0, true, false, false, false}, scratch);
+      kernels.backward[type](entry, {b, h, 0, a.keys, begin, end, 0, true, false, false, false}, scratch);
     }
   });
 }
@@ -190,8 +220,9 @@ void restate(AttentionArgs& a, const AttentionKernels& kernels, int type) {
   if (std::isinf(a.restate_beyond)) return;
   const int64_t step = kernels.query_block, steps = blocks_of(a.queries, step), rows = a.batch * a.heads;
   run_tasks(rows * steps, 0.5 * work(a), kernels.backward_scratch[type](a), [&](int64_t task, void* scratch) {
-    const int64_t row = task / steps, begin = task % steps * step;
-    kernels.restate[type](a, row / a.heads, row % a.heads, begin, std::min(begin + step, a.queries), scratch);
+    const int64_t row = task / steps, begin = task % steps * step, b = row / a.heads;
+    AttentionArgs room;
+    kernels.restate[type](entry_of(a, b, room), b, row % a.heads, begin, std::min(begin + step, a.queries), scratch);
   });
 }
 
@@ -215,10 +246,12 @@ void* written(const char* name, const TensorView& t, std::initializer_list<int64
 }
 
 void backward(const TensorView& dquery, const TensorView& dkey, const TensorView& dvalue, const TensorView& dmask,
-              const InputView& dout, const TensorView& dlse, const InputView& query, const InputView& key,
-              const InputView& value, const InputView& mask, const TensorView& seed, const InputView& out,
-              const TensorView& stats, double scale, double dropout, int64_t left, int64_t right, int64_t shift) {
-  AttentionArgs a = arguments(query, key, value, mask, seed, {scale, dropout, left, right, shift});
+              const TensorView& dsink, const InputView& dout, const TensorView& dlse, const InputView& query,
+              const InputView& key, const InputView& value, const InputView& mask, const TensorView& sink,
+              const TensorView& lengths, const TensorView& seed, const InputView& out, const TensorView& stats,
+              double scale, double softcap, double dropout, int64_t left, int64_t right, bool bottom_right) {
+  AttentionArgs a =
+      arguments(query, key, value, mask, sink, lengths, seed, {scale, softcap, dropout, left, right, bottom_right});
   const DType dtype = query.dtype();
   a.dout = checked("dout", dout, {a.batch, a.heads, a.queries, a.value_width}, dtype);
   a.out = checked("out", out, {a.batch, a.heads, a.queries, a.value_width}, dtype);
@@ -229,22 +262,25 @@ void backward(const TensorView& dquery, const TensorView& dkey, const TensorView
   a.dkey = written("dkey", dkey, {a.batch, a.key_heads, a.keys, a.width}, dtype);
   a.dvalue = written("dvalue", dvalue, {a.batch, a.key_heads, a.keys, a.value_width}, dtype);
   a.dmask = written("dattn_mask", dmask, {a.mask_batch, a.mask_heads, a.mask_queries, a.mask_keys}, dtype);
+  a.dsink = written("dsink", dsink, {a.heads}, dtype);
   const auto& kernels = select(attention_levels);
   const int type = int(dtype);
   pybind11::gil_scoped_release nogil;
   if (a.batch * a.heads == 0) {  // no heads of queries, no heads of keys: of the gradients a shared mask's has elements
     if (a.dmask) std::memset(a.dmask, 0, size_t(dmask.numel() * item_size(dtype)));
+    if (a.dsink) std::memset(a.dsink, 0, size_t(a.heads * item_size(dtype)));
     return;
   }
   const int64_t rows = a.batch * a.heads * a.queries, size = sum_size(dtype);
   Scratch scratch;
   a.rows_base = scratch.take<char>(rows * size), a.rows_unit = scratch.take<char>(rows * size);
   a.rows_delta = scratch.take<char>(rows * size);
+  if (a.sink) a.rows_sink = scratch.take<char>(rows * size);
   if (a.dquery) a.dquery_sums = scratch.take<char>(a.splits * rows * padded16(a.width) * size);
   parallel_for(rows, grain_for(2 * a.value_width * size),
                [&](int64_t begin, int64_t end) { kernels.prepare[type](a, begin, end); });
   restate(a, kernels, type);
-  if (a.dmask && (!mask_is_full(a) || a.left >= 0 || a.right >= 0))
+  if (a.dmask && (!mask_is_full(a) || a.left >= 0 || a.right >= 0 || a.lengths))
     std::memset(a.dmask, 0, size_t(dmask.numel() * item_size(dtype)));
   const bool by_row = batch_rows_share(a, type);
   if (by_row)
@@ -252,6 +288,9 @@ void backward(const TensorView& dquery, const TensorView& dkey, const TensorView
   else
     keys_and_queries(a, kernels, type);
   if (a.dmask && !mask_is_full(a) && !by_row) shared_mask(a, kernels, type);
+  if (a.dsink)
+    parallel_for(a.heads, grain_for(a.batch * a.queries * size),
+                 [&](int64_t begin, int64_t end) { kernels.sink_backward[type](a, begin, end); });
   if (a.dquery)
     parallel_for(rows, grain_for(2 * a.width * size),
                  [&](int64_t begin, int64_t end) { kernels.finish[type](a, begin, end, a.splits); });
@@ -262,12 +301,14 @@ void backward(const TensorView& dquery, const TensorView& dkey, const TensorView
 void bind_attention(pybind11::module_& m) {
   namespace py = pybind11;
   m.def("attention", &forward, py::arg("out"), py::arg("lse"), py::arg("stats"), py::arg("query"), py::arg("key"),
-        py::arg("value"), py::arg("attn_mask"), py::arg("seed"), py::arg("scale"), py::arg("dropout_p"),
-        py::arg("left"), py::arg("right"), py::arg("shift"));
+        py::arg("value"), py::arg("attn_mask"), py::arg("sink"), py::arg("lengths_k"), py::arg("seed"),
+        py::arg("scale"), py::arg("softcap"), py::arg("dropout_p"), py::arg("left"), py::arg("right"),
+        py::arg("bottom_right"));
   m.def("attention_backward", &backward, py::arg("dquery"), py::arg("dkey"), py::arg("dvalue"), py::arg("dattn_mask"),
-        py::arg("dout"), py::arg("dlse"), py::arg("query"), py::arg("key"), py::arg("value"), py::arg("attn_mask"),
-        py::arg("seed"), py::arg("out"), py::arg("stats"), py::arg("scale"), py::arg("dropout_p"), py::arg("left"),
-        py::arg("right"), py::arg("shift"));
+        py::arg("dsink"), py::arg("dout"), py::arg("dlse"), py::arg("query"), py::arg("key"), py::arg("value"),
+        py::arg("attn_mask"), py::arg("sink"), py::arg("lengths_k"), py::arg("seed"), py::arg("out"), py::arg("stats"),
+        py::arg("scale"), py::arg("softcap"), py::arg("dropout_p"), py::arg("left"), py::arg("right"),
+        py::arg("bottom_right"));
 }
 
 }  // namespace mk::cpu

@@ -13,11 +13,20 @@ struct AttentionTensor {
 struct AttentionArgs {
   AttentionTensor query, key, value, dout, out, dlse;
   const void* stats;  // [B][NH][Q][2]: the maximum m of the scores of a query, the sum of exp(score - m)
-  void *out_data, *lse_data, *stats_data, *dquery, *dkey, *dvalue,
-      *dmask;  // written, contiguous; a gradient nobody needs is null
+  void *out_data, *lse_data, *stats_data, *dquery, *dkey, *dvalue, *dmask,
+      *dsink;  // written, contiguous; a gradient nobody needs is null
   int64_t batch, heads, key_heads, queries, keys, width, value_width;
-  double scale;
+  double scale, softcap;       // softcap > 0: scores s become softcap tanh(s / softcap) before the mask is added
   int64_t left, right, shift;  // query i sees keys i + shift - left to i + shift + right; a limit < 0 is none
+
+  // Keys of each batch entry (null: all), and what follows from it for one of them, see entry_of().
+  const int64_t* lengths;
+  int64_t lengths_b;
+  bool bottom_right;  // the last query stands at the last key
+  int64_t seen_keys;  // nobody sees a key from here on
+
+  const void* sink;  // [NH], dtype of the call: one more score of every row of a head; null: none
+  int64_t sink_h;
 
   // Additive (dtype of the call) or boolean mask; null: none. Strides 0 where it broadcasts.
   const void* mask;
@@ -37,9 +46,19 @@ struct AttentionArgs {
   void* partial;
   // Backward, of the accumulation type: what prepare() writes, [B][NH][Q] each, and sums of dquery
   // [run][B][NH][Q][width]. A weight is rows_unit exp(score - rows_base); base +inf, unit 0 where nothing is seen.
-  void *rows_base, *rows_unit, *rows_delta, *dquery_sums;
+  // rows_sink: with a sink, the gradient of its score in this row.
+  void *rows_base, *rows_unit, *rows_delta, *rows_sink, *dquery_sums;
   double restate_beyond;  // of |rows_base|: see AttentionKernels::restate
 };
+
+// The arguments for batch entry b; `room` holds them where entries differ.
+inline const AttentionArgs& entry_of(const AttentionArgs& a, int64_t b, AttentionArgs& room) {
+  if (!a.lengths) return a;
+  room = a;
+  room.seen_keys = a.lengths[b * a.lengths_b];
+  if (a.bottom_right) room.shift = room.seen_keys - a.queries;
+  return room;
+}
 
 // Keys [first, last) against queries [begin, end) of batch entry b and key head h.
 struct AttentionPart {
@@ -72,6 +91,8 @@ struct AttentionKernels {
   // Queries [begin, end) of row (b, h) of a mask that broadcasts: its gradient summed over all that share it.
   void (*mask_backward[kFloatTypes])(const AttentionArgs&, int64_t b, int64_t h, int64_t first, int64_t last,
                                      void* scratch);
+  // dsink of heads [first, last): rows_sink summed over batch entries and queries, in order.
+  void (*sink_backward[kFloatTypes])(const AttentionArgs&, int64_t first, int64_t last);
   int64_t query_group[kFloatTypes];  // queries of one forward task: the packed keys are used this often
   int64_t key_block, query_block;    // backward works on whole blocks from key 0 and query 0
 };

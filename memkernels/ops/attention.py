@@ -1,10 +1,11 @@
-"""Softmax attention: torch's scaled_dot_product_attention, and what it lacks (windows, log-sum-exp, gradients of masks, any sizes)."""
+"""Softmax attention: torch's scaled_dot_product_attention, and what it lacks (windows, sinks, log-sum-exp, mask gradients, any sizes)."""
 
 from __future__ import annotations
 
 import torch
 
-from memkernels._checks import Signature, check_choice, check_dense, check_flag, check_number, check_tensor, fail
+from memkernels._checks import Signature, check_choice, check_dense, check_dtype, check_flag, check_number, check_tensor, fail
+from memkernels._compat import plain_call
 from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
 
 CORNERS = ("top-left", "bottom-right")
@@ -22,13 +23,17 @@ def attention(
     *,
     causal: str = "top-left",
     window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    sink: torch.Tensor | None = None,
+    lengths_k: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention; the first eight arguments are those of ``torch.nn.functional.scaled_dot_product_attention``.
 
     Formula:
-        ``s[q, k] = scale * query[q] . key[k] + attn_mask[q, k]``, ``lse[q] = log sum_k exp(s[q, k])``,
-        ``out[q] = sum_k dropout(exp(s[q, k] - lse[q])) * value[k]``, all sums over the keys that q may see.
+        ``s[q, k] = cap(scale * query[q] . key[k]) + attn_mask[q, k]``, ``lse[q] = log(exp(sink) + sum_k exp(s[q, k]))``,
+        ``out[q] = sum_k dropout(exp(s[q, k] - lse[q])) * value[k]``, all sums over the keys that q may see;
+        ``cap(s) = softcap * tanh(s / softcap)``, or s without ``softcap``; exp(sink) is 0 without ``sink``.
 
     Args:
         query: "B NH Q D", float64, float32, bfloat16 or float16, any strides. Any number of leading dimensions, or "NH Q D", or "Q D".
@@ -40,17 +45,21 @@ def attention(
         scale: factor of the scores, default 1 / sqrt(D).
         enable_gqa: NHk may divide NH; query head h then reads key head h // (NH // NHk).
         causal: where the diagonal of ``is_causal`` and ``window`` lies if Q != K: query i stands at key i ("top-left", as in torch) or at
-            key i + K - Q ("bottom-right": the last query at the last key).
+            key i + K - Q ("bottom-right": the last query at the last key; with ``lengths_k``, at key lengths_k[b] - 1).
         window: (left, right): a query sees the keys from left before to right after where it stands; None or -1 = no limit on that side.
+        softcap: > 0: scores are bounded to -softcap .. softcap by a tanh before the mask is added.
+        sink: "NH", floating: one more score in the softmax of every row of a head, with a value of 0, so that a row may attend to nothing.
+        lengths_k: int64 with the query's dimensions before its heads ("B"), 0 to K: keys at and past lengths_k[b] are not seen, hold they
+            NaN, and cost nothing.
         return_lse: also return the log-sum-exp.
 
     Returns:
         out: "B NH Q V" with the query's leading dimensions, same dtype, contiguous; 0 where a query sees no key. With ``return_lse``:
-        (out, lse "B NH Q"), lse float32 (float64 for float64), natural logarithm, -inf where a query sees no key.
+        (out, lse "B NH Q"), lse float32 (float64 for float64), natural logarithm, -inf (or the sink) where a query sees no key.
 
     Gradients:
-        To ``query``, ``key``, ``value`` and a floating ``attn_mask`` (in the mask's own shape), also through ``lse``, of any order.
-        Finite where a query sees no key. What a key or a value that a query does not see holds (NaN too) does not reach that query.
+        To ``query``, ``key``, ``value``, ``sink`` and a floating ``attn_mask`` (in the mask's own shape), also through ``lse``, of any
+        order. Finite where a query sees no key. What a key or a value that a query does not see holds (NaN too) does not reach that query.
 
     Numerics:
         Sums and softmax in float32 (float64 for float64); where bfloat16 matrix instructions are used, weights are rounded to bfloat16
@@ -59,11 +68,13 @@ def attention(
         entry, come from torch's generator.
 
     Raises:
-        ValueError: a size does not fit, a head count without ``enable_gqa``, dropout_p outside 0..1, an unknown corner, a negative window.
+        ValueError: a size does not fit, a head count without ``enable_gqa``, dropout_p outside 0..1, an unknown corner, a negative window,
+            a softcap that is not above 0, a length outside 0..K (CPU only: on a GPU lengths are clamped, to avoid a sync).
         TypeError: a dtype differs, is not a floating one, the mask is neither bool nor floating, or a flag is not True or False.
 
     Source:
-        Vaswani et al., Attention Is All You Need (2017), equation 1; Dao et al., FlashAttention (2022), algorithms 1 and 4, for the tiling.
+        Vaswani et al., Attention Is All You Need (2017), equation 1; Dao et al., FlashAttention (2022), algorithms 1 and 4, for the tiling;
+        softcap: Gemma 2 (2024), section 2; sink: Xiao et al., Efficient Streaming Language Models with Attention Sinks (2023).
 
     Example:
         >>> import torch, memkernels as mk
@@ -94,9 +105,15 @@ def attention(
     if attn_mask is not None:
         attn_mask = _mask(attn_mask, query, (*shape[:-1], dims["K"]))
     left, right = (-1, -1) if window is None else _window(window)
+    softcap = 0.0 if softcap is None else _softcap(softcap)
+    if sink is not None:
+        sink = _sink(sink, query)
+    if lengths_k is not None:
+        lengths_k = _lengths(lengths_k, query, shape[:-3], dims["K"])
     seed = torch.randint(2**63 - 1, (dims["B"],), device=query.device) if dropout_p else None
     scale = dims["D"] ** -0.5 if scale is None and dims["D"] else scale or 0.0
-    out, lse, _ = OP(query, key, value, attn_mask, seed, scale, dropout_p, left, 0 if is_causal else right, causal)
+    right = 0 if is_causal else right
+    out, lse, _ = OP(query, key, value, attn_mask, sink, lengths_k, seed, scale, softcap, dropout_p, left, right, causal)
     if len(shape) != 4:
         out, lse = out.reshape(*shape[:-1], dims["V"]), lse.reshape(shape[:-1])
     return (out, lse) if return_lse else out
@@ -175,7 +192,40 @@ def _window(window):
     return tuple(-1 if w is None else min(w, _FAR) for w in window)
 
 
-def _allocate(query, key, value, attn_mask, seed, scale, dropout_p, left, right, causal):
+def _softcap(softcap):
+    softcap = check_number("attention", "softcap", softcap)
+    if not 0.0 < softcap < float("inf"):
+        fail("attention", "softcap", "a finite number above 0, or None", softcap)
+    return softcap
+
+
+def _sink(sink, query):
+    check_tensor("attention", "sink", sink)
+    check_dense("attention", "sink", sink)
+    if not sink.is_floating_point():
+        fail("attention", "sink", "a floating dtype", str(sink.dtype).removeprefix("torch."), TypeError)
+    if sink.device != query.device:
+        fail("attention", "sink", f"device {query.device}", f"device {sink.device}")
+    if sink.shape != (query.shape[1],):
+        fail("attention", "sink", f"[NH] with NH={query.shape[1]}", f"shape {tuple(sink.shape)}")
+    return sink if sink.dtype == query.dtype else sink.to(query.dtype)
+
+
+def _lengths(lengths, query, lead, keys):
+    """One a batch entry. Values are read only where that is free: on a CPU, outside of transforms and tracing; C++ looks in any case."""
+    check_tensor("attention", "lengths_k", lengths)
+    check_dense("attention", "lengths_k", lengths)
+    check_dtype("attention", "lengths_k", lengths, torch.int64, query)
+    if lengths.shape != lead:
+        fail("attention", "lengths_k", f"shape {tuple(lead)}, the query's before its heads", f"shape {tuple(lengths.shape)}")
+    if not torch.compiler.is_compiling() and lengths.device.type == "cpu" and plain_call((lengths,)) and lengths.numel():
+        low, high = (int(v) for v in torch.aminmax(lengths))
+        if low < 0 or high > keys:
+            fail("attention", "lengths_k", f"values in 0..K={keys}", f"{low}..{high}")
+    return lengths if len(lead) == 1 else lengths.reshape(-1)
+
+
+def _allocate(query, key, value, attn_mask, sink, lengths_k, seed, scale, softcap, dropout_p, left, right, causal):
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     batch, heads, queries, width = query.shape
     out = empty_like(query) if width == value.shape[3] else new_empty(query, (batch, heads, queries, value.shape[3]))
@@ -192,10 +242,12 @@ OP = define_op(
         Arg("key"),
         Arg("value"),
         Arg("attn_mask", optional=True),
+        Arg("sink", optional=True, batch=None),
+        Arg("lengths_k", differentiable=False, optional=True),
         Arg("seed", differentiable=False, optional=True),
     ),
     outputs=(Out("out", save=True), Out("lse"), Out("stats", differentiable=False, save=True)),
-    options="float scale, float dropout_p, SymInt left, SymInt right, str causal",
+    options="float scale, float softcap, float dropout_p, SymInt left, SymInt right, str causal",
     allocate=_allocate,
     autocast="matmul",
 )

@@ -27,6 +27,7 @@ const AttentionKernels attention = {
     {backward<double, double>, backward<float, float>, half_backward, backward<float, float16>},
     MK_ATTENTION_TYPES(finish),
     MK_ATTENTION_TYPES(mask_backward),
+    MK_ATTENTION_TYPES(sink_backward),
     {kQueryGroup, kQueryGroup, kHalfGroup, kQueryGroup},
     kBackwardKeys,
     kHalfQueries};

@@ -50,7 +50,8 @@ struct HalfBackward {
 // must be exactly 0.
 MK_INLINE bool tiles_cover(const AttentionArgs& a) {
   const bool one_key = a.left >= 0 && a.right >= 0 && a.left + a.right < 1;
-  return !a.mask && !a.seed && a.dout.data && a.keys > kBackwardKeys && a.queries > 4 && a.scale > 0 && !one_key;
+  return !a.mask && !a.seed && a.dout.data && a.seen_keys > kBackwardKeys && a.queries > 4 &&
+         (a.scale > 0 || a.softcap > 0) && !one_key;
 }
 
 // Row sums of dout . value weights, in float32, for a query whose keys are few: the rounded `out` would not do.
@@ -64,10 +65,11 @@ float exact_delta(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, R
     return reduce_add(sum);
   };
   const float base = static_cast<const float*>(a.rows_base)[row_index(a, b, h, query)];
-  float total = 0, sum = 0;
+  float total = float(__builtin_exp(double(sink_of<float, bfloat16>(a, h)) - base)), sum = 0;
   for (int64_t k = seen.first; k < seen.last; k++) {
-    const float score = dot(q, rows_of<bfloat16>(a.key, b, shared, k), a.width) * float(a.scale) - base;
-    const float weight = _mm512_cvtss_f32(exp(Vec<float>::set1(score)).v);
+    Vec<float> score = Vec<float>::set1(dot(q, rows_of<bfloat16>(a.key, b, shared, k), a.width)), slope;
+    score = a.softcap > 0 ? capped(a, score, slope) : score * Vec<float>::set1(float(a.scale));
+    const float weight = _mm512_cvtss_f32(exp(score - Vec<float>::set1(base)).v);
     total += weight, sum += weight * dot(d, rows_of<bfloat16>(a.value, b, shared, k), a.value_width);
   }
   return total > 0 ? sum / total : 0;
@@ -110,10 +112,10 @@ MK_INLINE __mmask16 sees(int64_t first, int64_t last, int64_t query) {
 
 // Weights and ds of 32 keys and 32 queries from w.scores and w.products, written as the three operands; `edge`: not all
 // see all.
-template <bool edge>
+template <bool edge, bool cap>
 MK_INLINE void half_gradients(const AttentionArgs& a, const HalfBackward& w, int64_t key, int64_t keys, int64_t first,
                               int64_t query, int64_t column, int64_t slot) {
-  const __m512 factor = _mm512_set1_ps(float(a.scale) * kUnit<float>);
+  const __m512 factor = _mm512_set1_ps(factor_after_cap<float>(a) * kUnit<float>);
   const __m512 base[2] = {_mm512_loadu_ps(w.base + slot + column), _mm512_loadu_ps(w.base + slot + column + 16)};
   const __m512 delta[2] = {_mm512_loadu_ps(w.delta + slot + column), _mm512_loadu_ps(w.delta + slot + column + 16)};
   const __m512i order = interleave_order();
@@ -130,11 +132,14 @@ MK_INLINE void half_gradients(const AttentionArgs& a, const HalfBackward& w, int
 #pragma GCC unroll 2
       for (int j = 0; j < 2; j++) {
         const float *s = w.scores + (row + i) * 32 + 16 * j, *d = w.products + (row + i) * 32 + 16 * j;
-        __m512 weight = fast_power(_mm512_fmsub_ps(_mm512_loadu_ps(s), factor, base[j]));
+        Vec<float> score = Vec<float>::load(s), slope = Vec<float>::zero();
+        if (cap) score = capped(a, score, slope);
+        __m512 weight = fast_power(_mm512_fmsub_ps(score.v, factor, base[j]));
         if (edge) weight = _mm512_maskz_mov_ps(sees(from, to, query + column + 16 * j), weight);
         const __mmask16 some = _mm512_cmp_ps_mask(weight, _mm512_setzero_ps(), _CMP_NEQ_UQ);
         p[i][j] = weight;
         g[i][j] = _mm512_maskz_mul_ps(some, weight, _mm512_sub_ps(_mm512_loadu_ps(d), delta[j]));
+        if (cap) g[i][j] = _mm512_maskz_mul_ps(some, g[i][j], slope.v);
       }
       const int64_t at = (key + row + i) * kHalfQueries + column;
       _mm512_storeu_si512(w.weights + at, two_bfloat16(p[i][0], p[i][1]));
@@ -172,10 +177,11 @@ MK_INLINE void half_operands(const AttentionArgs& a, const HalfBackward& w, int6
       tile_gemm_32x32(w.value + key * w.value_width, w.value_width, w.dout_across + slot * w.value_width + column * 2,
                       kHalfQueries, w.value_width, w.products, 32, false);
       const bool inside = bottom.first <= low && top.last >= low + 32 && key + 32 <= keys;
-      if (inside)
-        half_gradients<false>(a, w, key, keys, first, query, column, slot);
-      else
-        half_gradients<true>(a, w, key, keys, first, query, column, slot);
+      const bool cap = a.softcap > 0;
+      const auto gradients = inside ? cap ? half_gradients<false, true> : half_gradients<false, false>
+                             : cap ? half_gradients<true, true>
+                                    : half_gradients<true, false>;
+      gradients(a, w, key, keys, first, query, column, slot);
     }
   }
 }
@@ -223,11 +229,12 @@ MK_INLINE bool pack_keys(const AttentionArgs& a, const AttentionPart& part, cons
 }
 
 bool half_parts(const AttentionArgs& a, const AttentionPart& part, const HalfBackward& w) {
-  const int64_t group = a.heads / a.key_heads;
+  const int64_t group = a.heads / a.key_heads, stop = smaller(part.last, a.seen_keys);
   const Tiles tiles;
+  clear_unseen<bfloat16>(a, part);
   for (int64_t g = 0; g < group; g++) pack_queries(a, part, w, part.h * group + g, g);
-  for (int64_t first = part.first; first < part.last; first += kBackwardKeys) {
-    const int64_t keys = smaller(kBackwardKeys, part.last - first), keys32 = padded32(keys);
+  for (int64_t first = part.first; first < stop; first += kBackwardKeys) {
+    const int64_t keys = smaller(kBackwardKeys, stop - first), keys32 = padded32(keys);
     if (!pack_keys(a, part, w, first, keys)) return false;
     for (int64_t i = 0; i < kBackwardKeys * w.width; i++) w.dkey[i] = 0;
     for (int64_t i = 0; i < kBackwardKeys * w.value_width; i++) w.dvalue[i] = 0;

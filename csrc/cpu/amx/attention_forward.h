@@ -169,8 +169,9 @@ MK_INLINE void half_softmax(const AttentionArgs& a, const HalfForward& w, int64_
     Range seen = {larger(all.first - first, block.first), smaller(all.last - first, block.last)};
     if (seen.first >= seen.last) seen = {whole.last, whole.last};
     float* s = w.scores + i * w.kScoreRow;
+    if (a.softcap > 0) cap_scores<float>(a, s, whole.first, whole.last, nullptr);
     if (a.mask) load_mask<float, bfloat16>(a, b, h, query + i, first, block.first, block.last, w.bias);
-    mask_scores(s, whole, seen, w.bias, float(a.scale));
+    mask_scores(s, whole, seen, w.bias, factor_after_cap<float>(a));
     if (a.seed) load_kept<float>(a, b, h, query + i, first, whole.first, whole.last, w.kept);
     w.shrink[i] =
         half_softmax_row(s, w.weights + i * w.kWeightRow, whole, base[i], total[i], a.seed ? w.kept : nullptr);
@@ -242,7 +243,7 @@ MK_INLINE void half_result(const AttentionArgs& a, int64_t b, int64_t h, int64_t
 void half_forward_biased(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t split,
                          void* memory) {
   const HalfForward w(a, memory);
-  const int64_t start = split * a.split_keys, stop = smaller(start + a.split_keys, a.keys), rows = end - begin;
+  const int64_t start = split * a.split_keys, stop = smaller(start + a.split_keys, a.seen_keys), rows = end - begin;
   if (!half_blocks(a, w, b, h, begin, end, start, stop)) return forward_by_blocks(a, b, h, begin, end, split, memory);
   for (int64_t i = 0; i < rows; i++)
     half_result(a, b, h, begin + i, split, w.sums + i * w.value_width, w.base[i], w.total[i]);

@@ -167,7 +167,7 @@ __attribute__((noinline)) void rebase_row(const HalfUnits& w, const Unit& unit, 
 
 // A unit at work: `moved` collects the rows whose base has to move.
 struct UnitRows {
-  const float* scores;
+  float* scores;
   uint16_t* weights;
   float scale;
   uint32_t moved;
@@ -175,12 +175,14 @@ struct UnitRows {
   UnitRows(const AttentionArgs& a, const HalfUnits& w, int64_t odd)
       : scores(w.scores + odd * w.kScores),
         weights(w.weights + odd * w.kScores),
-        scale(float(a.scale) * kUnit<float>),
+        scale(factor_after_cap<float>(a) * kUnit<float>),
         moved(0) {}
 
-  template <bool edge, bool fresh>
+  template <bool edge, bool fresh, bool cap>
   MK_INLINE void row(const AttentionArgs& a, const HalfUnits& w, const Unit& unit, int64_t row) {
-    const float* s = scores + row * kUnitKeys;
+    float* s = scores + row * kUnitKeys;
+    Vec<float> slope;
+    for (int64_t k = 0; cap && k < kUnitKeys; k += 16) capped(a, Vec<float>::load(s + k), slope).store(s + k);
     const uint64_t seen = edge ? unit_sees(a, w, unit, row) : ~uint64_t(0);
     if (fresh) unit.shift[row] = -(unit_highest(s, seen) * scale);
     const __m512 sum =
@@ -201,36 +203,41 @@ struct UnitRows {
   }
 };
 
-template <bool edge, bool fresh>
+template <bool edge, bool fresh, bool cap>
 __attribute__((noinline)) void run_unit(const AttentionArgs& a, const HalfUnits& w, const Unit& unit, TileSteps tiles,
                                         int64_t odd) {
   UnitRows rows(a, w, odd);
   int64_t done = 0;
   for (int64_t row = 0; row < unit.rows; row++) {
-    rows.row<edge, fresh>(a, w, unit, row);
+    rows.row<edge, fresh, cap>(a, w, unit, row);
     for (; done * 32 < (row + 1) * tiles.steps; done++) tiles.step();
   }
   for (; done < tiles.steps; done++) tiles.step();
   rows.rebase<edge>(a, w, unit);
 }
 
-// The common unit, 32 rows of width 64 amid others, with all of its steps laid out: an eighth less time than the loop.
-template <int kPair>
-MK_INLINE void fixed_pairs(const AttentionArgs& a, const HalfUnits& w, const Unit& unit, UnitRows& rows,
+// The common units, 32 rows of width 64 or 128 amid others, with all of their steps laid out: an eighth less time than
+// the loop.
+template <int kWidth, int kStep>
+MK_INLINE void fixed_steps(const AttentionArgs& a, const HalfUnits& w, const Unit& unit, UnitRows& rows,
                            float* next_scores, const uint16_t* past_weights) {
-  rows.row<false, false>(a, w, unit, 2 * kPair);
-  rows.row<false, false>(a, w, unit, 2 * kPair + 1);
-  constexpr bool kScoring = kPair < 8;
-  constexpr int64_t kDepth = kPair / 2 % 2 * 32, kColumn = kPair / 4 % 2 * 32, kB = (kDepth / 2 * 64 + kColumn) * 2;
+  constexpr int kSteps = kWidth / 4, kRowsAStep = int(kUnitRows) / kSteps, kPlace = kStep % (kSteps / 2) / 2;
+  for (int row = 0; row < kRowsAStep; row++) rows.row<false, false, false>(a, w, unit, kStep * kRowsAStep + row);
+  constexpr bool kScoring = kStep < kSteps / 2;
+  constexpr int64_t kDepths = kScoring ? kWidth : kUnitKeys, kColumns = kScoring ? kUnitKeys : kWidth;
+  constexpr int64_t kDepth = kPlace * 32 % kDepths, kColumn = kPlace * 32 / kDepths * 32;
+  constexpr int64_t kB = (kDepth / 2 * kColumns + kColumn) * 2;
   const Unit &next = *(&unit + 1), &past = *(&unit - 1);
-  tile_step(kScoring, kPair % 2, kDepth == 0, kDepth != 0, (kScoring ? next.query : past_weights) + kDepth, 64,
-            (kScoring ? next.key : past.value) + kB, 64, (kScoring ? next_scores : past.sums) + kColumn, 64);
-  if constexpr (kPair < 15) fixed_pairs<kPair + 1>(a, w, unit, rows, next_scores, past_weights);
+  tile_step(kScoring, kStep % 2, kDepth == 0, kDepth + 32 == kDepths, (kScoring ? next.query : past_weights) + kDepth,
+            kDepths, (kScoring ? next.key : past.value) + kB, kColumns, (kScoring ? next_scores : past.sums) + kColumn,
+            kColumns);
+  if constexpr (kStep + 1 < kSteps) fixed_steps<kWidth, kStep + 1>(a, w, unit, rows, next_scores, past_weights);
 }
+template <int kWidth>
 __attribute__((noinline)) void run_fixed_unit(const AttentionArgs& a, const HalfUnits& w, const Unit& unit,
                                               int64_t odd) {
   UnitRows rows(a, w, odd);
-  fixed_pairs<0>(a, w, unit, rows, w.scores + (1 - odd) * w.kScores, w.weights + (1 - odd) * w.kScores);
+  fixed_steps<kWidth, 0>(a, w, unit, rows, w.scores + (1 - odd) * w.kScores, w.weights + (1 - odd) * w.kScores);
   rows.rebase<false>(a, w, unit);
 }
 
@@ -239,20 +246,21 @@ MK_INLINE void run_tiles(TileSteps tiles) {
   for (int64_t i = 0; i < tiles.steps; i++) tiles.step();
 }
 
+template <bool cap>
 MK_INLINE void run_units(const AttentionArgs& a, const HalfUnits& w, int64_t count) {
   if (count == 0) return;
-  const bool square = w.width == 64 && w.value_width == 64;
+  const bool square = w.width == w.value_width && (w.width == 64 || w.width == 128) && !cap;
   run_tiles({w, w.units, nullptr, 1});
   for (int64_t i = 0; i < count; i++) {
     const Unit& unit = w.units[i];
     asm volatile("" ::: "memory");
     if (square && i && i + 1 < count && unit.rows == kUnitRows && !unit.edge && !unit.fresh) {
-      run_fixed_unit(a, w, unit, i % 2);
+      (w.width == 64 ? run_fixed_unit<64> : run_fixed_unit<128>)(a, w, unit, i % 2);
       continue;
     }
-    const auto run = unit.edge    ? unit.fresh ? run_unit<true, true> : run_unit<true, false>
-                        : unit.fresh ? run_unit<false, true>
-                                  : run_unit<false, false>;
+    const auto run = unit.edge    ? unit.fresh ? run_unit<true, true, cap> : run_unit<true, false, cap>
+                        : unit.fresh ? run_unit<false, true, cap>
+                                  : run_unit<false, false, cap>;
     run(a, w, unit, {w, i + 1 < count ? &unit + 1 : nullptr, i ? &unit - 1 : nullptr, i % 2}, i % 2);
   }
   run_tiles({w, nullptr, w.units + count - 1, count % 2});
@@ -307,7 +315,8 @@ bool unit_blocks(const AttentionArgs& a, HalfUnits& w, int64_t b, int64_t h, int
     if (pack_pairs_down(rows_of<bfloat16>(a.value, b, shared, first), a.value.row, keys, a.value_width, w.value,
                         (keys + kUnitKeys - 1) / kUnitKeys * kUnitKeys))
       return false;
-    run_units(a, w, list_units(a, w, begin, end, first, keys, started));
+    const int64_t count = list_units(a, w, begin, end, first, keys, started);
+    a.softcap > 0 ? run_units<true>(a, w, count) : run_units<false>(a, w, count);
   }
   return true;
 }
@@ -325,7 +334,7 @@ void half_forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, i
                   void* memory) {
   if (needs_bias(a) || a.seed) return half_forward_biased(a, b, h, begin, end, split, memory);
   HalfUnits w(a, memory);
-  const int64_t start = split * a.split_keys, stop = smaller(start + a.split_keys, a.keys), rows = end - begin;
+  const int64_t start = split * a.split_keys, stop = smaller(start + a.split_keys, a.seen_keys), rows = end - begin;
   bool done = unit_blocks(a, w, b, h, begin, end, start, stop);
   for (int64_t i = 0; done && i < rows; i++)
     done = !(__builtin_fabsf(w.shift[i]) > kMostShift) || __builtin_isinf(w.shift[i]);

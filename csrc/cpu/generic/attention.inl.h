@@ -20,6 +20,7 @@ const AttentionKernels attention = {MK_ATTENTION_SUMS(forward_scratch),
                                     MK_ATTENTION_TYPES(backward),
                                     MK_ATTENTION_TYPES(finish),
                                     MK_ATTENTION_TYPES(mask_backward),
+                                    MK_ATTENTION_TYPES(sink_backward),
                                     {kQueryGroup, kQueryGroup, kQueryGroup, kQueryGroup},
                                     kBackwardKeys,
                                     kBackwardQueries};

@@ -2,6 +2,7 @@
 //
 //   p = exp(score - maximum) / sum, ds = p (dout . value - delta), delta = dout . out - dlse
 //   dvalue += p^T dout, dkey += scale ds^T query, dquery += scale ds key, dmask = ds
+//   with softcap: ds of query and key is that of the mask times 1 - tanh^2; with a sink of weight p: its ds = -p delta
 //
 // A part owns a run of keys: it packs a block once, keeps its dkey and dvalue in scratch while all queries pass, and
 // adds to dquery in the order of the blocks. Where several parts share a query each has its own dquery sums, joined in
@@ -18,7 +19,7 @@ template <class A>
 struct BackwardScratch {
   static constexpr int64_t kScoreRow = kBackwardKeys + kLanes<A>;
   A *key_columns, *value_columns, *key, *dkey, *dvalue, *query, *query_panels, *dout, *dout_panels, *scores, *gradients,
-      *bias, *kept, *mask;
+      *slopes, *bias, *kept, *mask;
   int64_t query_row, value_row, used;
 
   BackwardScratch(const AttentionArgs& a, void* memory)
@@ -35,6 +36,7 @@ struct BackwardScratch {
     dout_panels = a.value_width > kPanel<A> ? carver.take<A>(kBackwardQueries * value_row) : dout;
     scores = carver.take<A>(kBackwardQueries * kScoreRow);
     gradients = carver.take<A>(kBackwardQueries * kScoreRow);
+    slopes = carver.take<A>(a.softcap > 0 ? kBackwardQueries * kScoreRow : 0);
     bias = carver.take<A>(kBackwardKeys);
     kept = carver.take<A>(kBackwardKeys);
     mask = carver.take<A>(a.dmask ? kBackwardQueries * kScoreRow : 0);
@@ -56,11 +58,12 @@ MK_INLINE bool in_one_block(Range seen) { return (seen.first ^ (seen.last - 1)) 
 template <class A, class T>
 void prepare(const AttentionArgs& a, int64_t begin, int64_t end) {
   using V = Vec<A>;
+  AttentionArgs room;
   for (int64_t row = begin; row < end; row++) {
     const int64_t query = row % a.queries, h = row / a.queries % a.heads, b = row / a.queries / a.heads;
-    const Range seen = seen_by(a, query);
+    const bool whole = in_one_block(seen_by(entry_of(a, b, room), query));
     V sum = V::zero();
-    if (a.dout.data && !in_one_block(seen)) {
+    if (a.dout.data && (!whole || a.sink)) {
       const T *dout = rows_of<T>(a.dout, b, h, query), *out = rows_of<T>(a.out, b, h, query);
       for_each_vec<V>(a.value_width,
                       [&](int64_t j, auto part) { sum = fma(load<V>(dout + j, part), load<V>(out + j, part), sum); });
@@ -69,28 +72,32 @@ void prepare(const AttentionArgs& a, int64_t begin, int64_t end) {
         a.dlse.data ? *(static_cast<const A*>(a.dlse.data) + b * a.dlse.b + h * a.dlse.h + query * a.dlse.row) : A(0);
     const A* stats = static_cast<const A*>(a.stats) + 2 * row;
     const bool blind = stats[1] == A(0);
-    static_cast<A*>(a.rows_delta)[row] = reduce_add(sum) - dlse;
+    const A product = reduce_add(sum);
+    static_cast<A*>(a.rows_delta)[row] = (whole ? A(0) : product) - dlse;
     static_cast<A*>(a.rows_base)[row] = blind ? kInfinity<A> : stats[0];
     static_cast<A*>(a.rows_unit)[row] = blind ? A(0) : A(1) / stats[1];
+    if (!a.sink) continue;
+    const A sink = sink_of<A, T>(a, h), share = A(__builtin_exp(double(sink) - double(stats[0]))) / stats[1];
+    static_cast<A*>(a.rows_sink)[row] = sink == -kInfinity<A> ? A(0) : share * (dlse - product);
   }
 }
 
-// The same where the row is whole: weights are normalised by their own maximum and sum, and delta is the sum over the
-// row.
+// The same where the row is whole: weights are normalised by their own maximum and sum (and the sink's: -inf is none),
+// and delta is the sum over the row.
 template <class A>
-MK_INLINE void whole_gradient_row(A* s, A* g, Range block, A factor, A delta, const A* kept, bool single) {
+MK_INLINE void whole_gradient_row(A* s, A* g, Range block, A factor, A delta, const A* kept, A sink, bool single) {
   using V = Vec<A>;
   const int64_t begin = block.first / kLanes<A> * kLanes<A>;
   V most = V::set1(-kInfinity<A>), total = V::zero(), sum = V::zero();
   for (int64_t k = begin; k < block.last; k += kLanes<A>) most = max(most, V::load(s + k));
-  const A top = reduce_max(most) * factor;
+  const A highest = reduce_max(most) * factor, top = sink > highest ? sink : highest;
   const V f = V::set1(factor), base = V::set1(top == -kInfinity<A> ? A(0) : top);
   for (int64_t k = begin; k < block.last; k += kLanes<A>) {
     const V weight = power_of(V::load(s + k), f, base);
     total = total + weight;
     weight.store(s + k);
   }
-  const A all = reduce_add(total);
+  const A all = reduce_add(total) + (sink == -kInfinity<A> ? A(0) : A(__builtin_exp(double(sink) - double(top))));
   const V normal = V::set1(all == A(0) ? A(0) : A(1) / all);
   for (int64_t k = begin; k < block.last; k += kLanes<A>) {
     const V weight = V::load(s + k) * normal, keep = kept ? V::load(kept + k) : V::set1(A(1));
@@ -150,9 +157,12 @@ A score_row(const AttentionArgs& a, const BackwardScratch<A>& w, int64_t b, int6
   const Range all = seen_by(a, query);
   Range seen = {larger(all.first - first, block.first), smaller(all.last - first, block.last)};
   if (seen.first >= seen.last) seen = {block.last, block.last};
+  A* s = w.scores + i * w.kScoreRow;
+  if (a.softcap > 0)
+    cap_scores(a, s, block.first / kLanes<A> * kLanes<A>, padded<A>(block.last), w.slopes + i * w.kScoreRow);
   if (a.mask) load_mask<A, T>(a, b, h, query, first, block.first, block.last, w.bias);
-  mask_scores(w.scores + i * w.kScoreRow, block, seen, biased ? w.bias : nullptr, A(a.scale));
-  return biased ? A(1) : A(a.scale);
+  mask_scores(s, block, seen, biased ? w.bias : nullptr, factor_after_cap<A>(a));
+  return biased ? A(1) : factor_after_cap<A>(a);
 }
 
 // Weights and ds of queries [query, query + rows) against the loaded keys.
@@ -175,7 +185,7 @@ void gradient_block(const AttentionArgs& a, const BackwardScratch<A>& w, int64_t
     const int64_t row = row_index(a, b, h, query + i);
     const A delta = static_cast<const A*>(a.rows_delta)[row], *kept = a.seed ? w.kept : nullptr;
     if (in_one_block(all))
-      whole_gradient_row(s, g, block, factor, delta, kept, all.last - all.first <= 1);
+      whole_gradient_row(s, g, block, factor, delta, kept, sink_of<A, T>(a, h), all.last - all.first <= 1 && !a.sink);
     else
       gradient_row(s, g, block, factor, static_cast<const A*>(a.rows_base)[row], delta, kept,
                    static_cast<const A*>(a.rows_unit)[row]);
@@ -204,8 +214,8 @@ void restate(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_
     bool found = false;
     A base[kBackwardQueries], total[kBackwardQueries];
     for (int64_t i = 0; i < rows; i++) found |= is_beyond<A>(a, row + i), base[i] = -kInfinity<A>, total[i] = 0;
-    for (int64_t first = 0; found && first < a.keys; first += kBackwardKeys) {
-      const int64_t keys = smaller(kBackwardKeys, a.keys - first);
+    for (int64_t first = 0; found && first < a.seen_keys; first += kBackwardKeys) {
+      const int64_t keys = smaller(kBackwardKeys, a.seen_keys - first);
       const Range block = seen_by_block(a, query, query + rows, first, first + keys);
       if (block.first == block.last) continue;
       const T* key = rows_of<T>(a.key, b, h / (a.heads / a.key_heads), first);
@@ -218,6 +228,7 @@ void restate(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_
     }
     for (int64_t i = 0; i < rows; i++) {
       if (!is_beyond<A>(a, row + i)) continue;
+      if (a.sink) join_sink(sink_of<A, T>(a, h), base[i], total[i]);
       static_cast<A*>(a.rows_base)[row + i] = base[i];
       static_cast<A*>(a.rows_unit)[row + i] = A(1) / total[i];
     }
@@ -241,6 +252,15 @@ template <class A, class T>
 void backward_block(const AttentionArgs& a, const AttentionPart& part, const BackwardScratch<A>& w, int64_t h,
                     int64_t query, int64_t rows, int64_t first, int64_t keys, Range block, bool broken, bool add) {
   gradient_block<A, T>(a, w, part.b, h, query, rows, first, keys, block);
+  if (part.dmask)
+    write_mask_rows<A, T>(a, w.gradients, w.kScoreRow, rows, block, row_index(a, part.b, h, query), first);
+  if (part.add_dmask) {
+    const int64_t row = row_index(a, part.b / a.mask_group, h, query);
+    write_mask_rows<A, T, true>(a, w.gradients, w.kScoreRow, rows, block, row, first);
+  }
+  for (int64_t i = 0; a.softcap > 0 && i < rows; i++)
+    slope_gradients(w.gradients + i * w.kScoreRow, w.slopes + i * w.kScoreRow, block.first / kLanes<A> * kLanes<A>,
+                    padded<A>(block.last));
   const int64_t depth = block.last - block.first;
   if (part.dkv && a.dvalue && a.dout.data) {
     if (w.dout_panels != w.dout)
@@ -265,12 +285,6 @@ void backward_block(const AttentionArgs& a, const AttentionPart& part, const Bac
       spill(w.gradients, w.kScoreRow, rows, block, rows_of<T>(a.key, part.b, part.h, first), a.key.row, a.width, sums,
             w.query_row);
   }
-  if (part.dmask)
-    write_mask_rows<A, T>(a, w.gradients, w.kScoreRow, rows, block, row_index(a, part.b, h, query), first);
-  if (part.add_dmask) {
-    const int64_t row = row_index(a, part.b / a.mask_group, h, query);
-    write_mask_rows<A, T, true>(a, w.gradients, w.kScoreRow, rows, block, row, first);
-  }
 }
 
 template <class A, class T>
@@ -283,6 +297,17 @@ __attribute__((nothrow)) void write_keys(const A* from, int64_t from_row, int64_
     });
 }
 
+// Gradients of the keys past the end of the entry.
+template <class T>
+MK_INLINE void clear_unseen(const AttentionArgs& a, const AttentionPart& part) {
+  const int64_t first = larger(part.first, a.seen_keys), count = part.last - first;
+  if (!part.dkv || count <= 0) return;
+  const int64_t row = (part.b * a.key_heads + part.h) * a.keys + first;
+  if (a.dkey) __builtin_memset(static_cast<T*>(a.dkey) + row * a.width, 0, size_t(count * a.width) * sizeof(T));
+  if (a.dvalue)
+    __builtin_memset(static_cast<T*>(a.dvalue) + row * a.value_width, 0, size_t(count * a.value_width) * sizeof(T));
+}
+
 // attention_few.inl.h
 MK_INLINE bool is_few(const AttentionArgs& a);
 template <class A, class T>
@@ -290,6 +315,7 @@ void few_backward(const AttentionArgs& a, const AttentionPart& part, void* memor
 
 template <class A, class T>
 void backward(const AttentionArgs& a, const AttentionPart& part, void* memory) {
+  clear_unseen<T>(a, part);
   if (is_few(a) && !any_beyond<A>(a, part.b, part.h)) return few_backward<A, T>(a, part, memory);
   const BackwardScratch<A> w(a, memory);
   const int64_t group = a.heads / a.key_heads;
@@ -299,8 +325,9 @@ void backward(const AttentionArgs& a, const AttentionPart& part, void* memory) {
                 (part.run * a.batch * a.heads * a.queries + row_index(a, part.b, h, part.begin)) * w.query_row;
       for (int64_t i = 0; i < (part.end - part.begin) * w.query_row; i++) sums[i] = 0;
     }
-  for (int64_t first = part.first; first < part.last; first += kBackwardKeys) {
-    const int64_t keys = smaller(kBackwardKeys, part.last - first);
+  const int64_t stop = smaller(part.last, a.seen_keys);
+  for (int64_t first = part.first; first < stop; first += kBackwardKeys) {
+    const int64_t keys = smaller(kBackwardKeys, stop - first);
     load_keys<A, T>(a, w, part.b, part.h, first, keys);
     const bool broken =
         part.dquery && pack_rows<true>(rows_of<T>(a.key, part.b, part.h, first), a.key.row, keys, a.width, w.key);

@@ -5,6 +5,7 @@
 // block. Everything is in the accumulation type A: float for float and the half types, double for double.
 #pragma once
 #include "cpu/attention.h"
+#include "cpu/generic/gates.inl.h"
 
 namespace mk::cpu::MK_LEVEL {
 namespace {
@@ -217,8 +218,8 @@ struct Range {
 };
 MK_INLINE Range seen_by(const AttentionArgs& a, int64_t query) {
   const int64_t at = query + a.shift;
-  const int64_t first = a.left < 0 ? 0 : smaller(larger(at - a.left, 0), a.keys);
-  const int64_t last = a.right < 0 ? a.keys : smaller(larger(at + a.right + 1, 0), a.keys);
+  const int64_t first = a.left < 0 ? 0 : smaller(larger(at - a.left, 0), a.seen_keys);
+  const int64_t last = a.right < 0 ? a.seen_keys : smaller(larger(at + a.right + 1, 0), a.seen_keys);
   return {first, larger(first, last)};
 }
 // The union over queries [begin, end), inside keys [first, last) and relative to `first`; empty: {0, 0}.
@@ -226,6 +227,60 @@ MK_INLINE Range seen_by_block(const AttentionArgs& a, int64_t begin, int64_t end
   const Range top = seen_by(a, begin), bottom = seen_by(a, end - 1);
   const int64_t from = larger(top.first, first) - first, to = smaller(bottom.last, last) - first;
   return from < to ? Range{from, to} : Range{0, 0};
+}
+
+// softcap tanh(scale product / softcap) and its slope 1 - tanh^2, both from e^|2x| - 1: relative errors of some ulp.
+template <class A>
+MK_INLINE Vec<A> capped(const AttentionArgs& a, Vec<A> product, Vec<A>& slope) {
+  using V = Vec<A>;
+  constexpr A kMost = sizeof(A) == 4 ? 80 : 700;  // the slope is 1e-35 there, and e^kMost is finite
+  const V one = V::set1(1), x = product * V::set1(A(2 * a.scale / a.softcap));
+  V n;
+  const V p = reduced_expm1(min(V::set1(kMost), abs(x)), n), power_of_2 = scale(one, n);  // min passes NaN on
+  const V e = fma(p, power_of_2, power_of_2 - one), inverse = quotient(one, e + V::set1(2));
+  slope = V::set1(4) * ((e + one) * inverse) * inverse;
+  return copysign(V::set1(A(a.softcap)) * (e * inverse), x);
+}
+// Products [begin, end) of one query, a whole number of vectors, become capped scores; slopes where wanted.
+template <class A>
+__attribute__((noinline)) void cap_scores(const AttentionArgs& a, A* s, int64_t begin, int64_t end, A* slopes) {
+  Vec<A> slope;
+  for (int64_t k = begin; k < end; k += kLanes<A>) {
+    capped(a, Vec<A>::load(s + k), slope).store(s + k);
+    if (slopes) slope.store(slopes + k);
+  }
+}
+// What dscores before the cap are, 0 also where a slope that nobody sees is not finite.
+template <class A>
+MK_INLINE void slope_gradients(A* gradients, const A* slopes, int64_t begin, int64_t end) {
+  using V = Vec<A>;
+  for (int64_t k = begin; k < end; k += kLanes<A>) {
+    const V g = V::load(gradients + k);
+    select(g == V::zero(), V::zero(), g * V::load(slopes + k)).store(gradients + k);
+  }
+}
+// The factor that products lack when cap_scores() is through with them.
+template <class A>
+MK_INLINE A factor_after_cap(const AttentionArgs& a) {
+  return a.softcap > 0 ? A(1) : A(a.scale);
+}
+
+// The score that joins the softmax of every row of a head.
+template <class A, class T>
+MK_INLINE A sink_of(const AttentionArgs& a, int64_t h) {
+  return a.sink ? A(to_float(static_cast<const T*>(a.sink)[h * a.sink_h])) : -kInfinity<A>;
+}
+// The sink joins a row's softmax, and may raise its base; returns what older sums must be multiplied by.
+template <class A>
+MK_INLINE A join_sink(A sink, A& base, A& total) {
+  if (sink == -kInfinity<A>) return 1;
+  if (!(sink > base)) {
+    total += A(__builtin_exp(double(sink) - double(base)));
+    return 1;
+  }
+  const A shrink = A(__builtin_exp(double(base) - double(sink)));
+  base = sink, total = total * shrink + 1;
+  return shrink;
 }
 
 // The mask of one query over keys first + [begin, end): bias[begin..end); 0 or -inf of a boolean one.
@@ -257,7 +312,7 @@ MK_INLINE uint32_t mix(uint32_t x) {
   return x ^ x >> 16;
 }
 // What the weights of one query over keys first + [begin, end) are multiplied by; the hash is specified in
-// backends/reference/attention.py.
+// backends/reference/_dropout.py.
 template <class A>
 __attribute__((nothrow)) void load_kept(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, int64_t first,
                                         int64_t begin, int64_t end, A* kept) {

@@ -64,9 +64,10 @@ void add_tile(const Rows<T>& rows, int64_t n, const A* weights, A* piece, A* sum
 // Scores of one query against the tile at `first`, ready for the softmax; returns the factor they still lack.
 template <class A, class T>
 A few_scores(const AttentionArgs& a, const FewScratch<A>& w, int64_t b, int64_t h, int64_t query, int64_t first,
-             int64_t count, A* s) {
+             int64_t count, A* s, A* slopes = nullptr) {
   const bool biased = needs_bias(a);
-  const A scale = A(a.scale);
+  const A scale = factor_after_cap<A>(a);
+  if (a.softcap > 0) cap_scores(a, s, 0, padded<A>(count), slopes);
   const Range all = seen_by(a, query), block = {0, count};
   Range seen = {smaller(larger(all.first - first, 0), count), smaller(larger(all.last - first, 0), count)};
   if (seen.first >= seen.last) seen = {count, count};
@@ -95,7 +96,7 @@ void few_forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, in
   widen_rows(rows_of<T>(a.query, b, h, begin), a.query.row, n, a.width, w.query);
   for (int64_t i = 0; i < n * width; i++) w.sums[i] = 0;
   for (int64_t i = 0; i < n; i++) w.base[i] = -kInfinity<A>, w.total[i] = 0;
-  const int64_t start = split * a.split_keys, stop = smaller(start + a.split_keys, a.keys);
+  const int64_t start = split * a.split_keys, stop = smaller(start + a.split_keys, a.seen_keys);
   const Range seen = seen_by_block(a, begin, end, start, stop);
   for (int64_t first = start + seen.first / kTile * kTile; first < start + seen.last; first += kTile) {
     const int64_t count = smaller(kTile, stop - first);
@@ -140,8 +141,10 @@ void few_gradients(const AttentionArgs& a, const AttentionPart& part, const FewS
   for (int64_t r = 0; r < n; r++) {
     const int64_t h = part.h * (n / queries) + r / queries, query = part.begin + r % queries;
     A *s = w.scores + r * kTile, *g = w.gradients + r * kTile;
-    const A factor = few_scores<A, T>(a, w, part.b, h, query, first, count, s);
+    A slopes[kTile];
+    const A factor = few_scores<A, T>(a, w, part.b, h, query, first, count, s, slopes);
     gradient_row(s, g, {0, count}, factor, w.base[r], w.total[r], a.seed ? w.kept : nullptr, w.unit[r]);
+    if (a.softcap > 0) slope_gradients(g, slopes, 0, padded<A>(count));
   }
 }
 
@@ -192,10 +195,10 @@ void few_backward(const AttentionArgs& a, const AttentionPart& part, void* memor
     }
   }
   for (int64_t i = 0; i < n * a.width; i++) w.sums[i] = 0;
-  const int64_t row = (part.b * a.key_heads + part.h) * a.keys;
-  for (int64_t first = part.first; first < part.last; first += kTile) {
-    const int64_t count = smaller(kTile, part.last - first);
-    const bool more = first + (kAhead + 1) * kTile <= part.last;
+  const int64_t row = (part.b * a.key_heads + part.h) * a.keys, stop = smaller(part.last, a.seen_keys);
+  for (int64_t first = part.first; first < stop; first += kTile) {
+    const int64_t count = smaller(kTile, stop - first);
+    const bool more = first + (kAhead + 1) * kTile <= stop;
     Rows<T> keys = tile_of_rows<A, T>(a.key, w, part.b, part.h, first, count, a.width, more);
     const Rows<T> values = tile_of_rows<A, T>(a.value, w, part.b, part.h, first, count, a.value_width, more);
     dot_rows<T, Dot::plain>(keys, n, w.query, w.scores);
@@ -221,7 +224,7 @@ void few_backward(const AttentionArgs& a, const AttentionPart& part, void* memor
 // Few queries whose gradients are left to the blocks: products summed in another order.
 template <class A, class T>
 double restate_beyond(const AttentionArgs& a) {
-  return a.heads && a.queries <= kFewRows && !is_few(a) ? 8 : __builtin_inf();
+  return a.heads && a.queries <= kFewRows && (a.lengths || !is_few(a)) ? 8 : __builtin_inf();
 }
 
 template <class A>

@@ -88,18 +88,19 @@ MK_INLINE A softmax_row(A* s, Range block, A factor, A& base, A& total, const A*
 }
 
 // Where the mask or the sign of the scale forbids to take the maximum of the plain products.
-MK_INLINE bool needs_bias(const AttentionArgs& a) { return a.mask || !(a.scale > 0); }
+MK_INLINE bool needs_bias(const AttentionArgs& a) { return a.mask || !(a.scale > 0 || a.softcap > 0); }
 
 template <class A, class T>
 void softmax_block(const AttentionArgs& a, const ForwardScratch<A>& w, int64_t b, int64_t h, int64_t query,
                    int64_t rows, int64_t first, Range block, A* base, A* total) {
   using V = Vec<A>;
   const bool biased = needs_bias(a);
-  const A scale = A(a.scale);
+  const A scale = factor_after_cap<A>(a);
   for (int64_t i = 0; i < rows; i++) {
     const Range all = seen_by(a, query + i);
     const Range seen = {larger(all.first - first, block.first), smaller(all.last - first, block.last)};
     A* s = w.scores + i * w.kScoreRow;
+    if (a.softcap > 0) cap_scores<A>(a, s, block.first / kLanes<A> * kLanes<A>, padded<A>(block.last), nullptr);
     if (a.mask)
       load_mask<A, T>(a, b, h, query + i, first, block.first, block.last, w.bias);
     else if (biased)
@@ -137,10 +138,11 @@ void forward_block(const AttentionArgs& a, const ForwardScratch<A>& w, int64_t b
 template <class A, class T>
 MK_INLINE void write_row(const AttentionArgs& a, int64_t row, const A* sums, A base, A total) {
   using V = Vec<A>;
+  const A shrink = a.sink ? join_sink(sink_of<A, T>(a, row / a.queries % a.heads), base, total) : A(1);
   static_cast<A*>(a.lse_data)[row] = total == A(0) ? -kInfinity<A> : A(double(base) + __builtin_log(double(total)));
   A* stats = static_cast<A*>(a.stats_data) + 2 * row;
   stats[0] = base, stats[1] = total;
-  const V factor = V::set1(total == A(0) ? A(0) : A(1) / total);
+  const V factor = V::set1(total == A(0) ? A(0) : shrink / total);
   T* out = static_cast<T*>(a.out_data) + row * a.value_width;
   for_each_vec<V>(a.value_width, [&](int64_t j, auto part) { store(V::load(sums + j) * factor, out + j, part); });
 }
@@ -173,7 +175,7 @@ void forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_
              rows, a.width, w.query);
   for (int64_t i = 0; i < rows * w.value_row; i++) w.sums[i] = 0;
   for (int64_t i = 0; i < rows; i++) w.base[i] = -kInfinity<A>, w.total[i] = 0;
-  const int64_t start = split * a.split_keys, stop = smaller(start + a.split_keys, a.keys);
+  const int64_t start = split * a.split_keys, stop = smaller(start + a.split_keys, a.seen_keys);
   const Range seen = seen_by_block(a, begin, end, start, stop);
   for (int64_t first = start + seen.first / kForwardKeys * kForwardKeys; first < start + seen.last;
        first += kForwardKeys)

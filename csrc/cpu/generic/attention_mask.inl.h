@@ -1,6 +1,6 @@
 // Gradient of an additive mask that broadcasts: ds summed over the batch rows, heads and queries that share an element,
 // in their order, each sum owned by one task. Scores and weights are computed once more; nothing of size B NH Q K
-// exists.
+// exists. And the gradient of a sink, a sum over the rows of its head.
 #pragma once
 #include "cpu/generic/attention_backward.inl.h"
 
@@ -16,7 +16,7 @@ MK_INLINE Sharers sharers(const AttentionArgs& a, int64_t b, int64_t h) {
 }
 
 // A mask that has one value for all keys of a query shifts its scores together: all of its gradient comes through the
-// log-sum-exp.
+// log-sum-exp, less what the sink, which is not shifted, takes of it.
 template <class A, class T>
 void mask_of_rows(const AttentionArgs& a, int64_t b, int64_t h, int64_t first, int64_t last) {
   const Sharers all = sharers(a, b, h);
@@ -29,6 +29,7 @@ void mask_of_rows(const AttentionArgs& a, int64_t b, int64_t h, int64_t first, i
         const bool blind = static_cast<const A*>(a.rows_base)[row_index(a, i, j, query)] == kInfinity<A>;
         if (a.dlse.data && !blind)
           sum += *(static_cast<const A*>(a.dlse.data) + i * a.dlse.b + j * a.dlse.h + query * a.dlse.row);
+        if (a.sink) sum -= static_cast<const A*>(a.rows_sink)[row_index(a, i, j, query)];
       }
     total += sum;
     if (!one_row) static_cast<T*>(a.dmask)[(b * a.mask_heads + h) * a.queries + query] = convert<T>::from(sum);
@@ -38,12 +39,15 @@ void mask_of_rows(const AttentionArgs& a, int64_t b, int64_t h, int64_t first, i
 
 // Adds ds of one block of queries and keys, over all that share it, to w.mask; `one_row` adds the queries up too.
 template <class A, class T>
-void add_sharers(const AttentionArgs& a, const BackwardScratch<A>& w, Sharers all, int64_t query, int64_t end,
-                 int64_t first, int64_t keys, bool one_row) {
+void add_sharers(const AttentionArgs& whole, const BackwardScratch<A>& w, Sharers all, int64_t query, int64_t end,
+                 int64_t first, int64_t all_keys, bool one_row) {
   using V = Vec<A>;
-  const int64_t group = a.heads / a.key_heads;
-  for (int64_t b = all.b; b < all.b_end; b++)
-    for (int64_t h = all.h; h < all.h_end; h++) {
+  const int64_t group = whole.heads / whole.key_heads;
+  AttentionArgs room;
+  for (int64_t b = all.b; b < all.b_end; b++) {
+    const AttentionArgs& a = entry_of(whole, b, room);
+    const int64_t keys = smaller(all_keys, a.seen_keys - first);
+    for (int64_t h = all.h; keys > 0 && h < all.h_end; h++) {
       if (h == all.h || h % group == 0) load_keys<A, T>(a, w, b, h / group, first, keys);
       for (int64_t at = query; at < end; at += kBackwardQueries) {
         const int64_t rows = smaller(kBackwardQueries, end - at);
@@ -57,6 +61,22 @@ void add_sharers(const AttentionArgs& a, const BackwardScratch<A>& w, Sharers al
         }
       }
     }
+  }
+}
+
+template <class A, class T>
+void sink_backward(const AttentionArgs& a, int64_t first, int64_t last) {
+  using V = Vec<A>;
+  for (int64_t h = first; h < last; h++) {
+    A total = 0;
+    for (int64_t b = 0; b < a.batch; b++) {
+      const A* rows = static_cast<const A*>(a.rows_sink) + row_index(a, b, h, 0);
+      V sum = V::zero();
+      for_each_vec<V>(a.queries, [&](int64_t i, auto part) { sum = sum + load<V>(rows + i, part); });
+      total += reduce_add(sum);
+    }
+    static_cast<T*>(a.dsink)[h] = convert<T>::from(total);
+  }
 }
 
 // Row (b, h) of the mask. Tasks own queries [first, last) of it, or keys [first, last) where all queries share a row.

@@ -1,47 +1,64 @@
-"""Attention in plain torch: softmax(scale * q . k + mask) @ v over the keys a query may see.
+"""Attention in plain torch: softmax(scale * q . k, capped, + mask) @ v over the keys a query may see.
 
 Flat arguments: query "B NH Q D", key "B NHk K D", value "B NHk K V", attn_mask None or 4-D with size 1 where it broadcasts, its batch
-size a divisor of B (row b uses mask row b // (B // Bm)), seed None or int64 "B", scale, dropout_p, left, right (limits of the window
-around where the query stands, -1 = none; causal is right = 0), causal: "top-left", query i stands at key i, or "bottom-right", at
-key i + K - Q.
-
-Dropout is a hash of (seed[b], head h, query q, key k), all words 32 bits, sums and products modulo 2^32, `>>` logical:
-    mix(x): x ^= x >> 16; x *= 0x85EBCA6B; x ^= x >> 13; x *= 0xC2B2AE35; x ^= x >> 16
-    a = mix(mix(low(seed) + q * 0x9E3779B9) + h * 0x9E3779B9);  c = mix(a ^ high(seed))               one pair a row
-    x = a + k * 0x9E3779B9; x ^= x >> 16; x *= 0x85EBCA6B; x ^= c; x ^= x >> 13; x *= 0xC2B2AE35; x ^= x >> 16
-    kept if x >= floor(dropout_p * 2^32), a kept weight is multiplied by 1 / (1 - dropout_p); dropout_p = 1 keeps nothing.
+size a divisor of B (row b uses mask row b // (B // Bm)), sink None or "NH" (one more score per row, of a value that is 0), lengths_k None
+or int64 "B" (keys past it are not seen), seed None or int64 "B" (_dropout.py), scale, softcap (0 = none: scores s become
+softcap * tanh(s / softcap)), dropout_p, left, right (limits of the window around where the query stands, -1 = none; causal is right = 0),
+causal: "top-left", query i stands at key i, or "bottom-right", at key i + K - Q, with lengths_k at key i + lengths_k[b] - Q.
 """
 
 import torch
 
+from memkernels.backends.reference._dropout import kept
 from memkernels.backends.reference._math import compute
 
-WORD, GOLDEN, FIRST, SECOND = 0xFFFFFFFF, 0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35
 
-
-def forward(query, key, value, attn_mask, seed, scale, dropout_p, left, right, causal):
-    scores, seen = _scores(query, key, attn_mask, scale, left, right, causal)
-    weights, top, total = _softmax(scores, seen)
+def forward(query, key, value, attn_mask, sink, lengths_k, seed, scale, softcap, dropout_p, left, right, causal):
+    key, value = _cut(key, lengths_k), _cut(value, lengths_k)
+    scores, seen, _ = _scores(query, key, attn_mask, lengths_k, scale, softcap, left, right, causal)
+    weights, top, total, _ = _softmax(scores, seen, sink)
     lse = (top + total.log()).squeeze(-1)
     stats = torch.cat((top, total), -1).detach()
-    return _weighted(weights * _kept(seed, dropout_p, scores), _per_head(value, query)).to(query.dtype), lse, stats
+    return _weighted(weights * kept(seed, dropout_p, scores), _per_head(value, query)).to(query.dtype), lse, stats
 
 
-def backward(dout, dlse, query, key, value, attn_mask, seed, out, stats, scale, dropout_p, left, right, causal):
-    scores, seen = _scores(query, key, attn_mask, scale, left, right, causal)
-    (weights, _, _), kept = _softmax(scores, seen), _kept(seed, dropout_p, scores)
+def backward(
+    dout, dlse, query, key, value, attn_mask, sink, lengths_k, seed, out, stats, scale, softcap, dropout_p, left, right, causal
+):  # fmt: skip
+    key, value = _cut(key, lengths_k), _cut(value, lengths_k)
+    scores, seen, slope = _scores(query, key, attn_mask, lengths_k, scale, softcap, left, right, causal)
+    (weights, _, _, own), factor = _softmax(scores, seen, sink), kept(seed, dropout_p, scores)
     keys, values = _per_head(key, query), _per_head(value, query)
-    dscores, dvalues = torch.zeros_like(weights), torch.zeros_like(values)
+    dscores, dvalues, dsink = torch.zeros_like(weights), torch.zeros_like(values), None
+    less = weights.new_zeros(())
     if dout is not None:
-        dweights = torch.where(seen, compute(dout) @ values.mT, 0) * kept
-        dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
-        dvalues = (weights * kept).mT @ compute(dout)
+        dweights = torch.where(seen, compute(dout) @ values.mT, 0) * factor
+        less = (weights * dweights).sum(-1, keepdim=True)
+        dscores = weights * (dweights - less)
+        dvalues = (weights * factor).mT @ compute(dout)
     if dlse is not None:
+        less = less - dlse[..., None]
         dscores = dscores + torch.where(seen, weights * dlse[..., None], 0)
+    if sink is not None:
+        dsink = (-own * less).sum((0, 2, 3)).to(sink.dtype)
+    dmask = _to_mask(dscores, attn_mask) if attn_mask is not None and attn_mask.is_floating_point() else None
+    if slope is not None:
+        dscores = dscores * slope
     dquery = scale * _weighted(dscores, keys)
     dkey = scale * dscores.mT @ compute(query)
-    dmask = _to_mask(dscores, attn_mask) if attn_mask is not None and attn_mask.is_floating_point() else None
-    return dquery.to(query.dtype), _grouped(dkey, key), _grouped(dvalues, value), dmask
+    return dquery.to(query.dtype), _grouped(dkey, key), _grouped(dvalues, value), dmask, dsink
+
+
+def _length(lengths_k, n_key):
+    return lengths_k.clamp(0, n_key)[:, None, None, None]
+
+
+def _cut(rows, lengths_k):
+    """Keys or values past the end of their sequence hold anything: here they are 0."""
+    if lengths_k is None:
+        return rows
+    n_key = rows.shape[2]
+    return rows.masked_fill(torch.arange(n_key, device=rows.device)[:, None] >= _length(lengths_k, n_key), 0)
 
 
 def _per_head(tensor, query):
@@ -56,17 +73,21 @@ def _grouped(gradient, tensor):
     return (gradient if heads == shared else gradient.unflatten(1, (shared, heads // shared)).sum(2)).to(tensor.dtype)
 
 
-def _scores(query, key, attn_mask, scale, left, right, causal):
-    """Scores "B NH Q K", -inf where a query may not look, and where it may (full shape)."""
-    scores = scale * (compute(query) @ _per_head(key, query).mT)
+def _scores(query, key, attn_mask, lengths_k, scale, softcap, left, right, causal):
+    """Scores "B NH Q K", -inf where a query may not look; where it may (full shape); the slope of the cap there, None without."""
+    scores, slope = scale * (compute(query) @ _per_head(key, query).mT), None
     batch, _, n_query, n_key = scores.shape
-    stands = torch.arange(n_query, device=query.device)[:, None] + (n_key - n_query if causal == "bottom-right" else 0)
-    away = torch.arange(n_key, device=query.device) - stands
-    seen = torch.ones_like(away, dtype=torch.bool)
+    places = torch.arange(n_key, device=query.device)
+    length = n_key if lengths_k is None else _length(lengths_k, n_key)
+    away = places - torch.arange(n_query, device=query.device)[:, None] - (length - n_query if causal == "bottom-right" else 0)
+    seen = torch.ones_like(away, dtype=torch.bool) & (places < length)
     if left >= 0:
         seen = seen & (away >= -left)
     if right >= 0:
         seen = seen & (away <= right)
+    if softcap:
+        bounded = torch.tanh(scores / softcap)
+        scores, slope = softcap * bounded, 1 - bounded * bounded
     if attn_mask is not None:
         mask = compute(attn_mask)
         if mask.shape[0] not in (1, batch):
@@ -76,19 +97,28 @@ def _scores(query, key, attn_mask, scale, left, right, causal):
         else:
             scores, seen = scores + mask, seen & (mask != -torch.inf)
     seen = seen.expand(scores.shape)
-    return scores.masked_fill(~seen, -torch.inf), seen
+    return scores.masked_fill(~seen, -torch.inf), seen, None if slope is None else slope.masked_fill(~seen, 0)
 
 
-def _softmax(scores, seen):
-    """Weights, the maximum of the scores, and the sum of exp(score - maximum): 0, -inf and 0 where a query sees no key."""
-    if scores.shape[-1] == 0:
-        nothing = scores.sum(-1, keepdim=True)
-        return scores, nothing - torch.inf, nothing
-    top = scores.detach().amax(-1, keepdim=True)
+def _softmax(scores, seen, sink):
+    """Weights, the maximum of the scores, the sum of exp(score - maximum), and the sink's weight, the sink counting in all.
+
+    0, -inf and 0 where a query sees no key and there is no sink.
+    """
+    top = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.detach().sum(-1, keepdim=True) - torch.inf
+    if sink is not None:
+        extra = compute(sink)[:, None, None]
+        top = torch.maximum(top, extra.detach())
     blind = top == -torch.inf
-    powers = torch.where(seen, torch.exp(scores - top.masked_fill(blind, 0)), 0)
+    base = top.masked_fill(blind, 0)
+    powers = torch.where(seen, torch.exp(scores - base), 0)
     total = powers.sum(-1, keepdim=True)
-    return powers / total.masked_fill(blind, 1), top, total
+    own = None
+    if sink is not None:
+        own = torch.where(extra == -torch.inf, 0, torch.exp(extra - base))
+        total = total + own
+    share = total.masked_fill(blind, 1)
+    return powers / share, top, total, None if own is None else own / share
 
 
 def _weighted(weights, rows):
@@ -103,26 +133,3 @@ def _to_mask(dscores, mask):
     if mask.shape[0] not in (1, dscores.shape[0]):
         dscores = dscores.unflatten(0, (mask.shape[0], -1)).sum(1)
     return dscores.sum_to_size(mask.shape).to(mask.dtype)
-
-
-def _kept(seed, dropout_p, scores):
-    """What each weight is multiplied by: 0 or 1 / (1 - dropout_p)."""
-    if not dropout_p:
-        return 1.0
-    if dropout_p == 1:
-        return 0.0
-    _, n_head, n_query, n_key = scores.shape
-    head, query, key = (torch.arange(n, device=seed.device) for n in (n_head, n_query, n_key))
-    seed = seed[:, None, None]
-    a = _mix((_mix(((seed & WORD) + query * GOLDEN) & WORD) + head[:, None] * GOLDEN) & WORD)
-    c = _mix(a ^ (seed >> 32 & WORD))
-    x = (a[..., None] + key * GOLDEN) & WORD
-    x = ((x ^ (x >> 16)) * FIRST & WORD) ^ c[..., None]
-    x = (x ^ (x >> 13)) * SECOND & WORD
-    return ((x ^ (x >> 16)) >= int(dropout_p * 2**32)).to(scores.dtype) / (1 - dropout_p)
-
-
-def _mix(x):
-    x = (x ^ (x >> 16)) * FIRST & WORD
-    x = (x ^ (x >> 13)) * SECOND & WORD
-    return x ^ (x >> 16)

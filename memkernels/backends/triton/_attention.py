@@ -6,7 +6,37 @@ import triton
 import triton.language as tl
 
 from memkernels.backends.triton import _launch
-from memkernels.backends.triton._common import precision, refuse
+from memkernels.backends.triton._common import precision, refuse, tanh
+
+MASK_STRIDES = ("mask_stride_b", "mask_stride_h", "mask_stride_q", "mask_stride_k")
+
+
+@triton.jit
+def entry(lengths_ptr, b, K, low, high, pull):
+    """(keys, low, high) of batch entry b. `pull`: 1 where the last query stands at the last key of its entry, else 0."""
+    if lengths_ptr is not None:
+        length = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), K)
+        low += (length - K) * pull
+        high += (length - K) * pull
+        K = length
+    return K, low, high
+
+
+@triton.jit
+def capped(logit, softcap):
+    """softcap tanh(logit / softcap), and its slope."""
+    bounded = tanh(logit / softcap)
+    return softcap * bounded, 1 - bounded * bounded
+
+
+@triton.jit
+def join_sink(sink_ptr, head, top, total):
+    """The sink of a head joins the softmax of its rows: (maximum, sum, what older sums must be multiplied by)."""
+    sink = tl.load(sink_ptr + head).to(tl.float32)
+    new_top = tl.maximum(top, sink)
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    shrink = tl.exp(top - shift)
+    return new_top, total * shrink + tl.exp(sink - shift), shrink
 
 
 @triton.jit
@@ -35,7 +65,7 @@ def _mix(x):
 
 @triton.jit
 def dropout(seed, head, i, k, threshold, inverse):
-    """0 or 1 / (1 - p) for each weight: the hash of backends/reference/attention.py."""
+    """0 or 1 / (1 - p) for each weight: the hash of backends/reference/_dropout.py."""
     low = (seed & 0xFFFFFFFF).to(tl.uint32)
     high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
     a = _mix(_mix(low + i.to(tl.uint32) * 0x9E3779B9) + head.to(tl.uint32) * 0x9E3779B9)
@@ -48,7 +78,7 @@ def dropout(seed, head, i, k, threshold, inverse):
     return tl.where(x >= tl.cast(threshold, tl.int64).to(tl.uint32), inverse, 0.0)
 
 
-def supports(query, key, value, attn_mask, seed, scale, dropout_p, left, right, causal):
+def supports(query, key, value, attn_mask, sink, lengths_k, seed, scale, softcap, dropout_p, left, right, causal):
     width = max(query.shape[3], value.shape[3])
     if width > _launch.MAX_WIDTH:
         return f"a head of {width} elements is over the limit of {_launch.MAX_WIDTH}"
@@ -69,13 +99,24 @@ def limits(queries, keys, left, right, causal):
     return (offset - left if left >= 0 else -queries), (offset + right if right >= 0 else keys)
 
 
+def pull(causal):
+    """See entry()."""
+    return int(causal == "bottom-right")
+
+
+def contiguous(tensor):
+    """Of the few numbers of a sink or of lengths."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def dropout_arguments(dropout_p):
     """(threshold of the hash, factor of what is kept); with p = 1 everything is kept and multiplied by 0."""
     return (0, 0.0) if dropout_p >= 1 else (int(dropout_p * 2**32), 1 / (1 - dropout_p))
 
 
-def tiles(launch, dtype, left, right):
+def tiles(launch, dtype, left, right, softcap):
     return dict(
-        WINDOWED=left >= 0 or right >= 0, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_D=launch.block_d, BLOCK_V=launch.block_v,
+        CAPPED=softcap > 0, WINDOWED=left >= 0 or right >= 0,
+        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_D=launch.block_d, BLOCK_V=launch.block_v,
         PRECISION="ieee" if precision(dtype) == "tf32x3" else precision(dtype), num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """The backward of attention: see attention.py. With p = exp(s - maximum) / sum, delta = dout . out - dlse, ds = p * (dout . v - delta):
-dv = p^T dout, dq = scale * ds k, dk = scale * ds^T q, dmask = ds summed over what the mask broadcasts along.
+dv = p^T dout, dq = scale * ds k, dk = scale * ds^T q, dmask = ds summed over what the mask broadcasts along. With a softcap the ds of
+query and key is multiplied by its slope; a sink of weight p gets -p * delta, summed over the rows of its head.
 """
 
 from __future__ import annotations
@@ -12,7 +13,19 @@ import triton
 import triton.language as tl
 
 from memkernels.backends.triton import _launch
-from memkernels.backends.triton._attention import dropout, dropout_arguments, limits, mask_arguments, masked, tiles
+from memkernels.backends.triton._attention import (
+    MASK_STRIDES,
+    capped,
+    contiguous,
+    dropout,
+    dropout_arguments,
+    entry,
+    limits,
+    mask_arguments,
+    masked,
+    pull,
+    tiles,
+)
 from memkernels.backends.triton._common import INTERPRETED, aot, device_of, dot, lanes, rounded, run, store, strides, sum_splits
 
 
@@ -44,9 +57,9 @@ def _row(stats_ptr, delta_ptr, i, Q):
 @triton.jit
 def _walk_queries(
     dkey, dvalue, key, value, k, head, query_ptr, dout_ptr, stats_ptr, delta_ptr, mask_ptr, seed, lo, hi,
-    Q, K, D, V, scale, threshold, inverse, low, high,
+    Q, K, D, V, scale, softcap, threshold, inverse, low, high,
     query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
-    MASKED: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what queries lo .. hi of one head give to a block of keys; tiles are keys x queries."""
     d, v = lanes(key.shape[1]), lanes(value.shape[1])
@@ -60,6 +73,9 @@ def _walk_queries(
         top, inverse_sum, delta = _row(stats_ptr, delta_ptr, i, Q)
         zero = tl.zeros([key.shape[0], BLOCK_M], tl.float32)
         logit = dot(key, tl.trans(query), zero, PRECISION) * scale
+        slope = 1.0
+        if CAPPED:
+            logit, slope = capped(logit, softcap)
         if MASKED:
             logit = masked(logit, i[None, :], k[:, None], mask_ptr, mask_stride_q, mask_stride_k, Q, K, low, high, WINDOWED)
         weights = tl.exp(logit - top[None, :]) * inverse_sum[None, :]
@@ -70,7 +86,7 @@ def _walk_queries(
             dvalue = dot(rounded(weights * kept, dout.dtype), dout, dvalue, PRECISION)
         else:
             dvalue = dot(rounded(weights, dout.dtype), dout, dvalue, PRECISION)
-        dlogit = weights * (dweights - delta[None, :])
+        dlogit = weights * (dweights - delta[None, :]) * slope
         if MASKED:
             dlogit = tl.where(logit == float("-inf"), 0.0, dlogit)
         dkey = dot(rounded(dlogit, query.dtype), query, dkey, PRECISION)
@@ -79,11 +95,11 @@ def _walk_queries(
 
 @triton.jit
 def _attention_dkey_kernel(
-    dkey_ptr, dvalue_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, seed_ptr, dout_ptr, stats_ptr, delta_ptr,
-    NH, Q, K, D, V, group, mask_group, scale, threshold, inverse, low, high,
+    dkey_ptr, dvalue_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, lengths_ptr, seed_ptr, dout_ptr, stats_ptr, delta_ptr,
+    NH, Q, K, D, V, group, mask_group, scale, softcap, threshold, inverse, low, high, pull,
     query_stride_b, query_stride_h, query_stride_q, query_stride_d, key_stride_b, key_stride_h, key_stride_k, key_stride_d,
     value_stride_b, value_stride_h, value_stride_k, value_stride_v, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
-    dout_stride_b, dout_stride_h, dout_stride_q, dout_stride_v, WINDOWED: tl.constexpr,
+    dout_stride_b, dout_stride_h, dout_stride_q, dout_stride_v, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(K, BLOCK_N)
@@ -91,16 +107,24 @@ def _attention_dkey_kernel(
     b, shared = row // (NH // group), row % (NH // group)
     k, d, v = block * BLOCK_N + lanes(BLOCK_N), lanes(BLOCK_D), lanes(BLOCK_V)
     keys, values = (k < K)[:, None] & (d < D)[None, :], (k < K)[:, None] & (v < V)[None, :]
+    all_keys, last = K, tl.minimum((block + 1) * BLOCK_N, K) - 1
+    K, low, high = entry(lengths_ptr, b, K, low, high, pull)
+    exists = (k < K)[:, None]
     key = tl.load(
-        key_ptr + b * key_stride_b + shared * key_stride_h + k[:, None] * key_stride_k + d[None, :] * key_stride_d, mask=keys, other=0.0
+        key_ptr + b * key_stride_b + shared * key_stride_h + k[:, None] * key_stride_k + d[None, :] * key_stride_d,
+        mask=keys & exists,
+        other=0.0,
     )
     value_ptr += b * value_stride_b + shared * value_stride_h
-    value = tl.load(value_ptr + k[:, None] * value_stride_k + v[None, :] * value_stride_v, mask=values, other=0.0)
+    value = tl.load(value_ptr + k[:, None] * value_stride_k + v[None, :] * value_stride_v, mask=values & exists, other=0.0)
     seed = None
     if seed_ptr is not None:
         seed = tl.load(seed_ptr + b)
-    first, last = block * BLOCK_N, tl.minimum((block + 1) * BLOCK_N, K) - 1
-    begin, end = tl.maximum(first - high, 0) // BLOCK_M * BLOCK_M, tl.minimum(last - low + 1, Q)
+    first, stop = block * BLOCK_N, Q
+    if lengths_ptr is not None:  # a block past the end has nothing to do
+        last = tl.minimum(last, K - 1)
+        stop = tl.where(first < K, stop, 0)
+    begin, end = tl.maximum(first - high, 0) // BLOCK_M * BLOCK_M, tl.minimum(last - low + 1, stop)
     clear = tl.minimum(tl.maximum(tl.cdiv(last - high, BLOCK_M) * BLOCK_M, begin), tl.maximum(end, begin))
     clear_end = tl.maximum(tl.minimum(end, first - low + 1) // BLOCK_M * BLOCK_M, clear)
     dkey, dvalue = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
@@ -112,44 +136,46 @@ def _attention_dkey_kernel(
             masks = mask_ptr + (b // mask_group) * mask_stride_b + head * mask_stride_h
             dkey, dvalue = _walk_queries(
                 dkey, dvalue, key, value, k, head, queries, douts, stats, deltas, masks, seed, begin, end, Q, K, D, V, scale,
-                threshold, inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
-                True, WINDOWED, BLOCK_M, PRECISION,
+                softcap, threshold, inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q,
+                mask_stride_k, True, CAPPED, WINDOWED, BLOCK_M, PRECISION,
             )  # fmt: skip
         elif WINDOWED:
             dkey, dvalue = _walk_queries(
                 dkey, dvalue, key, value, k, head, queries, douts, stats, deltas, None, seed, begin, clear, Q, K, D, V, scale,
-                threshold, inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
-                True, WINDOWED, BLOCK_M, PRECISION,
+                softcap, threshold, inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q,
+                mask_stride_k, True, CAPPED, WINDOWED, BLOCK_M, PRECISION,
             )  # fmt: skip
             dkey, dvalue = _walk_queries(
                 dkey, dvalue, key, value, k, head, queries, douts, stats, deltas, None, seed, clear, clear_end, Q, K, D, V, scale,
-                threshold, inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
-                False, WINDOWED, BLOCK_M, PRECISION,
+                softcap, threshold, inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q,
+                mask_stride_k, False, CAPPED, WINDOWED, BLOCK_M, PRECISION,
             )  # fmt: skip
             dkey, dvalue = _walk_queries(
                 dkey, dvalue, key, value, k, head, queries, douts, stats, deltas, None, seed, clear_end, end, Q, K, D, V, scale,
-                threshold, inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
-                True, WINDOWED, BLOCK_M, PRECISION,
+                softcap, threshold, inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q,
+                mask_stride_k, True, CAPPED, WINDOWED, BLOCK_M, PRECISION,
             )  # fmt: skip
         else:
             dkey, dvalue = _walk_queries(
-                dkey, dvalue, key, value, k, head, queries, douts, stats, deltas, None, seed, 0, Q, Q, K, D, V, scale,
-                threshold, inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q, mask_stride_k,
-                False, WINDOWED, BLOCK_M, PRECISION,
+                dkey, dvalue, key, value, k, head, queries, douts, stats, deltas, None, seed, 0, stop, Q, K, D, V, scale,
+                softcap, threshold, inverse, low, high, query_stride_q, query_stride_d, dout_stride_q, dout_stride_v, mask_stride_q,
+                mask_stride_k, False, CAPPED, WINDOWED, BLOCK_M, PRECISION,
             )  # fmt: skip
+    if lengths_ptr is not None:
+        dkey, dvalue = tl.where(exists, dkey, 0.0), tl.where(exists, dvalue, 0.0)
     if dkey_ptr is not None:
-        store(dkey_ptr + (row * K + k)[:, None] * D + d[None, :], dkey * scale, mask=keys)
+        store(dkey_ptr + (row * all_keys + k)[:, None] * D + d[None, :], dkey * scale, mask=keys)
     if dvalue_ptr is not None:
-        store(dvalue_ptr + (row * K + k)[:, None] * V + v[None, :], dvalue, mask=values)
+        store(dvalue_ptr + (row * all_keys + k)[:, None] * V + v[None, :], dvalue, mask=values)
 
 
 @triton.jit
 def _attention_dquery_kernel(
-    dquery_part_ptr, dmask_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, seed_ptr, dout_ptr, stats_ptr, delta_ptr,
-    B, NH, Q, K, D, V, group, mask_group, splits, chunk, scale, threshold, inverse, low, high,
+    dquery_part_ptr, dmask_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, lengths_ptr, seed_ptr, dout_ptr, stats_ptr, delta_ptr,
+    B, NH, Q, K, D, V, group, mask_group, splits, chunk, scale, softcap, threshold, inverse, low, high, pull,
     query_stride_b, query_stride_h, query_stride_q, query_stride_d, key_stride_b, key_stride_h, key_stride_k, key_stride_d,
     value_stride_b, value_stride_h, value_stride_k, value_stride_v, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
-    dout_stride_b, dout_stride_h, dout_stride_q, dout_stride_v, WINDOWED: tl.constexpr,
+    dout_stride_b, dout_stride_h, dout_stride_q, dout_stride_v, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of a block of queries; with dmask_ptr (a mask of the full shape) also ds, which is its gradient."""
@@ -157,6 +183,8 @@ def _attention_dquery_kernel(
     program = tl.program_id(0).to(tl.int64)
     block, split, row = blocks - 1 - program % blocks, (program // blocks) % splits, program // blocks // splits
     b, head = row // NH, row % NH
+    all_keys = K
+    K, low, high = entry(lengths_ptr, b, K, low, high, pull)
     i, d, v = block * BLOCK_M + lanes(BLOCK_M), lanes(BLOCK_D), lanes(BLOCK_V)
     queries = (i < Q)[:, None] & (d < D)[None, :]
     query_ptr += b * query_stride_b + head * query_stride_h
@@ -172,7 +200,7 @@ def _attention_dquery_kernel(
     begin = tl.maximum(split * chunk, first + low) // BLOCK_N * BLOCK_N
     end = tl.minimum(tl.minimum((split + 1) * chunk, K), last + high + 1)
     if dmask_ptr is not None:
-        begin, end = split * chunk, tl.minimum((split + 1) * chunk, K)
+        begin, end = split * chunk, tl.minimum((split + 1) * chunk, all_keys)
     dquery, zero = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(begin, end, BLOCK_N):
         k = tl.cast(start, tl.int64) + lanes(BLOCK_N)
@@ -180,13 +208,18 @@ def _attention_dquery_kernel(
         place = k[:, None] * value_stride_k + v[None, :] * value_stride_v
         value = tl.load(value_ptr + place, mask=(k < K)[:, None] & (v < V)[None, :], other=0.0)
         logit = dot(query, tl.trans(key), zero, PRECISION) * scale
+        slope = 1.0
+        if CAPPED:
+            logit, slope = capped(logit, softcap)
         logit = masked(logit, i[:, None], k[None, :], mask_ptr, mask_stride_q, mask_stride_k, Q, K, low, high, WINDOWED)
         dweights = dot(dout, tl.trans(value), zero, PRECISION)
         if seed_ptr is not None:
             dweights *= dropout(tl.load(seed_ptr + b), head, i[:, None], k[None, :], threshold, inverse)
         dlogit = tl.where(logit == float("-inf"), 0.0, tl.exp(logit - top[:, None]) * (inverse_sum[:, None] * (dweights - delta[:, None])))
         if dmask_ptr is not None:
-            store(dmask_ptr + (row * Q + i)[:, None] * K + k[None, :], dlogit, mask=(i < Q)[:, None] & (k < K)[None, :])
+            store(dmask_ptr + (row * Q + i)[:, None] * all_keys + k[None, :], dlogit, mask=(i < Q)[:, None] & (k < all_keys)[None, :])
+        if CAPPED:
+            dlogit = tl.where(logit == float("-inf"), 0.0, dlogit * slope)
         if mask_ptr is not None or WINDOWED:  # a key that is not finite must not reach a query that does not see it by 0 * NaN
             key = tl.where((key - key) != 0, 0.0, key)
         dquery = dot(rounded(dlogit, key.dtype), key, dquery, PRECISION)
@@ -196,8 +229,9 @@ def _attention_dquery_kernel(
 
 
 def backward(
-    dquery, dkey, dvalue, dmask, dout, dlse, query, key, value, attn_mask, seed, out, stats, scale, dropout_p, left, right, causal
-):
+    dquery, dkey, dvalue, dmask, dsink, dout, dlse, query, key, value, attn_mask, sink, lengths_k, seed, out, stats, scale, softcap,
+    dropout_p, left, right, causal,
+):  # fmt: skip
     (batch, heads, queries, width), keys, value_width = query.shape, key.shape[2], value.shape[3]
     dout = out.new_zeros(()).expand(out.shape) if dout is None else dout
 
@@ -212,17 +246,22 @@ def backward(
         *dout.stride(), *strides(dlse, 3), BLOCK=16, BLOCK_V=launch.block_v,
     )  # fmt: skip
     mask_group, *mask_strides = mask_arguments(attn_mask, batch)
-    tensors = query, key, value, attn_mask, seed, dout, stats, delta
-    numbers = float(scale), *dropout_arguments(dropout_p), *limits(queries, keys, left, right, causal)
+    tensors = query, key, value, attn_mask, contiguous(lengths_k), seed, dout, stats, delta
+    numbers = float(scale), float(softcap), *dropout_arguments(dropout_p), *limits(queries, keys, left, right, causal), pull(causal)
     layouts = *query.stride(), *key.stride(), *value.stride(), *mask_strides, *dout.stride()
     sizes = heads, queries, keys, width, value_width, group, mask_group
     if dkey is not None or dvalue is not None:
         grid = (batch * key.shape[1] * _launch.ceil_div(keys, launch.block_n),)
-        options = tiles(launch, query.dtype, left, right)
+        options = tiles(launch, query.dtype, left, right, softcap)
         run(_attention_dkey_kernel, grid, dkey, dvalue, *tensors, *sizes, *numbers, *layouts, **options)
+    rest = None if sink is None else _sink_rows(sink, stats, delta)
+    if dsink is not None:
+        dsink.copy_(rest.sum((0, 2)))  # type: ignore[union-attr]
     if dmask is not None and attn_mask.shape[3] == 1:
-        # A constant added to all scores of a query moves its log-sum-exp and nothing else; the sum of ds would only show rounding.
-        _sum_to_mask(dmask, (torch.zeros_like(delta) if dlse is None else dlse.masked_fill(stats[..., 1] == 0, 0))[..., None])
+        # A constant added to all scores of a query moves its log-sum-exp, less what the sink takes of it, and nothing else; the sum of
+        # ds would only show rounding.
+        moved = torch.zeros_like(delta) if dlse is None else dlse.masked_fill(stats[..., 1] == 0, 0)
+        _sum_to_mask(dmask, (moved if rest is None else moved - rest)[..., None])
         dmask = None
     if dquery is None and dmask is None:
         return
@@ -235,12 +274,19 @@ def backward(
     grid = (batch * heads * launch.splits * _launch.ceil_div(queries, launch.block_m),)
     run(
         _attention_dquery_kernel, grid, part, full, *tensors, batch, *sizes, launch.splits, launch.chunk, *numbers, *layouts,
-        **tiles(launch, query.dtype, left, right),
+        **tiles(launch, query.dtype, left, right, softcap),
     )  # fmt: skip
     if part is not None and launch.splits > 1:
         sum_splits(dquery, part)
     if full is not dmask:
         _sum_to_mask(dmask, full)
+
+
+def _sink_rows(sink, stats, delta):
+    """ds of the sink in every row."""
+    shift = stats[..., 0].masked_fill(stats[..., 0] == -torch.inf, 0)
+    weights = torch.exp(sink.float()[:, None] - shift) / stats[..., 1].masked_fill(stats[..., 1] == 0, 1)
+    return -weights * delta
 
 
 def _sum_to_mask(dmask, full):
@@ -252,17 +298,25 @@ def _sum_to_mask(dmask, full):
 
 def entries(dtype):
     """What is compiled ahead of time."""
-    found = []
-    for width, causal, ampere, role in product((64, 128), (False, True), (False, True), ("dkey", "dquery")):
-        kernel = _attention_dkey_kernel if role == "dkey" else _attention_dquery_kernel
-        launch = _launch.attention(4096, 4096, width, width, dtype == torch.float32, role, (8, 0) if ampere else (9, 0))
-        absent = dict(mask_ptr=None, seed_ptr=None, dmask_ptr=None, mask_stride_b=0, mask_stride_h=0, mask_stride_q=0, mask_stride_k=0)
-        ones = dict.fromkeys(("query_stride_d", "key_stride_d", "value_stride_v", "dout_stride_v", "group", "mask_group", "splits"), 1)
-        constants = {k: v for k, v in tiles(launch, dtype, -1, 0 if causal else -1).items() if k.isupper()} | absent | ones
-        constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
-        types = dict(stats_ptr="*fp32", delta_ptr="*fp32", scale="fp32", inverse="fp32", threshold="i32")
-        name = f"attention_{role}_D{width}" + ("_causal" if causal else "") + ("_ampere" if ampere else "")
-        expect = () if dtype == torch.float32 else ("wgmma",) if launch.block_n >= 64 else ("mma",)
-        entry = aot(name, kernel, dtype, constants, types, launch.num_warps, launch.num_stages, expect)
-        found.append(replace(entry, capabilities=(80,) if ampere else (90, 100)))
-    return found
+    cases = product((64, 128), (False, True), ("dkey", "dquery"), (False, True))
+    return [_aot(dtype, *case) for case in cases]
+
+
+def every(dtype):
+    """The same with softcap and lengths."""
+    return [_aot(dtype, 64, True, role, False, every=True) for role in ("dkey", "dquery")]
+
+
+def _aot(dtype, width, causal, role, ampere, every=False):
+    kernel = _attention_dkey_kernel if role == "dkey" else _attention_dquery_kernel
+    launch = _launch.attention(4096, 4096, width, width, dtype == torch.float32, role, (8, 0) if ampere else (9, 0))
+    absent = dict.fromkeys(("mask_ptr", "seed_ptr", "dmask_ptr") + (() if every else ("lengths_ptr",))) | dict.fromkeys(MASK_STRIDES, 0)
+    ones = dict.fromkeys(("query_stride_d", "key_stride_d", "value_stride_v", "dout_stride_v", "group", "mask_group", "splits"), 1)
+    constants = {k: v for k, v in tiles(launch, dtype, -1, 0 if causal else -1, float(every)).items() if k.isupper()} | absent | ones
+    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    types = dict.fromkeys(("stats_ptr", "delta_ptr"), "*fp32") | dict.fromkeys(("scale", "softcap", "inverse"), "fp32")
+    types |= dict(lengths_ptr="*i64", threshold="i32")
+    name = f"attention_{role}_D{width}" + ("_causal" if causal else "") + ("_every" if every else "") + ("_ampere" if ampere else "")
+    expect = () if dtype == torch.float32 else ("wgmma",) if launch.block_n >= 64 else ("mma",)
+    entry = aot(name, kernel, dtype, constants, types, launch.num_warps, launch.num_stages, expect)
+    return replace(entry, capabilities=(80,) if ampere else (90,) if every else (90, 100))

@@ -16,7 +16,21 @@ import triton
 import triton.language as tl
 
 from memkernels.backends.triton import _attention_bwd, _launch
-from memkernels.backends.triton._attention import dropout, dropout_arguments, limits, mask_arguments, masked, supports, tiles
+from memkernels.backends.triton._attention import (
+    MASK_STRIDES,
+    capped,
+    contiguous,
+    dropout,
+    dropout_arguments,
+    entry,
+    join_sink,
+    limits,
+    mask_arguments,
+    masked,
+    pull,
+    supports,
+    tiles,
+)
 from memkernels.backends.triton._common import INTERPRETED, NAMES, aot, device_of, dot, lanes, rounded, run, store
 
 __all__ = ["AOT", "backward", "forward", "supports"]
@@ -24,9 +38,9 @@ __all__ = ["AOT", "backward", "forward", "supports"]
 
 @triton.jit
 def _walk(
-    acc, total, top, broken, query, i, head, key_ptr, value_ptr, mask_ptr, seed, lo, hi, Q, K, D, V, scale, threshold, inverse,
+    acc, total, top, broken, query, i, head, key_ptr, value_ptr, mask_ptr, seed, lo, hi, Q, K, D, V, scale, softcap, threshold, inverse,
     low, high, key_stride_k, key_stride_d, value_stride_k, value_stride_v, mask_stride_q, mask_stride_k,
-    MASKED: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys lo .. hi. MASKED: not every key of a block is seen by every query."""
     d, v = lanes(query.shape[1]), lanes(acc.shape[1])
@@ -35,6 +49,8 @@ def _walk(
         key = tl.load(key_ptr + k[:, None] * key_stride_k + d[None, :] * key_stride_d, mask=(k < K)[:, None] & (d < D)[None, :], other=0.0)
         zero = tl.zeros([query.shape[0], BLOCK_N], tl.float32)
         logit = dot(query, tl.trans(key), zero, PRECISION) * scale
+        if CAPPED:
+            logit, _ = capped(logit, softcap)
         if MASKED:
             logit = masked(logit, i[:, None], k[None, :], mask_ptr, mask_stride_q, mask_stride_k, Q, K, low, high, WINDOWED)
         new_top = tl.maximum(top, tl.max(logit, 1))
@@ -57,10 +73,12 @@ def _walk(
 
 @triton.jit
 def _attention_fwd_kernel(
-    out_ptr, lse_ptr, stats_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, seed_ptr, B, NH, Q, K, D, V, group, mask_group, splits, chunk,
-    scale, threshold, inverse, low, high, query_stride_b, query_stride_h, query_stride_q, query_stride_d,
+    out_ptr, lse_ptr, stats_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, sink_ptr, lengths_ptr, seed_ptr,
+    B, NH, Q, K, D, V, group, mask_group, splits, chunk, scale, softcap, threshold, inverse, low, high, pull,
+    query_stride_b, query_stride_h, query_stride_q, query_stride_d,
     key_stride_b, key_stride_h, key_stride_k, key_stride_d, value_stride_b, value_stride_h, value_stride_k, value_stride_v,
-    mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k, WINDOWED: tl.constexpr,
+    mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
+    CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(Q, BLOCK_M)
@@ -71,6 +89,7 @@ def _attention_fwd_kernel(
         program // blocks // splits,
     )  # longest causal block first
     b, head = row // NH, row % NH
+    K, low, high = entry(lengths_ptr, b, K, low, high, pull)
     i, d, v = block * BLOCK_M + lanes(BLOCK_M), lanes(BLOCK_D), lanes(BLOCK_V)
     place = b * query_stride_b + head * query_stride_h + i[:, None] * query_stride_q + d[None, :] * query_stride_d
     query = tl.load(query_ptr + place, mask=(i < Q)[:, None] & (d < D)[None, :], other=0.0)
@@ -97,22 +116,25 @@ def _attention_fwd_kernel(
     if WINDOWED:
         acc, total, top, broken = _walk(
             acc, total, top, broken, query, i, head, key_ptr, value_ptr, mask_ptr, seed, begin, clear, Q, K, D, V, scale,
-            threshold, inverse, low, high, key_stride_k, key_stride_d, value_stride_k, value_stride_v, mask_stride_q, mask_stride_k,
-            True, WINDOWED, BLOCK_N, PRECISION,
+            softcap, threshold, inverse, low, high, key_stride_k, key_stride_d, value_stride_k, value_stride_v, mask_stride_q,
+            mask_stride_k, True, CAPPED, WINDOWED, BLOCK_N, PRECISION,
         )  # fmt: skip
     else:
         clear = begin
     if mask_ptr is None:
         acc, total, top, broken = _walk(
             acc, total, top, broken, query, i, head, key_ptr, value_ptr, mask_ptr, seed, clear, clear_end, Q, K, D, V, scale,
-            threshold, inverse, low, high, key_stride_k, key_stride_d, value_stride_k, value_stride_v, mask_stride_q, mask_stride_k,
-            False, WINDOWED, BLOCK_N, PRECISION,
+            softcap, threshold, inverse, low, high, key_stride_k, key_stride_d, value_stride_k, value_stride_v, mask_stride_q,
+            mask_stride_k, False, CAPPED, WINDOWED, BLOCK_N, PRECISION,
         )  # fmt: skip
     acc, total, top, broken = _walk(
-        acc, total, top, broken, query, i, head, key_ptr, value_ptr, mask_ptr, seed, clear_end, end, Q, K, D, V, scale, threshold, inverse,
-        low, high, key_stride_k, key_stride_d, value_stride_k, value_stride_v, mask_stride_q, mask_stride_k,
-        True, WINDOWED, BLOCK_N, PRECISION,
+        acc, total, top, broken, query, i, head, key_ptr, value_ptr, mask_ptr, seed, clear_end, end, Q, K, D, V, scale, softcap, threshold,
+        inverse, low, high, key_stride_k, key_stride_d, value_stride_k, value_stride_v, mask_stride_q, mask_stride_k,
+        True, CAPPED, WINDOWED, BLOCK_N, PRECISION,
     )  # fmt: skip
+    if sink_ptr is not None:
+        top, total, shrink = join_sink(sink_ptr, head, top, total)
+        acc *= shrink[:, None]
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
     acc = tl.where((broken != 0)[:, None], float("nan"), acc)
     at = ((split * B + b) * NH + head) * Q + i
@@ -124,7 +146,9 @@ def _attention_fwd_kernel(
 
 
 @triton.jit
-def _attention_combine_kernel(out_ptr, lse_ptr, stats_ptr, out_part_ptr, stats_part_ptr, rows, V, splits, BLOCK_V: tl.constexpr):
+def _attention_combine_kernel(
+    out_ptr, lse_ptr, stats_ptr, out_part_ptr, stats_part_ptr, sink_ptr, rows, NH, Q, V, splits, BLOCK_V: tl.constexpr
+):  # fmt: skip
     """One query: the softmax over the union of the splits, in their order."""
     row, v = tl.program_id(0).to(tl.int64), lanes(BLOCK_V)
     top, total = tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.float32)
@@ -137,13 +161,16 @@ def _attention_combine_kernel(out_ptr, lse_ptr, stats_ptr, out_part_ptr, stats_p
         shrink, grow = tl.exp(top - shift), tl.exp(part_top - shift) * tl.load(stats_part_ptr + (at * 2 + 1))
         out = out * shrink + tl.load(out_part_ptr + at * V + v, mask=v < V, other=0.0) * grow
         total, top = total * shrink + grow, new_top
+    if sink_ptr is not None:
+        top, total, shrink = join_sink(sink_ptr, row // Q % NH, top, total)
+        out *= shrink
     store(out_ptr + row * V + v, out / tl.where(total == 0, 1.0, total), mask=v < V)
     store(lse_ptr + row, top + tl.log(total))
     store(stats_ptr + row * 2, top)
     store(stats_ptr + (row * 2 + 1), total)
 
 
-def forward(out, lse, stats, query, key, value, attn_mask, seed, scale, dropout_p, left, right, causal):
+def forward(out, lse, stats, query, key, value, attn_mask, sink, lengths_k, seed, scale, softcap, dropout_p, left, right, causal):
     (batch, heads, queries, width), keys, value_width = query.shape, key.shape[2], value.shape[3]
     wide, capability = query.dtype == torch.float32, device_of(query.device).capability
     launch = _launch.attention(queries, keys, width, value_width, wide, "forward", capability, INTERPRETED)
@@ -153,37 +180,53 @@ def forward(out, lse, stats, query, key, value, attn_mask, seed, scale, dropout_
     mask_group, *mask_strides = mask_arguments(attn_mask, batch)
     run(
         _attention_fwd_kernel, (batch * heads * launch.splits * _launch.ceil_div(queries, launch.block_m),),
-        out_part, None if split else lse, stats_part, query, key, value, attn_mask, seed, batch, heads, queries, keys, width, value_width,
-        max(heads // max(key.shape[1], 1), 1), mask_group, launch.splits, launch.chunk, float(scale), *dropout_arguments(dropout_p),
-        *limits(queries, keys, left, right, causal), *query.stride(), *key.stride(), *value.stride(), *mask_strides,
-        **tiles(launch, query.dtype, left, right),
+        out_part, None if split else lse, stats_part, query, key, value, attn_mask, None if split else contiguous(sink),
+        contiguous(lengths_k), seed, batch, heads, queries, keys, width, value_width, max(heads // max(key.shape[1], 1), 1), mask_group,
+        launch.splits, launch.chunk, float(scale), float(softcap), *dropout_arguments(dropout_p),
+        *limits(queries, keys, left, right, causal), pull(causal), *query.stride(), *key.stride(), *value.stride(), *mask_strides,
+        **tiles(launch, query.dtype, left, right, softcap),
     )  # fmt: skip
     if split:
         run(
-            _attention_combine_kernel, (lse.numel(),), out, lse, stats, out_part, stats_part, lse.numel(), value_width, launch.splits,
-            BLOCK_V=launch.block_v,
+            _attention_combine_kernel, (lse.numel(),), out, lse, stats, out_part, stats_part, contiguous(sink), lse.numel(), heads,
+            queries, value_width, launch.splits, BLOCK_V=launch.block_v,
         )  # fmt: skip
 
 
 backward = _attention_bwd.backward
 
 
-def _aot(dtype, width, causal, queries=4096, ampere=False):
+def _aot(dtype, width, causal, queries=4096, ampere=False, every=False):
     launch = _launch.attention(queries, 4096, width, width, dtype == torch.float32, "forward", (8, 0) if ampere else (9, 0))
-    sizes = dict(mask_ptr=None, seed_ptr=None, splits=launch.splits, mask_stride_b=0, mask_stride_h=0, mask_stride_q=0, mask_stride_k=0)
+    sizes = (
+        dict.fromkeys(("mask_ptr", "seed_ptr") + (() if every else ("sink_ptr", "lengths_ptr")))
+        | dict.fromkeys(MASK_STRIDES, 0)
+        | dict(splits=launch.splits)
+    )
     ones = dict.fromkeys(("query_stride_d", "key_stride_d", "value_stride_v", "group", "mask_group"), 1)
-    constants = {k: v for k, v in tiles(launch, dtype, -1, 0 if causal else -1).items() if k.isupper()} | sizes | ones
+    constants = {k: v for k, v in tiles(launch, dtype, -1, 0 if causal else -1, float(every)).items() if k.isupper()} | sizes | ones
     if launch.splits > 1:
         constants["lse_ptr"] = None
-    types = {"lse_ptr": "*fp32", "stats_ptr": "*fp32", "scale": "fp32", "inverse": "fp32", "threshold": "i32"} | (
-        {"out_ptr": "*fp32"} if launch.splits > 1 else {}
+    types = {
+        "lse_ptr": "*fp32",
+        "lengths_ptr": "*i64",
+        "stats_ptr": "*fp32",
+        "scale": "fp32",
+        "softcap": "fp32",
+        "inverse": "fp32",
+        "threshold": "i32",
+    } | ({"out_ptr": "*fp32"} if launch.splits > 1 else {})
+    name = (
+        f"attention_fwd_D{width}"
+        + ("_causal" if causal else "")
+        + ("_every" if every else "")
+        + (f"_Q{queries}" if queries != 4096 else "")
     )
-    name = f"attention_fwd_D{width}" + ("_causal" if causal else "") + (f"_Q{queries}" if queries != 4096 else "")
     expect = ("wgmma",) if dtype != torch.float32 and queries >= 64 else ()
     entry = aot(
         name + ("_ampere" if ampere else ""), _attention_fwd_kernel, dtype, constants, types, launch.num_warps, launch.num_stages, expect
     )
-    return replace(entry, capabilities=(80,) if ampere else (90, 100))
+    return replace(entry, capabilities=(80,) if ampere else (90,) if every else (90, 100))
 
 
 AOT = [
@@ -194,4 +237,4 @@ AOT = [
         _aot(dtype, 64, False, queries=16),
         *_attention_bwd.entries(dtype),
     )
-]
+] + [_aot(torch.bfloat16, 64, True, every=True), *_attention_bwd.every(torch.bfloat16)]

@@ -14,18 +14,19 @@ def _call(function, inputs, options):
     visible = given.pop("visible", None)  # a boolean mask, which the function takes as attn_mask
     if visible is not None:
         given["attn_mask"] = visible
+    if options.get("dropout_p"):
+        torch.manual_seed(0)  # every call drops the same weights
     return function(**given, **options)
 
 
-def _sdpa(query, key, value, attn_mask=None, visible=None, window=None, causal="top-left", return_lse=False, **options):
+def _sdpa(query, key, value, attn_mask=None, visible=None, **options):
+    options = _without_plain(options)
     mask = visible if attn_mask is None else attn_mask
     return F.scaled_dot_product_attention(query, key, value, mask, **options)
 
 
 def _eager(query, key, value, attn_mask=None, is_causal=False, scale=None, enable_gqa=False, **options):
-    lacking = [name for name, plain in _PLAIN.items() if options.get(name, plain) != plain]
-    if lacking:
-        raise NotImplementedError(", ".join(lacking))
+    _without_plain(options)
     if enable_gqa:
         key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value))
     scores = query @ key.mT * (max(query.shape[-1], 1) ** -0.5 if scale is None else scale)
@@ -36,7 +37,15 @@ def _eager(query, key, value, attn_mask=None, is_causal=False, scale=None, enabl
     return torch.softmax(scores, -1) @ value
 
 
-_PLAIN = {"window": None, "causal": "top-left", "return_lse": False}  # the options that the plain formula knows, at these values
+_PLAIN = {"window": None, "causal": "top-left", "return_lse": False, "softcap": None, "sink": None, "lengths_k": None}
+
+
+def _without_plain(options):
+    """The options that torch has too; the others must be as in the plain formula."""
+    lacking = [name for name, plain in _PLAIN.items() if options.get(name, plain) != plain]
+    if lacking:
+        raise NotImplementedError(", ".join(lacking))
+    return {name: given for name, given in options.items() if name not in _PLAIN}
 
 
 def _blind(inputs):
@@ -63,6 +72,28 @@ def _shared(*axes):
 def _peaked(inputs):
     """Scores in the hundreds: one key takes all."""
     return {**inputs, "query": 20 * inputs["query"], "key": 10 * inputs["key"]}
+
+
+def _lengths(shape, dtype, generator):
+    """Lengths; a twist brings K in."""
+    return torch.arange(shape[0])
+
+
+def _ragged(tensors):
+    """Lengths from K down to 0 in steps of about a third: a full row, partial ones, an empty one."""
+    batch, keys = tensors["key"].shape[0], tensors["key"].shape[2]
+    return {"lengths_k": torch.tensor([max(keys - b * ((keys + 2) // 3), 0) for b in range(batch)], dtype=torch.int64)}
+
+
+def _ragged_blind(inputs):
+    return _blind({**inputs, **_ragged(inputs)})
+
+
+def _deep_sink(inputs):
+    """One head's sink takes all, another's nothing."""
+    sink = inputs["sink"].clone()
+    sink[0], sink[-1] = 60, -60
+    return {**inputs, "sink": sink}
 
 
 def _masked(value, rows=slice(None), keys=slice(None)):
@@ -93,6 +124,7 @@ def _far(share):
 
 
 LOWEST = -1.8e308
+_EVERY = dict(softcap=2.0, window=(9, 1), causal="bottom-right", enable_gqa=True, return_lse=True)
 
 
 def _sizes(B=2, NH=2, Q=5, K=7, D=4, V=None, NHk=None):
@@ -115,6 +147,22 @@ def _wrong_mask_dtype(inputs, options):
     inputs["attn_mask"] = inputs["query"].new_zeros(5, 7).long()
 
 
+def _wrong_sink(inputs, options):
+    inputs["sink"] = inputs["query"].new_zeros(3)
+
+
+def _wrong_sink_dtype(inputs, options):
+    inputs["sink"] = torch.zeros(2, dtype=torch.int64)
+
+
+def _wrong_lengths(inputs, options):
+    inputs["lengths_k"] = torch.tensor([7, 8])
+
+
+def _wrong_lengths_dtype(inputs, options):
+    inputs["lengths_k"] = torch.tensor([7, 7], dtype=torch.int32)
+
+
 def _wrong_dtype(inputs, options):
     inputs["value"] = inputs["value"].long()
 
@@ -132,6 +180,8 @@ SPEC = OpSpec(
         "value": Input("B NHk K V"),
         "attn_mask": Input("B NH Q K", optional=True),
         "visible": Input("B NH Q K", mostly(0.6), torch.bool, optional=True),
+        "sink": Input("NH", optional=True),
+        "lengths_k": Input("B", _lengths, torch.int64, optional=True),
     },
     samples=(
         Sample("typical", _sizes()),
@@ -152,6 +202,21 @@ SPEC = OpSpec(
         Sample("bottom_right_blind", _sizes(Q=8, K=3), dict(is_causal=True, causal="bottom-right", return_lse=True)),
         Sample("window", _sizes(Q=9, K=8), dict(window=(2, 1))),
         Sample("window_causal", _sizes(Q=5, K=17), dict(window=(3, None), is_causal=True, causal="bottom-right")),
+        Sample("softcap", _sizes(Q=6, K=9), dict(softcap=1.5, is_causal=True)),
+        Sample("softcap_mask", _sizes(Q=4, K=20, D=5, V=3), dict(softcap=2.0, scale=-0.7, return_lse=True), ("attn_mask",), _shared(0)),
+        Sample("sink", _sizes(Q=6, K=5), dict(window=(1, 0), return_lse=True), ("sink",)),
+        Sample("sink_blind", _sizes(Q=3), dict(return_lse=True), ("sink", "visible"), _blind),
+        Sample("sink_row_mask", _sizes(), dict(softcap=3.0, return_lse=True), ("sink", "attn_mask"), _shared(0, 3)),
+        Sample("sink_no_keys", _sizes(K=0), dict(return_lse=True), ("sink",)),
+        Sample("lengths", _sizes(B=4, Q=3, K=10), dict(return_lse=True), ("lengths_k",), _ragged),
+        Sample(
+            "lengths_end", _sizes(B=4, Q=5, K=9), dict(is_causal=True, causal="bottom-right"), ("lengths_k", "attn_mask"), _ragged_blind
+        ),
+        Sample("every", _sizes(3, 4, 7, 20, 5, 3, NHk=2), _EVERY, ("attn_mask", "sink", "lengths_k"), _ragged),
+        Sample("every_block", _sizes(2, 2, 70, 300, 40, 24), {**_EVERY, "window": (150, 20)}, ("sink", "lengths_k"), _ragged),
+        Sample("every_few", _sizes(2, 2, 2, 2100, 8), dict(softcap=2.0), ("sink", "lengths_k", "visible"), _ragged),
+        Sample("deep_sink", _sizes(Q=6, K=40, D=16), dict(return_lse=True), ("sink",), _deep_sink, hard=True),
+        Sample("capped", _sizes(Q=6, K=40, D=16), dict(softcap=20.0, return_lse=True), twist=_peaked, hard=True),
         Sample("blocks", _sizes(B=1, Q=131, K=149, D=17), dict(is_causal=True, return_lse=True)),
         Sample("blocks_mask", _sizes(B=1, NH=3, Q=70, K=200, D=64, V=40), dict(return_lse=True), ("attn_mask",), _shared(1)),
         Sample("few_queries", _sizes(B=1, Q=2, K=2100, D=8), dict(return_lse=True)),
@@ -197,7 +262,13 @@ SPEC = OpSpec(
         ErrorCase("dtype", _wrong_dtype, TypeError, r"attention: value: expected .*float64.*got .*int64"),
         ErrorCase("dropout", lambda i, o: o.update(dropout_p=1.5), ValueError, r"attention: dropout_p: expected .*got 1.5"),
         ErrorCase("corner", lambda i, o: o.update(causal="left"), ValueError, r"attention: causal: expected .*'top-left'.*got 'left'"),
+        ErrorCase("softcap", lambda i, o: o.update(softcap=0.0), ValueError, r"attention: softcap: expected .*above 0.*got 0.0"),
+        ErrorCase("sink", _wrong_sink, ValueError, r"attention: sink: expected .*NH=2, got shape \(3,\)"),
+        ErrorCase("sink_dtype", _wrong_sink_dtype, TypeError, r"attention: sink: expected a floating dtype, got int64"),
+        ErrorCase("lengths", _wrong_lengths, ValueError, r"attention: lengths_k: expected values in 0..K=7, got 7..8"),
+        ErrorCase("lengths_dtype", _wrong_lengths_dtype, TypeError, r"attention: lengths_k: expected int64, got int32"),
         ErrorCase("window", lambda i, o: o.update(window=(-2, 0)), ValueError, r"attention: window: expected .*got \(-2, 0\)"),
     ),
+    gaps=("On a GPU, lengths_k outside 0..K are clamped instead of refused.",),
     rows=(("query", 0), ("key", 0), ("value", 0)),
 )
