@@ -37,7 +37,7 @@ MK_INLINE void fetch_row(const SegmentTensor& t, int64_t row, int64_t heads) {
   const int64_t width = dense ? heads * t.width : t.width;
   for (int64_t h = 0; h < (dense ? 1 : heads); h++) {
     const S* data = part_of<S>(t, row, h);
-    for (int64_t i = 0; i < width; i += kLine) __builtin_prefetch(data + i);
+    for (int64_t i = 0; i < width; i += kLine) __builtin_prefetch(data + i, 0, 2);
   }
 }
 
