@@ -13,6 +13,8 @@ import torch.nn.functional as F
 
 import memkernels as mk
 
+Graph = tuple[torch.Tensor, ...]
+
 NODES, EDGES, CLASSES, FEATURES, HIDDEN, HEADS, STEPS = 2000, 12_000, 6, 16, 8, 4, 40
 
 
@@ -35,13 +37,13 @@ class Classifier(torch.nn.Module):
         self.first = mk.nn.GraphAttention(FEATURES, HIDDEN, HEADS)
         self.second = mk.nn.GraphAttention(HEADS * HIDDEN, CLASSES, concat=False)
 
-    def forward(self, features: torch.Tensor, graph: mk.nn.Csr) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, graph: Graph) -> torch.Tensor:
         if not self.use_edges:
             return self.second.lin_skip(F.elu(self.first.lin_skip(features)))
         return self.second(F.elu(self.first(features, graph)), graph)
 
 
-def train(use_edges: bool, features: torch.Tensor, labels: torch.Tensor, graph: mk.nn.Csr) -> tuple[float, float]:
+def train(use_edges: bool, features: torch.Tensor, labels: torch.Tensor, graph: Graph) -> tuple[float, float]:
     """Accuracy on the nodes whose label was not shown, and milliseconds a step."""
     shown = torch.arange(NODES) % 10 == 0
     model = Classifier(use_edges)

@@ -53,9 +53,9 @@ def test_is_the_formula(options, form):
     edges = power_law(60, 40, 400)
     graph = csr_from_edges(edges, 60)
     if form == "pair":
-        edges = edges[:, graph.order]
+        edges = edges[:, graph[2]]
     attributes = torch.randn(400, layer.edge_dim, requires_grad=True) if layer.edge_dim else None
-    found = layer(x, {"edges": edges, "csr": graph, "pair": (graph.ptr, graph.index)}[form], attributes)
+    found = layer(x, {"edges": edges, "csr": graph, "pair": graph[:2]}[form], attributes)
     wanted = formula(layer, x, edges, attributes)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     for a, b in zip(gradients(layer, (*x, attributes), found), gradients(layer, (*x, attributes), wanted)):
@@ -100,19 +100,24 @@ def test_compiled():
     torch.testing.assert_close(fast(x, edges, attributes), layer(x, edges, attributes))
 
 
+def edge():
+    return torch.tensor([[0], [1]])
+
+
 @pytest.mark.parametrize(
     "call, error, text",
     (
         (lambda: csr_from_edges(torch.zeros(3, 2, dtype=torch.int64), 1), ValueError, r"edge_index: expected \[2 E\], got shape \(3, 2\)"),
         (lambda: csr_from_edges(torch.zeros(2, 2), 1), TypeError, "edge_index: expected int64, got float32"),
         (lambda: csr_from_edges(torch.tensor([[0], [3]]), 3), IndexError, r"edge_index: expected nodes in 0\.\.2, got 3\.\.3"),
-        (lambda: GraphAttention(4, 2)(torch.randn(3, 4), torch.tensor([[5], [1]])), IndexError, "segment_attention: index"),
-        (lambda: GraphAttention(4, 2)(torch.randn(3, 4), torch.tensor([[0], [1]]), torch.randn(1, 2)), ValueError, "edge_attr: expected None"),
-        (lambda: GraphAttention(4, 2, edge_dim=2)(torch.randn(3, 4), torch.tensor([[0], [1]])), ValueError, "edge_attr: expected .E 2., got None"),
+        (lambda: GraphAttention(4, 2)(torch.ones(3, 4), 5 * edge()), IndexError, r"edge_index: expected nodes in 0\.\.2, got 5\.\.5"),
+        (lambda: GraphAttention(4, 2)(torch.ones(1, 4), 0 * edge() + torch.tensor([[3], [0]])), IndexError, "segment_attention: index"),
+        (lambda: GraphAttention(4, 2)(torch.ones(3, 4), edge(), torch.ones(1, 2)), ValueError, "edge_attr: expected None"),
+        (lambda: GraphAttention(4, 2, edge_dim=2)(torch.ones(3, 4), edge()), ValueError, "edge_attr: expected .E 2., got None"),
         (lambda: GraphAttention(4, 0), ValueError, "GraphAttention: out_channels"),
         (lambda: GraphAttention(4, 2, heads=1.5), TypeError, "GraphAttention: heads"),
     ),
-)  # fmt: skip
+)
 def test_errors(call, error, text):
     with pytest.raises(error, match=text):
         call()

@@ -93,12 +93,8 @@ def test_kernels_look_at_the_graph_themselves(backend):
     sample = Sample("small", dict(Nd=3, Ns=4, E=6, NH=1, D=2, V=2), {}, (), graph())
     given = draw(SPEC, sample, torch.float32)
     module = _backends.kernel("cpp", "segment_attention")
-    for name, place, value, error in (
-        ("index", 2, 4, IndexError),
-        ("index", 0, -1, IndexError),
-        ("ptr", 1, 9, ValueError),
-        ("ptr", 3, 5, ValueError),
-    ):
+    wrong = ("index", 2, 4, IndexError), ("index", 0, -1, IndexError), ("ptr", 1, 9, ValueError), ("ptr", 3, 5, ValueError)
+    for name, place, value, error in wrong:
         bad = {**given, name: given[name].clone()}
         bad[name][place] = value
         flat = (*bad.values(), 1.0, False)  # inputs in the order of the op, scale, saving

@@ -1,7 +1,7 @@
 """Modules on top of the ops: drop-in where torch.nn has the module."""
 
 from memkernels.nn.external_memory import ExternalMemory, ExternalMemoryState
-from memkernels.nn.graph_attention import Csr, GraphAttention, csr_from_edges
+from memkernels.nn.graph_attention import GraphAttention, csr_from_edges
 from memkernels.nn.gru import GRU
 from memkernels.nn.gru_cell import GRUCell
 from memkernels.nn.lstm import LSTM
@@ -14,7 +14,6 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
-    "Csr",
     "ExternalMemory",
     "ExternalMemoryState",
     "GRUCell",

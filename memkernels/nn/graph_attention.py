@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,7 @@ from memkernels.nn._arguments import check_sizes
 from memkernels.ops.segment_attention import segment_attention
 
 
-class Csr(NamedTuple):
-    """Edges grouped by the node they end at: those of node i are ptr[i] .. ptr[i + 1] - 1, from the sources index[...]; order says
-    where each stood in the list."""
-
-    ptr: Tensor
-    index: Tensor
-    order: Tensor
-
-
-def csr_from_edges(edge_index: Tensor, num_nodes: int) -> Csr:
+def csr_from_edges(edge_index: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Groups edges by the node they end at, in the order of the list: what `segment_attention` takes.
 
     Args:
@@ -30,14 +21,15 @@ def csr_from_edges(edge_index: Tensor, num_nodes: int) -> Csr:
         num_nodes: nodes that attend.
 
     Returns:
-        Csr(ptr int64 "num_nodes+1", index int64 "E", order int64 "E"); edge e of the result was edge order[e] of the list.
+        (ptr int64 "num_nodes+1", index int64 "E", order int64 "E"): the edges of node i are ptr[i] to ptr[i + 1] - 1, edge e comes from
+        source index[e] and was edge order[e] of the list.
 
     Raises:
         ValueError, TypeError: not int64 "2 E". IndexError: a node outside 0..num_nodes-1 (looked at on a CPU only).
 
     Example:
         >>> csr_from_edges(torch.tensor([[4, 5, 6], [2, 0, 2]]), 3)
-        Csr(ptr=tensor([0, 1, 1, 3]), index=tensor([5, 4, 6]), order=tensor([1, 0, 2]))
+        (tensor([0, 1, 1, 3]), tensor([5, 4, 6]), tensor([1, 0, 2]))
     """
     check_tensor("csr_from_edges", "edge_index", edge_index)
     if edge_index.dtype != torch.int64:
@@ -52,7 +44,7 @@ def csr_from_edges(edge_index: Tensor, num_nodes: int) -> Csr:
             fail("csr_from_edges", "edge_index", f"nodes in 0..{num_nodes - 1}", f"{low}..{high}", IndexError)
     nodes, order = torch.sort(edge_index[1], stable=True)
     ptr = torch.searchsorted(nodes, torch.arange(num_nodes + 1, device=edge_index.device))
-    return Csr(ptr, edge_index[0][order], order)
+    return ptr, edge_index[0][order], order
 
 
 class GraphAttention(nn.Module):
@@ -119,8 +111,8 @@ class GraphAttention(nn.Module):
             x: "N in_channels", or a pair (of sources "Ns F", of nodes that attend "Nd F").
             edge_index: int64 "2 E", (source, node) of each edge, which is sorted first; or sorted already, (ptr "Nd+1", index "E")
                 or what `csr_from_edges` returned: a graph that is used again need not be sorted again.
-            edge_attr: "E edge_dim" if and only if the layer has an `edge_dim`, in the order of the edges as they are given (of a Csr: of
-                the list that it was made of).
+            edge_attr: "E edge_dim" if and only if the layer has an `edge_dim`, in the order of the edges as they are given (after
+                `csr_from_edges`: of the list that it was made of).
 
         Returns:
             "Nd NH*C", or "Nd C" without `concat`. A node without edges gets what lin_skip gives it.
