@@ -12,6 +12,8 @@ struct SegmentTensor {
 
 // A row with more edges is worked on in runs of so many, joined in order: the split knows nothing of threads.
 constexpr int64_t kSegmentRun = 256;
+constexpr int64_t kSegmentChunk = 64;    // edges whose rows are gathered together; a multiple of every vector length
+constexpr int64_t kSegmentLanes = 1024;  // products of heads x edges before they are added up
 
 // The graph seen from its nodes (near rows are sources), or transposed, from its sources (near rows are nodes). Own and
 // near rows have a left part of width D (query, key) and a right part of width V (value, dout; no data: none).
@@ -42,11 +44,12 @@ struct SegmentArgs {
 constexpr int64_t segment_padded(int64_t n) { return (n + 15) / 16 * 16; }
 // Elements of the accumulation type: what a run leaves (forward: sums, maxima, sums of weights; backward: gradients),
 // and what a call of forward() or backward() needs besides.
-inline int64_t segment_slot(const SegmentArgs& a) {
-  return a.heads * (segment_padded(a.side.own_left.width) + segment_padded(a.side.near_right.width)) + 2 * a.heads;
+inline int64_t segment_rows(const SegmentArgs& a) {
+  return a.heads * (segment_padded(a.side.own_left.width) + segment_padded(a.side.near_right.width));
 }
+inline int64_t segment_slot(const SegmentArgs& a) { return segment_rows(a) + segment_padded(2 * a.heads); }
 inline int64_t segment_scratch(const SegmentArgs& a) {
-  return segment_slot(a) + segment_padded(a.side.own_left.width) + segment_padded(a.side.near_right.width) + 64;
+  return segment_slot(a) + segment_rows(a) + 2 * a.heads * kSegmentChunk + kSegmentLanes;
 }
 
 struct SegmentAttentionKernels {

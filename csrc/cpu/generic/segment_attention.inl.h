@@ -1,145 +1,14 @@
 // Graph attention over compressed rows: out[i] = sum_e softmax(scale q[i] . k[index[e]] + bias[e]) v[index[e]].
 //
-// A row owns its result and walks over its edges in chunks of kChunk, all heads of a chunk after each other: a near row
-// is gathered once for all heads, fetched some edges ahead. Forward: softmax with a running maximum. Backward computes
-// the weights again from the saved maximum and sum, along the nodes for dquery and dbias, along the sources for dkey
-// and dvalue. Bytes gathered an edge: forward s NH (D + V), backward twice that. Sums in the accumulation type.
-#include "cpu/segment_attention.h"
+// A row owns its result and walks over its edges in chunks of kSegmentChunk, all heads of a chunk after each other: a
+// near row is gathered once for all heads, fetched some edges ahead. Forward: softmax with a running maximum. Backward
+// computes the weights again from the saved maximum and sum, along the nodes for dquery and dbias, along the sources
+// for dkey and dvalue. Bytes gathered an edge: forward s NH (D + V), backward twice that. Sums in the accumulation
+// type.
+#include "cpu/generic/segment_attention_rows.inl.h"
 
 namespace mk::cpu::MK_LEVEL {
 namespace {
-
-constexpr int64_t kChunk = 64;  // a multiple of every vector length
-
-template <class S>
-MK_INLINE const S* part_of(const SegmentTensor& t, int64_t row, int64_t h) {
-  return static_cast<const S*>(t.data) + row * t.row + h * t.h;
-}
-
-template <class S>
-MK_INLINE void copy_row(const SegmentTensor& t, int64_t row, int64_t h, acc_t<S>* to) {
-  using V = Vec<acc_t<S>>;
-  const S* from = part_of<S>(t, row, h);
-  for_each_vec<V>(t.width, [&](int64_t i, auto part) { store(load<V>(from + i, part), to + i, part); });
-}
-
-// The near rows of a chunk of edges.
-template <class S>
-struct Chunk {
-  int64_t first, count;
-  const S *left[kChunk], *right[kChunk];
-};
-
-template <class S>
-MK_INLINE void fetch_row(const SegmentTensor& t, int64_t row, int64_t heads) {
-  constexpr int64_t kLine = 64 / int64_t(sizeof(S));
-  const bool dense = t.h == t.width;
-  const int64_t width = dense ? heads * t.width : t.width;
-  for (int64_t h = 0; h < (dense ? 1 : heads); h++) {
-    const S* data = part_of<S>(t, row, h);
-    for (int64_t i = 0; i < width; i += kLine) __builtin_prefetch(data + i, 0, 2);
-  }
-}
-
-template <class S>
-MK_INLINE void gather(const SegmentArgs& a, int64_t first, int64_t last, Chunk<S>& chunk) {
-  const SegmentSide& side = a.side;
-  // As many edges ahead as keep some 8 kB under way, which is less than the nearest cache holds.
-  const int64_t bytes = a.heads * (side.near_left.width + side.near_right.width) * int64_t(sizeof(S));
-  const int64_t ahead = bytes > 4096 ? 2 : bytes > 512 ? 8 : 16;
-  chunk.first = first, chunk.count = last - first < kChunk ? last - first : kChunk;
-  for (int64_t e = 0; e < chunk.count; e++) {
-    const int64_t row = side.near[first + e], next = first + e + ahead;
-    if (next < side.edges) {
-      fetch_row<S>(side.near_left, side.near[next], a.heads);
-      if (side.near_right.data) fetch_row<S>(side.near_right, side.near[next], a.heads);
-    }
-    chunk.left[e] = part_of<S>(side.near_left, row, 0);
-    chunk.right[e] = side.near_right.data ? part_of<S>(side.near_right, row, 0) : nullptr;
-  }
-}
-
-// out[e] = own . rows[e], offset elements into the row.
-template <class S>
-MK_INLINE void products(const acc_t<S>* own, const S* const* rows, int64_t offset, int64_t count, int64_t width,
-                        acc_t<S>* out) {
-  using V = Vec<acc_t<S>>;
-  constexpr int64_t L = V::kLanes;
-  alignas(64) acc_t<S> lanes[L * L];
-  const auto groups = [&](const auto& dot) {
-    for (int64_t first = 0; first < count; first += L) {
-      const int64_t n = count - first < L ? count - first : L;
-      for (int64_t i = 0; i < n; i++) dot(rows[first + i] + offset).store(lanes + i * L);
-      for (int64_t i = n; i < L; i++) V::zero().store(lanes + i * L);
-      reduce_add_each(lanes).store(out + first);
-    }
-  };
-  if (width == L) {
-    const V x = V::load(own);
-    groups([&](const S* row) { return x * V::load(row); });
-  } else if (width < L) {
-    const V x = V::load(own, width);
-    groups([&](const S* row) { return x * V::load(row, width); });
-  } else {
-    groups([&](const S* row) {
-      V sum = V::zero();
-      for_each_vec<V>(width,
-                      [&](int64_t i, auto part) { sum = fma(load<V>(own + i, part), load<V>(row + i, part), sum); });
-      return sum;
-    });
-  }
-}
-
-template <int N>
-struct Vectors {
-  static constexpr int value = N;
-};
-
-// sum = keep * sum + sum_e weight[e] rows[e]; what is multiplied by 0 is not looked at: it may be NaN.
-template <class S>
-MK_INLINE void add_rows(const acc_t<S>* weight, const S* const* rows, int64_t offset, int64_t count, int64_t width,
-                        acc_t<S> keep, acc_t<S>* sum) {
-  using V = Vec<acc_t<S>>;
-  constexpr int64_t L = V::kLanes;
-  const auto columns = [&](int64_t i, auto part, auto vectors) {
-    constexpr int N = decltype(vectors)::value;
-    V total[N];
-    for (int n = 0; n < N; n++) total[n] = keep == 0 ? V::zero() : load<V>(sum + i + n * L, part) * V::set1(keep);
-    for (int64_t e = 0; e < count; e++) {
-      if (weight[e] == 0) continue;
-      const V w = V::set1(weight[e]);
-      for (int n = 0; n < N; n++) total[n] = fma(w, load<V>(rows[e] + offset + i + n * L, part), total[n]);
-    }
-    for (int n = 0; n < N; n++) store(total[n], sum + i + n * L, part);
-  };
-  int64_t i = 0;
-  for (; i + 4 * L <= width; i += 4 * L) columns(i, Full{}, Vectors<4>{});
-  for (; i + L <= width; i += L) columns(i, Full{}, Vectors<1>{});
-  if (i < width) columns(i, Tail{width - i}, Vectors<1>{});
-}
-
-// Scores of one head from their products, in place; -inf where the bias takes the edge away.
-template <class S>
-MK_INLINE void add_bias(const SegmentArgs& a, int64_t first, int64_t count, int64_t h, acc_t<S>* scores) {
-  using A = acc_t<S>;
-  using V = Vec<A>;
-  const V scale = V::set1(A(a.scale));
-  alignas(64) A bias[kChunk];
-  if (a.bias) {
-    const S* from = static_cast<const S*>(a.bias) + h;
-    const int64_t* edge = a.side.edge;
-    for (int64_t e = 0; e < count; e++) bias[e] = to_float(from[(edge ? edge[first + e] : first + e) * a.bias_e]);
-  }
-  const V lowest = V::set1(A(-__builtin_inf()));
-  for_each_vec<V>(count, [&](int64_t i, auto part) {
-    V score = load<V>(scores + i, part) * scale;
-    if (a.bias) {
-      const V b = load<V>(bias + i, part);
-      score = select(b == lowest, lowest, score + b);
-    }
-    store(score, scores + i, part);
-  });
-}
 
 // ---- forward: a slot is sums [NH][Vp], maxima [NH], sums of weights [NH]
 
@@ -178,26 +47,44 @@ MK_INLINE A weigh(A* scores, int64_t count, A& top, A& total) {
   return keep;
 }
 
+// sums = keep * sums; what is multiplied by 0 is not looked at: it may be NaN.
+template <class A>
+MK_INLINE void shrink(A keep, int64_t padded, A* sums) {
+  using V = Vec<A>;
+  for (int64_t i = 0; i < padded; i += V::kLanes)
+    (keep == 0 ? V::zero() : V::load(sums + i) * V::set1(keep)).store(sums + i);
+}
+
 template <class S>
-void forward_run(const SegmentArgs& a, int64_t row, int64_t first, int64_t last, void* slot, void* scratch) {
+MK_INLINE void forward_edges(const SegmentArgs& a, int64_t row, int64_t first, int64_t last, void* slot,
+                             const Room<acc_t<S>>& room) {
   using A = acc_t<S>;
-  const int64_t width = a.side.near_right.width, padded = segment_padded(width);
+  const SegmentSide& side = a.side;
+  const int64_t padded = segment_padded(side.near_right.width);
   ForwardSlot<S> to(a, slot);
-  A* own = static_cast<A*>(scratch);
-  alignas(64) A scores[kChunk];
   Chunk<S> chunk;
-  for (int64_t i = 0; i < a.heads * padded; i++) to.sums[i] = 0;
+  for (int64_t i = 0; i < a.heads * padded; i += Vec<A>::kLanes) Vec<A>::zero().store(to.sums + i);
   for (int64_t h = 0; h < a.heads; h++) to.top[h] = A(-__builtin_inf()), to.total[h] = 0;
-  for (int64_t begin = first; begin < last; begin += kChunk) {
+  for (int64_t h = 0; h < a.heads; h++)
+    copy_row<S>(side.own_left, row, h, room.left + h * segment_padded(side.own_left.width));
+  for (int64_t begin = first; begin < last; begin += kSegmentChunk) {
     gather<S>(a, begin, last, chunk);
+    products<S>(a, side.near_left, room.left, chunk.left, chunk.count, room.scores, room.lanes);
     for (int64_t h = 0; h < a.heads; h++) {
-      copy_row<S>(a.side.own_left, row, h, own);
-      products<S>(own, chunk.left, h * a.side.near_left.h, chunk.count, a.side.near_left.width, scores);
+      A* scores = room.scores + h * kSegmentChunk;
       add_bias<S>(a, begin, chunk.count, h, scores);
       const A keep = weigh(scores, chunk.count, to.top[h], to.total[h]);
-      add_rows<S>(scores, chunk.right, h * a.side.near_right.h, chunk.count, width, keep, to.sums + h * padded);
+      if (begin != first && keep != 1) shrink(keep, padded, to.sums + h * padded);
     }
+    add_rows<S>(a, side.near_right, room.scores, chunk.right, chunk.count, to.sums);
   }
+}
+
+template <class S>
+void forward_run(const SegmentArgs& a, int64_t row, int64_t first, int64_t last, void* slot, void* scratch) {
+  const Room<acc_t<S>> room(a, scratch);
+  room.clear();
+  forward_edges<S>(a, row, first, last, slot, room);
 }
 
 // Joins the maxima, sums of weights and sums of `count` slots into the first one.
@@ -251,12 +138,14 @@ void forward_join(const SegmentArgs& a, int64_t row, void* slots, int64_t count)
 
 template <class S>
 void forward(const SegmentArgs& a, int64_t begin, int64_t end, void* scratch) {
-  acc_t<S>* room = static_cast<acc_t<S>*>(scratch);
+  acc_t<S>* slot = static_cast<acc_t<S>*>(scratch);
+  const Room<acc_t<S>> room(a, slot + segment_slot(a));
+  room.clear();
   for (int64_t row = begin; row < end; row++) {
     const int64_t first = a.side.ptr[row], last = a.side.ptr[row + 1];
     if (last - first > kSegmentRun) continue;
-    forward_run<S>(a, row, first, last, room, room + segment_slot(a));
-    forward_join<S>(a, row, room, 1);
+    forward_edges<S>(a, row, first, last, slot, room);
+    forward_join<S>(a, row, slot, 1);
   }
 }
 
@@ -317,7 +206,7 @@ MK_INLINE void differentiate(const SegmentArgs& a, int64_t row, const Chunk<S>& 
     for_each_vec<V>(chunk.count, [&](int64_t i, auto part) { apply(i, part, base, unit, delta); });
     return;
   }
-  alignas(64) A base[kChunk], unit[kChunk], delta[kChunk];
+  alignas(64) A base[kSegmentChunk], unit[kSegmentChunk], delta[kSegmentChunk];
   for (int64_t e = 0; e < chunk.count; e++) {
     const A* theirs = numbers + a.side.near[chunk.first + e] * 3 * a.heads;
     base[e] = theirs[0], unit[e] = theirs[a.heads], delta[e] = theirs[2 * a.heads];
@@ -328,40 +217,45 @@ MK_INLINE void differentiate(const SegmentArgs& a, int64_t row, const Chunk<S>& 
 }
 
 template <class S>
-void backward_run(const SegmentArgs& a, int64_t row, int64_t first, int64_t last, void* slot, void* scratch) {
+MK_INLINE void backward_edges(const SegmentArgs& a, int64_t row, int64_t first, int64_t last, void* slot,
+                              const Room<acc_t<S>>& room) {
   using A = acc_t<S>;
   const SegmentSide& side = a.side;
-  const int64_t width = side.own_left.width, value_width = side.near_right.width;
-  const int64_t padded = segment_padded(width), value_padded = segment_padded(value_width);
+  const int64_t padded = segment_padded(side.own_left.width), value_padded = segment_padded(side.near_right.width);
   A *left = static_cast<A*>(slot), *right = left + a.heads * padded;
-  A *own_left = static_cast<A*>(scratch), *own_right = own_left + padded;
-  alignas(64) A scores[kChunk], dscores[kChunk];
+  const bool has_dout = side.near_right.data && side.own_right.data;
   Chunk<S> chunk;
-  for (int64_t i = 0; i < a.heads * (padded + value_padded); i++) left[i] = 0;
-  for (int64_t begin = first; begin < last; begin += kChunk) {
+  for (int64_t i = 0; i < a.heads * (padded + value_padded); i += Vec<A>::kLanes) Vec<A>::zero().store(left + i);
+  for (int64_t h = 0; h < a.heads; h++) {
+    copy_row<S>(side.own_left, row, h, room.left + h * padded);
+    if (has_dout) copy_row<S>(side.own_right, row, h, room.right + h * value_padded);
+  }
+  for (int64_t begin = first; begin < last; begin += kSegmentChunk) {
     gather<S>(a, begin, last, chunk);
+    products<S>(a, side.near_left, room.left, chunk.left, chunk.count, room.scores, room.lanes);
+    if (has_dout)
+      products<S>(a, side.near_right, room.right, chunk.right, chunk.count, room.dscores, room.lanes);
+    else
+      for (int64_t i = 0; i < a.heads * kSegmentChunk; i++) room.dscores[i] = 0;
     for (int64_t h = 0; h < a.heads; h++) {
-      copy_row<S>(side.own_left, row, h, own_left);
-      products<S>(own_left, chunk.left, h * side.near_left.h, chunk.count, width, scores);
+      A *scores = room.scores + h * kSegmentChunk, *dscores = room.dscores + h * kSegmentChunk;
       add_bias<S>(a, begin, chunk.count, h, scores);
-      if (chunk.right[0]) {
-        copy_row<S>(side.own_right, row, h, own_right);
-        products<S>(own_right, chunk.right, h * side.near_right.h, chunk.count, value_width, dscores);
-      } else {
-        for (int64_t e = 0; e < kChunk; e++) dscores[e] = 0;
-      }
       differentiate<S>(a, row, chunk, h, scores, dscores);
       if (side.dbias) {
         S* to = static_cast<S*>(side.dbias) + begin * a.heads + h;
         for (int64_t e = 0; e < chunk.count; e++) to[e * a.heads] = convert<S>::from(dscores[e]);
       }
-      if (side.dleft)
-        add_rows<S>(dscores, chunk.left, h * side.near_left.h, chunk.count, width, A(1), left + h * padded);
-      if (side.dright && chunk.right[0])
-        add_rows<S>(scores, chunk.right, h * side.near_right.h, chunk.count, value_width, A(1),
-                    right + h * value_padded);
     }
+    if (side.dleft) add_rows<S>(a, side.near_left, room.dscores, chunk.left, chunk.count, left);
+    if (side.dright && has_dout) add_rows<S>(a, side.near_right, room.scores, chunk.right, chunk.count, right);
   }
+}
+
+template <class S>
+void backward_run(const SegmentArgs& a, int64_t row, int64_t first, int64_t last, void* slot, void* scratch) {
+  const Room<acc_t<S>> room(a, scratch);
+  room.clear();
+  backward_edges<S>(a, row, first, last, slot, room);
 }
 
 template <class S>
@@ -388,12 +282,14 @@ void backward_join(const SegmentArgs& a, int64_t row, void* slots, int64_t count
 
 template <class S>
 void backward(const SegmentArgs& a, int64_t begin, int64_t end, void* scratch) {
-  acc_t<S>* room = static_cast<acc_t<S>*>(scratch);
+  acc_t<S>* slot = static_cast<acc_t<S>*>(scratch);
+  const Room<acc_t<S>> room(a, slot + segment_slot(a));
+  room.clear();
   for (int64_t row = begin; row < end; row++) {
     const int64_t first = a.side.ptr[row], last = a.side.ptr[row + 1];
     if (last - first > kSegmentRun) continue;
-    backward_run<S>(a, row, first, last, room, room + segment_slot(a));
-    backward_join<S>(a, row, room, 1);
+    backward_edges<S>(a, row, first, last, slot, room);
+    backward_join<S>(a, row, slot, 1);
   }
 }
 
