@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from attention import attention_targets
+from graphs import graph_targets
 from recurrent import recurrent_targets
 from target import Target, measure
 
@@ -28,7 +29,7 @@ from memkernels.bench.environment import binding_note, cpu_model
 from memkernels.testing.spec import Sample, specs
 
 RESULTS = Path(__file__).resolve().parent / "results"
-AGAINST = {"us": "us a call", "read": "read bandwidth", "backward": "one backward", "saved": "saved by torch"}
+AGAINST = {"us": "us a call", "read": "read bandwidth", "backward": "one backward", "saved": "saved by torch", "peak": "peak of eager"}
 
 
 def targets() -> Iterator[Target]:
@@ -39,6 +40,7 @@ def targets() -> Iterator[Target]:
     for h, bars in ((1, dict(eager=4, compile=1.5)), (4, dict(eager=12, compile=5))):
         yield Target("memory_write", Sample(f"H{h}_B4_N65536", dict(B=4, N=65536, W=64, H=h)), "fwd+bwd", bars)
     yield from attention_targets()
+    yield from graph_targets()
     yield from recurrent_targets()
     for spec in specs().values():
         tiny = dataclasses.replace(spec.samples[0], name="tiny")

@@ -23,6 +23,7 @@ from memkernels.ops import (
     memory_write,
     memory_write_,
     rnn,
+    segment_attention,
 )
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ __all__ = [
     "memory_write",
     "memory_write_",
     "rnn",
+    "segment_attention",
 ]
 
 _LAZY = ("bench", "models", "nn", "testing")

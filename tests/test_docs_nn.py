@@ -12,8 +12,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
-    "nn.gru", "nn.gru_cell", "nn.lstm", "nn.lstm_cell", "nn.rnn", "nn.rnn_cell", "nn.multihead_attention", "nn.external_memory",
-    "models.vocabulary", "models.memory_lm",
+    "nn.graph_attention", "nn.gru", "nn.gru_cell", "nn.lstm", "nn.lstm_cell", "nn.rnn", "nn.rnn_cell", "nn.multihead_attention",
+    "nn.external_memory", "models.vocabulary", "models.memory_lm",
 )  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def test_docstring_examples(name):
     assert found.attempted and not found.failed
 
 
-@pytest.mark.parametrize("name", ["language_model", "episodes", "reset_policy"])
+@pytest.mark.parametrize("name", ["language_model", "episodes", "reset_policy", "graph_attention"])
 def test_example(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name])
     runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")

@@ -56,7 +56,15 @@ def test_launches_are_frozen_and_depend_on_no_batch():
     with pytest.raises(dataclasses.FrozenInstanceError):
         launch.block_n = 1
     recurrent = _launch.recurrence, _launch.recurrence_rows
-    for function in (_launch.content, _launch.memory_read, _launch.memory_write, *recurrent, _launch.attention, _launch.pointwise):
+    for function in (
+        _launch.content,
+        _launch.memory_read,
+        _launch.memory_write,
+        *recurrent,
+        _launch.attention,
+        _launch.pointwise,
+        _launch.segment,
+    ):
         assert "batch" not in function.__code__.co_varnames
 
 
@@ -65,6 +73,15 @@ def test_limits_are_reasons():
     assert "513" in _launch.refuse_rows(4, 64, 513)
     assert "129 heads" in _launch.refuse_rows(129, 16)
     assert "8192" in _launch.refuse_rows(128, 128)
+
+
+def test_segment_launch():
+    for heads in (1, 3, 4, 64):
+        for width in (1, 16, 40, 512):
+            launch = _launch.segment(heads, width, 7)
+            assert launch.block_d >= width and launch.block_v == 16 and launch.block_h >= 1
+            assert launch.block_e * launch.block_h * launch.block_d <= 4096 and launch.run % launch.block_e == 0
+    assert _launch.segment(4, 16, 16) == _launch.Segment(16, 4, 16, 16, 256, 2)
 
 
 def test_attention_launch():

@@ -38,6 +38,8 @@ PEERS = {
     "per token": "itself, even batch, per token",
     "backward": "one backward",
     "saved": "bytes torch.nn.LSTM saves",
+    "peak": "peak memory of eager torch",
+    "uniform degrees": "itself, degrees spread evenly",
     "us": "microseconds a call",
     "read": "read bandwidth",
 }

@@ -1,6 +1,7 @@
 """Modules on top of the ops: drop-in where torch.nn has the module."""
 
 from memkernels.nn.external_memory import ExternalMemory, ExternalMemoryState
+from memkernels.nn.graph_attention import GraphAttention, csr_from_edges
 from memkernels.nn.gru import GRU
 from memkernels.nn.gru_cell import GRUCell
 from memkernels.nn.lstm import LSTM
@@ -9,4 +10,16 @@ from memkernels.nn.multihead_attention import MultiheadAttention
 from memkernels.nn.rnn import RNN
 from memkernels.nn.rnn_cell import RNNCell
 
-__all__ = ["GRU", "LSTM", "RNN", "ExternalMemory", "ExternalMemoryState", "GRUCell", "LSTMCell", "MultiheadAttention", "RNNCell"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "ExternalMemory",
+    "ExternalMemoryState",
+    "GRUCell",
+    "GraphAttention",
+    "LSTMCell",
+    "MultiheadAttention",
+    "RNNCell",
+    "csr_from_edges",
+]

@@ -10,6 +10,7 @@ from memkernels.ops.lstm_gates import lstm_gates
 from memkernels.ops.memory_read import memory_read
 from memkernels.ops.memory_write import memory_write, memory_write_
 from memkernels.ops.rnn import rnn
+from memkernels.ops.segment_attention import segment_attention
 
 __all__ = [
     "attention",
@@ -23,4 +24,5 @@ __all__ = [
     "memory_write",
     "memory_write_",
     "rnn",
+    "segment_attention",
 ]

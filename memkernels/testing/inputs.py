@@ -103,13 +103,13 @@ def outer_slice(t: torch.Tensor) -> torch.Tensor:
 
 
 def expanded(t: torch.Tensor) -> torch.Tensor:
-    """Stride 0 in the first dimension: every slice is the first one (other values than `t`)."""
-    return t[:1].clone().expand(t.shape) if t.ndim else t
+    """Stride 0 in the first dimension: every slice is the first one (other values than `t`; integers are offsets or places, and stay)."""
+    return t[:1].clone().expand(t.shape) if t.ndim and t.dtype != torch.int64 else t
 
 
 def expanded_inner(t: torch.Tensor) -> torch.Tensor:
-    """Stride 0 in the last dimension (other values than `t`)."""
-    return t[..., :1].clone().expand(t.shape) if t.ndim and t.shape[-1] else t
+    """Stride 0 in the last dimension (other values than `t`; integers stay)."""
+    return t[..., :1].clone().expand(t.shape) if t.ndim and t.shape[-1] and t.dtype != torch.int64 else t
 
 
 def misaligned(t: torch.Tensor) -> torch.Tensor:

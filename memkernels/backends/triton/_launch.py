@@ -188,3 +188,24 @@ def attention(
         chunk = ceil_div(max(KEYS_PER_SPLIT, ceil_div(keys, MAX_SPLITS)), block_n) * block_n
         splits = ceil_div(keys, chunk)
     return Attention(block_m, block_n, block_d, block_v, warps, stages, chunk, splits)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tiles of segment_attention: edges x heads x width; a row of more than `run` edges is split into runs of so many."""
+
+    block_e: int
+    block_h: int
+    block_d: int
+    block_v: int
+    run: int
+    num_warps: int
+
+
+def segment(heads: int, width: int, value_width: int) -> Segment:
+    """For segment_attention: as many heads as fit, since the rows of an edge are gathered once for all heads of a tile."""
+    block_d, block_v = power_of_two(width, 16), power_of_two(value_width, 16)
+    largest = max(block_d, block_v)
+    block_h = min(power_of_two(heads), max(1, 512 // largest))
+    block_e = max(4, min(16, 2048 // (block_h * largest)))
+    return Segment(block_e, block_h, block_d, block_v, 256, max(1, min(4, block_e * block_h * largest // 512)))

@@ -1,0 +1,45 @@
+"""The speeds promised for attention along the edges of graphs (read by targets.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+from target import Target
+
+from memkernels.bench.peers import invoke
+from memkernels.bench.row import Row
+from memkernels.bench.runner import Call, Case, alternating
+from memkernels.testing.inputs import draw
+from memkernels.testing.spec import specs
+
+
+def graph_targets() -> Iterator[Target]:
+    """Graph attention against the form that materialises every edge's rows; hubs must cost no more than as many edges elsewhere."""
+    uniform, power_law = specs()["segment_attention"].bench
+    for sample in (uniform, power_law):
+        yield Target("segment_attention", sample, "fwd+bwd", dict(eager=8))
+        yield Target("segment_attention", sample, "fwd+bwd peak", dict(peak=0.2), rows=_peak)
+    yield Target("segment_attention", power_law, "fwd+bwd", {"uniform degrees": 1 / 1.5}, rows=_against_uniform)
+
+
+def _peak(case: Case, seconds: float) -> Iterable[Row]:
+    """Peak memory beyond inputs, outputs and gradients, over that of eager; `ms` and `peer_ms` are megabytes here."""
+    (row,) = case.rows(["fwd+bwd"], ["eager"], seconds)
+    mine, theirs = row.extra_mb, row.peer_extra_mb
+    ratio = None if mine is None or not theirs else mine / theirs
+    numbers = dict(ms=mine or 0.0, peer_ms=theirs, ratio=ratio, gb_s=None, floor=None)
+    yield dataclasses.replace(row, mode="fwd+bwd peak", peer="", note="MB, not ms", **numbers)
+
+
+def _against_uniform(case: Case, seconds: float) -> Iterable[Row]:
+    """`peer_ms` is the same number of edges spread evenly."""
+    case.check()
+    uniform, function = specs()["segment_attention"].bench[0], invoke(case.spec)
+    calls = [Call(case.spec, function, s, draw(case.spec, s, case.dtype)) for s in (case.sample, uniform)]
+
+    def both(call):
+        return lambda: lambda: call.gradients(call.train())
+
+    mine, even = alternating([both(call) for call in calls], seconds)
+    yield dataclasses.replace(case.row("fwd+bwd", mine, "uniform degrees", even, ""), ratio=even / mine)
