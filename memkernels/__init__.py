@@ -22,6 +22,7 @@ from memkernels.ops import (
     memory_read,
     memory_write,
     memory_write_,
+    merge_attention,
     rnn,
 )
 
@@ -48,10 +49,11 @@ __all__ = [
     "memory_read",
     "memory_write",
     "memory_write_",
+    "merge_attention",
     "rnn",
 ]
 
-_LAZY = ("bench", "models", "nn", "testing")
+_LAZY = ("bench", "distributed", "integrations", "models", "nn", "testing")
 
 
 def __getattr__(name: str) -> Any:
