@@ -63,6 +63,13 @@ def ring_attention(
     Source:
         Liu, Zaharia and Abbeel, Ring Attention with Blockwise Transformers (2023), section 3.
     """
+    out, lse = _on_all_ranks(query, key, value, group, is_causal, scale, return_lse)
+    return (out, lse) if return_lse else out
+
+
+@torch.compiler.disable  # communication, and sizes that are learnt from other ranks
+def _on_all_ranks(query: Any, key: Any, value: Any, group: Any, is_causal: Any, scale: Any, return_lse: Any) -> Any:
+    """(out, lse), after all ranks have agreed on what is to be done."""
     _check_group(group)
     plan, problem = None, None
     try:
@@ -74,8 +81,7 @@ def ring_attention(
     if autocast_enabled(query.device.type):
         lower = torch.get_autocast_dtype(query.device.type)
         query, key, value = (t if t.dtype == torch.float64 else t.to(lower) for t in (query, key, value))
-    out, lse = _RingAttention.apply(query, key, value, shards, is_causal, scale, group)
-    return (out, lse) if return_lse else out
+    return _RingAttention.apply(query, key, value, shards, is_causal, scale, group)
 
 
 SIGNATURE = Signature("ring_attention", query="B NH Q D", key="B NHk K D", value="B NHk K V")
@@ -209,7 +215,7 @@ class _Merged:
         now = torch.maximum(top, part_top)
         base = now.masked_fill(now == -torch.inf, 0)
         shrink, grow = torch.exp(top - base), torch.exp(part_top - base) * part_total
-        sums.mul_(shrink[..., None]).add_(part.out * grow[..., None])
+        sums.mul_(shrink[..., None]).addcmul_(part.out, grow[..., None])
         total.mul_(shrink).add_(grow)
         top.copy_(now)
 

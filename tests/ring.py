@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import traceback
 
 import torch
@@ -17,7 +18,8 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.05}
 
 def spawn(checks, size, store):
     """Runs every check(rank, size) in `size` processes of one gloo group; raises what a rank raised."""
-    mp.spawn(_child, (checks, size, str(store)), nprocs=size)
+    multiprocessing.set_forkserver_preload(["ring"])  # torch is imported once, not once a process
+    mp.start_processes(_child, (checks, size, str(store)), nprocs=size, start_method="forkserver")
 
 
 def _child(rank, checks, size, store):
@@ -92,6 +94,7 @@ def check_layouts(rank, size):
         results.append([out, lse, *grads[2]])
     for one, two, three in zip(*results, strict=True):
         assert torch.equal(one, two) and torch.equal(two, three)
+    torch.testing.assert_close(torch.compile(ring_attention, backend="aot_eager")(*own, is_causal=True), results[0][0])
     with torch.no_grad():
         assert torch.equal(ring_attention(*own, is_causal=True), results[0][0]) and torch.is_tensor(ring_attention(*own))
     own = [t.detach() for t in own]
