@@ -10,7 +10,8 @@ from torch.nn import TransformerDecoder, TransformerDecoderLayer, TransformerEnc
 
 from memkernels import nn
 
-SIZES = dict(d_model=12, nhead=3, dim_feedforward=16, dropout=0.0)
+HEADS = 2  # torch's fast path takes even numbers only
+SIZES = dict(d_model=12, nhead=HEADS, dim_feedforward=16, dropout=0.0)
 TOLERANCE = {torch.float64: dict(rtol=1e-9, atol=1e-11), torch.float32: dict(rtol=1e-4, atol=1e-5)}
 
 
@@ -55,7 +56,7 @@ def decoder_layer(**options):
     return TransformerDecoderLayer(**{**SIZES, **options})
 
 
-def assert_same(theirs, ours, inputs, visible=None, **given):
+def assert_same(theirs, ours, inputs, visible=None, fast=True, **given):
     """Outputs (where `visible`), gradients to inputs and parameters; without grad mode, too, where eval takes torch's fast path."""
     results = []
     for module in (theirs, ours):
@@ -66,8 +67,9 @@ def assert_same(theirs, ours, inputs, visible=None, **given):
         torch.manual_seed(1)
         (output * torch.randn_like(output)).sum().backward()
         with torch.no_grad():
-            fast = module(*inputs, **given)
-        results.append([output, fast if visible is None else fast[visible], *(t.grad for t in (*leaves, *module.parameters()))])
+            again = module(*inputs, **given) if fast else output.detach()
+        again = again if visible is None or not fast else again[visible]
+        results.append([output, again, *(t.grad for t in (*leaves, *module.parameters()))])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(b, a, **TOLERANCE[inputs[0].dtype])
 
@@ -77,7 +79,7 @@ def masks(steps, dtype):
     torch.manual_seed(2)
     causal = torch.ones(steps, steps, dtype=torch.bool).triu(1)
     padding = torch.rand(2, steps) < 0.4
-    random = torch.rand(2 * 3, steps, steps) < 0.4
+    random = torch.rand(2 * HEADS, steps, steps) < 0.4
     padding[:, 0] = random[..., 0] = False
     floats = torch.nn.Transformer.generate_square_subsequent_mask(steps, dtype=dtype)
     found = {
@@ -117,8 +119,7 @@ def test_encoder_layer(options, training, dtype):
     assert type(ours.self_attn) is nn.MultiheadAttention
     x = torch.randn(2, 5, 12, dtype=dtype) if options["batch_first"] else torch.randn(5, 2, 12, dtype=dtype)
     for name, given in masks(5, dtype).items():
-        if not (name == "heads" and not training):  # torch's fast path takes no mask of heads
-            assert_same(theirs, ours, [x], **given)
+        assert_same(theirs, ours, [x], fast=training or name != "additive", **given)  # torch's fast path hides where a mask is not 0
     unbatched = torch.randn(5, 12, dtype=dtype)
     assert_same(theirs, ours, [unbatched])
     assert_same(theirs, ours, [unbatched], src_mask=masks(5, dtype)["causal"]["src_mask"])
@@ -162,10 +163,50 @@ def test_decoder(options, make, training):
 
 def test_transformer():
     theirs, ours = twins(
-        lambda dtype: torch.nn.Transformer(12, 3, 1, 2, 16, dropout=0.0, batch_first=True, dtype=dtype), True, torch.float64
+        lambda dtype: torch.nn.Transformer(12, HEADS, 1, 2, 16, dropout=0.0, batch_first=True, dtype=dtype), True, torch.float64
     )
     source, target = torch.randn(2, 6, 12, dtype=torch.float64), torch.randn(2, 4, 12, dtype=torch.float64)
     assert_same(theirs, ours, [source, target], tgt_mask=torch.nn.Transformer.generate_square_subsequent_mask(4, dtype=torch.float64))
+
+
+def test_the_fast_path_is_torchs():
+    """Nested tensors, which only it takes; a hook on self_attn, which turns it off; and the switch."""
+    theirs, ours = twins(layer, False, torch.float32, batch_first=True)
+    nested = torch.nested.nested_tensor([torch.randn(3, 12), torch.randn(5, 12)])
+    x, calls = torch.randn(2, 5, 12), []
+    with torch.no_grad():
+        for a, b in zip(theirs(nested).unbind(), ours(nested).unbind(), strict=True):
+            torch.testing.assert_close(b, a)
+        expected = ours(x)
+        handle = ours.self_attn.register_forward_hook(lambda *given: calls.append(given))
+        torch.testing.assert_close(ours(x), expected, **TOLERANCE[torch.float32])
+        assert len(calls) == 1
+        handle.remove()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            torch.testing.assert_close(ours(x), expected, **TOLERANCE[torch.float32])
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+    with pytest.raises(AssertionError, match="NestedTensor"):
+        ours.train()(nested)
+
+
+def test_gradients_of_each_sample_and_trace():
+    _, ours = twins(layer, True, torch.float64, batch_first=True)
+    x, parameters = torch.randn(3, 5, 12, dtype=torch.float64), dict(ours.named_parameters())
+
+    def loss(parameters, sample):
+        return torch.func.functional_call(ours, parameters, (sample[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for i, sample in enumerate(x):
+        wanted = torch.autograd.grad(ours(sample[None]).square().sum(), list(parameters.values()))
+        for name, gradient in zip(parameters, wanted, strict=True):
+            torch.testing.assert_close(found[name][i], gradient)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(ours, (x,))
+    torch.testing.assert_close(traced(x[:2]), ours(x[:2]))
 
 
 def test_padded_sequences_stay_finite():
