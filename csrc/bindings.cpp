@@ -17,6 +17,7 @@ namespace py = pybind11;
   OP(lstm_options)      \
   OP(memory_read)       \
   OP(memory_write)      \
+  OP(merge_attention)   \
   OP(recurrent)         \
   OP(segment_attention) \
   OP(vec_math)

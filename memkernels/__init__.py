@@ -22,6 +22,7 @@ from memkernels.ops import (
     memory_read,
     memory_write,
     memory_write_,
+    merge_attention,
     rnn,
     segment_attention,
 )
@@ -49,11 +50,12 @@ __all__ = [
     "memory_read",
     "memory_write",
     "memory_write_",
+    "merge_attention",
     "rnn",
     "segment_attention",
 ]
 
-_LAZY = ("bench", "models", "nn", "testing")
+_LAZY = ("bench", "distributed", "integrations", "models", "nn", "testing")
 
 
 def __getattr__(name: str) -> Any:

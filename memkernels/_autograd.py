@@ -172,7 +172,7 @@ def _backward_function(op: Op) -> Any:
 
     def _by_reference(ctx: Any, leaves: tuple[Any, ...], asked: list[Any]) -> tuple[Any, ...]:
         n = op.end_douts
-        active = [i for i, t in enumerate(leaves) if t is not None and (i < n or op.inputs[i - n].differentiable)]
+        active = [i for i, t in enumerate(leaves) if t is not None and t.is_floating_point() and (i < n or op.inputs[i - n].differentiable)]
 
         def pure(*primals: torch.Tensor) -> tuple[torch.Tensor, ...]:
             values = list(leaves)

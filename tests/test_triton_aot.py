@@ -25,6 +25,7 @@ MODULES = (
     "rnn",
     "attention",
     "segment_attention",
+    "merge_attention",
 )
 # ptxas sometimes parks a value or two on the stack to reach the next step of occupancy; a real spill is an order of magnitude more.
 STACK_BYTES = 32
@@ -46,6 +47,7 @@ QUICK = {
     "attention_dquery_D64_causal_bf16",
     "segment_attention_fwd_fp32",
     "segment_attention_bwd_sources_bf16",
+    "merge_attention_bwd_bf16",
 }
 
 

@@ -99,8 +99,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             query, key, value = _transposed(query, key, value)
         self._check_sizes(query, key, value, key_padding_mask, attn_mask)
         appended = (self.bias_k is not None) + self.add_zero_attn
-        causal_only = is_causal and key_padding_mask is None and not need_weights and not appended
-        if causal_only:
+        causal = is_causal and not need_weights and not appended
+        if causal:
             attn_mask = None
         elif is_causal and attn_mask is None:
             steps = torch.arange(max(query.shape[1], key.shape[1]), device=query.device)
@@ -113,7 +113,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if batched else weights.squeeze(0)
         else:
-            attended: Any = attention(q, k, v, mask, dropout, causal_only)
+            attended: Any = attention(q, k, v, mask, dropout, causal)
             heads, weights = attended, None
         output = F.linear(heads.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
         output = output if batched and self.batch_first else output.transpose(0, 1) if batched else output.squeeze(0)

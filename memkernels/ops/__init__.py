@@ -9,6 +9,7 @@ from memkernels.ops.lstm import lstm
 from memkernels.ops.lstm_gates import lstm_gates
 from memkernels.ops.memory_read import memory_read
 from memkernels.ops.memory_write import memory_write, memory_write_
+from memkernels.ops.merge_attention import merge_attention
 from memkernels.ops.rnn import rnn
 from memkernels.ops.segment_attention import segment_attention
 
@@ -23,6 +24,7 @@ __all__ = [
     "memory_read",
     "memory_write",
     "memory_write_",
+    "merge_attention",
     "rnn",
     "segment_attention",
 ]

@@ -42,10 +42,10 @@ def draw(spec: OpSpec, sample: Sample, dtype: torch.dtype, seed: int = 0, device
             drawn[name] = None
             continue
         numbers = generator(spec.name, sample.name, name, seed)
-        drawn[name] = wanted.draw(wanted.shape(sample.dims), wanted.dtype or dtype, numbers).to(wanted.dtype or dtype)
+        drawn[name] = wanted.draw(wanted.shape(sample.dims), wanted.dtype_in(dtype), numbers).to(wanted.dtype_in(dtype))
     if sample.twist is not None:
         drawn = {**drawn, **sample.twist(drawn)}
-    return {name: None if t is None else t.to(device, spec.inputs[name].dtype or dtype).contiguous() for name, t in drawn.items()}
+    return {name: None if t is None else t.to(device, spec.inputs[name].dtype_in(dtype)).contiguous() for name, t in drawn.items()}
 
 
 def differentiable(spec: OpSpec, inputs: Tensors) -> list[str]:
@@ -56,7 +56,7 @@ def differentiable(spec: OpSpec, inputs: Tensors) -> list[str]:
 def cast(spec: OpSpec, inputs: Tensors, dtype: torch.dtype) -> Tensors:
     """The same values in another floating dtype; other inputs stay."""
     names = differentiable(spec, inputs)
-    return {name: t.to(dtype) if t is not None and name in names else t for name, t in inputs.items()}
+    return {name: t.to(spec.inputs[name].dtype_in(dtype)) if t is not None and name in names else t for name, t in inputs.items()}
 
 
 def tensors_of(result: Any) -> list[torch.Tensor]:

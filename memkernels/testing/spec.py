@@ -47,6 +47,11 @@ class Input:
     draw: Callable[[tuple[int, ...], torch.dtype, torch.Generator], torch.Tensor] = normal
     dtype: torch.dtype | None = None  # None: the dtype of the call, and differentiable
     optional: bool = False
+    wide: bool = False  # float32 where the call is in a half type
+
+    def dtype_in(self, dtype: torch.dtype) -> torch.dtype:
+        """What it is in a call of this dtype."""
+        return self.dtype or (torch.float32 if self.wide and dtype.itemsize == 2 else dtype)
 
     def shape(self, dims: Mapping[str, int]) -> tuple[int, ...]:
         return tuple(size(term, dims) for term in self.dims.split())
