@@ -13,6 +13,7 @@ from memkernels._checks import BackendError
 from memkernels._registry import explain
 from memkernels.ops import (
     attention,
+    attention_varlen,
     content_address,
     content_read,
     gru,
@@ -22,6 +23,7 @@ from memkernels.ops import (
     memory_read,
     memory_write,
     memory_write_,
+    paged_attention,
     rnn,
 )
 
@@ -35,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "attention",
+    "attention_varlen",
     "backend",
     "backends",
     "content_address",
@@ -48,6 +51,7 @@ __all__ = [
     "memory_read",
     "memory_write",
     "memory_write_",
+    "paged_attention",
     "rnn",
 ]
 
