@@ -115,9 +115,9 @@ SPEC = OpSpec(
     },
     samples=(
         Sample("typical", _sizes(), {}, (), shared),
-        Sample("queries", _sizes(B=4, Q=5, D=5, V=3), dict(return_lse=True), (), shared),
+        Sample("queries", _sizes(B=4, Q=5, D=5, V=3), {}, (), shared),
+        Sample("groups", _sizes(NH=6, NHk=2, S=16, M=5, D=17), dict(scale=0.3, return_lse=True), (), shared),
         Sample("causal", _sizes(B=5, Q=3), dict(is_causal=True, return_lse=True), (), shared),
-        Sample("groups", _sizes(NH=6, NHk=2, S=16, M=5, D=17), dict(scale=0.3), (), shared),
         Sample("many_rows", _sizes(NH=20, NHk=1, S=3, M=30, D=8), {}, (), shared),
         Sample("negative_scale", _sizes(NH=1, S=70, M=2), dict(scale=-0.5, return_lse=True), (), shared),
         Sample("runs", _sizes(B=2, NH=1, P=40, S=32, M=37, D=8), dict(return_lse=True), (), shared),
