@@ -18,6 +18,7 @@ namespace py = pybind11;
   OP(lstm_options)     \
   OP(memory_read)      \
   OP(memory_write)     \
+  OP(paged_attention)  \
   OP(recurrent)        \
   OP(vec_math)
 
