@@ -13,7 +13,10 @@ import pytest
 pytest.importorskip("triton")
 pytestmark = pytest.mark.timeout(1200)
 
-MODULES = ("memory_read", "memory_write", "content_address", "content_read", "lstm_gates", "lstm", "gru_gates", "gru", "rnn", "attention", "attention_varlen")
+MODULES = (
+    "memory_read", "memory_write", "content_address", "content_read", "lstm_gates", "lstm", "gru_gates", "gru", "rnn", "attention", "attention_varlen",
+    "paged_attention",
+)
 # ptxas sometimes parks a value or two on the stack to reach the next step of occupancy; a real spill is an order of magnitude more.
 STACK_BYTES = 32
 QUICK = {
@@ -34,6 +37,9 @@ QUICK = {
     "attention_varlen_forward_D64_causal_bf16",
     "attention_varlen_dquery_D64_bf16",
     "attention_varlen_dkey_D64_causal_bf16",
+    "paged_attention_forward_bf16",
+    "paged_attention_dquery_causal_fp32",
+    "paged_attention_dkey_bf16",
 }
 
 
