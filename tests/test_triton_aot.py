@@ -14,9 +14,9 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.timeout(1200)
 
 MODULES = (
-    "memory_read", "memory_write", "content_address", "content_read", "lstm_gates", "lstm", "gru_gates", "gru", "rnn", "attention", "attention_varlen",
-    "paged_attention",
-)
+    "memory_read", "memory_write", "content_address", "content_read", "lstm_gates", "lstm", "gru_gates", "gru", "rnn", "attention",
+    "attention_varlen", "paged_attention",
+)  # fmt: skip
 # ptxas sometimes parks a value or two on the stack to reach the next step of occupancy; a real spill is an order of magnitude more.
 STACK_BYTES = 32
 QUICK = {

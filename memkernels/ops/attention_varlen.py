@@ -29,7 +29,7 @@ def attention_varlen(
     """Softmax attention of S sequences laid end to end: each query sees the keys of its own sequence.
 
     Formula:
-        Sequence s has queries ``cu_seqlens_q[s]`` to ``cu_seqlens_q[s + 1] - 1`` and keys ``cu_seqlens_k[s]`` to ``cu_seqlens_k[s + 1] - 1``;
+        Sequence s has the queries from ``cu_seqlens_q[s]`` to before ``cu_seqlens_q[s + 1]``, and keys likewise;
         ``x[q, k] = scale * query[q] . key[k]``, with softcap ``softcap * tanh(x / softcap)``; ``lse[q] = log sum_k exp(x[q, k])``,
         ``out[q] = sum_k exp(x[q, k] - lse[q]) * value[k]`` over the keys of the sequence that q may see.
 
@@ -123,7 +123,8 @@ def _allocate(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, softcap, lef
 
 
 SIGNATURE = Signature(
-    "attention_varlen", query="Tq NH D", key="Tk NHk D", value="Tk NHk V", cu_seqlens_q=("S+1", torch.int64), cu_seqlens_k=("S+1", torch.int64)
+    "attention_varlen", query="Tq NH D", key="Tk NHk D", value="Tk NHk V", cu_seqlens_q=("S+1", torch.int64),
+    cu_seqlens_k=("S+1", torch.int64),
 )  # fmt: skip
 OP = define_op(
     "attention_varlen",

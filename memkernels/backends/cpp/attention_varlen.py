@@ -13,5 +13,5 @@ def forward(out, lse, stats, query, key, value, cu_seqlens_q, cu_seqlens_k, scal
 
 
 def backward(dquery, dkey, dvalue, dout, dlse, query, key, value, *rest):
-    *tensors, scale, softcap, left, right, causal = rest  # cu_seqlens_q, cu_seqlens_k, out, stats
+    *tensors, scale, _, left, right, causal = rest  # cu_seqlens_q, cu_seqlens_k, out, stats; no softcap
     _backward(dquery, dkey, dvalue, dout, dlse, query, key, value, *tensors, scale, left, right, causal == "bottom-right")

@@ -204,7 +204,10 @@ def _varlen_dkey_kernel(
     dkey, dvalue = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     for member in range(group):
         head = shared * group + member
-        queries, douts = query_ptr + start_q * query_stride_t + head * query_stride_h, dout_ptr + start_q * dout_stride_t + head * dout_stride_h
+        queries, douts = (
+            query_ptr + start_q * query_stride_t + head * query_stride_h,
+            dout_ptr + start_q * dout_stride_t + head * dout_stride_h,
+        )
         for first in range(begin, end, BLOCK_M):
             i = tl.cast(first, tl.int64) + lanes(BLOCK_M)
             query = _tile(queries, i, Q, D, query_stride_t, query_stride_d, BLOCK_D)
@@ -237,7 +240,8 @@ TYPICAL = 4096  # tiles are those of sequences of this length, whatever is in th
 
 
 def _launch_for(kernel, dtype, width, value_width, capability, interpreted=INTERPRETED):
-    return _launch.attention(TYPICAL, TYPICAL // (4 if interpreted else 1), width, value_width, dtype == torch.float32, kernel, capability, interpreted)
+    keys = TYPICAL // (4 if interpreted else 1)
+    return _launch.attention(TYPICAL, keys, width, value_width, dtype == torch.float32, kernel, capability, interpreted)
 
 
 def _options(launch, dtype, softcap, left, right, causal):

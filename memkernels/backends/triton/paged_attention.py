@@ -44,8 +44,8 @@ def _page(table_ptr, k, length, P, S):
 
 @triton.jit
 def _paged_fwd_kernel(
-    out_part_ptr, stats_part_ptr, query_ptr, key_ptr, value_ptr, table_ptr, lengths_ptr, B, NH, Q, P, S, M, D, V, group, blocks, chunk, scale,
-    query_stride_b, query_stride_h, query_stride_q, query_stride_d, key_stride_p, key_stride_s, key_stride_h, key_stride_d,
+    out_part_ptr, stats_part_ptr, query_ptr, key_ptr, value_ptr, table_ptr, lengths_ptr, B, NH, Q, P, S, M, D, V, group, blocks, chunk,
+    scale, query_stride_b, query_stride_h, query_stride_q, query_stride_d, key_stride_p, key_stride_s, key_stride_h, key_stride_d,
     value_stride_p, value_stride_s, value_stride_h, value_stride_v, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +71,9 @@ def _paged_fwd_kernel(
         zero_point = tl.where(new_top == float("-inf"), 0.0, new_top)
         weights, shrink = tl.exp(logit - zero_point[:, None]), tl.exp(top - zero_point)
         total, top = total * shrink + tl.sum(weights, 1), new_top
-        value = _paged_tile(value_ptr + shared * value_stride_h, page, k % S, there, V, value_stride_p, value_stride_s, value_stride_v, BLOCK_V)
+        value = _paged_tile(
+            value_ptr + shared * value_stride_h, page, k % S, there, V, value_stride_p, value_stride_s, value_stride_v, BLOCK_V
+        )
         if CAUSAL:  # a value that is not finite must not reach a query that does not see it by 0 * NaN
             bad = (value - value) != 0
             value = tl.where(bad, 0.0, value)
@@ -116,7 +118,9 @@ def _paged_dquery_kernel(
         k = tl.cast(first, tl.int64) + lanes(BLOCK_N)
         page, there = _page(table_ptr + b * M, k, length, P, S)
         key = _paged_tile(key_ptr + shared * key_stride_h, page, k % S, there, D, key_stride_p, key_stride_s, key_stride_d, BLOCK_D)
-        value = _paged_tile(value_ptr + shared * value_stride_h, page, k % S, there, V, value_stride_p, value_stride_s, value_stride_v, BLOCK_V)
+        value = _paged_tile(
+            value_ptr + shared * value_stride_h, page, k % S, there, V, value_stride_p, value_stride_s, value_stride_v, BLOCK_V
+        )
         seen = here[:, None] & there[None, :]
         if CAUSAL:
             seen = seen & (k[None, :] <= (length - Q + row % Q)[:, None])

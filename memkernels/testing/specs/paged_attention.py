@@ -99,6 +99,13 @@ def _replaced(name, values):
     return change
 
 
+def _pages(row, page):
+    def change(inputs, options):
+        inputs["page_table"][row, 0] = page
+
+    return change
+
+
 def _tokens(d):
     return d["B"] * (d["NH"] * d["Q"] + d["NHk"] * d["M"] * d["S"]) * (d["D"] + d["V"])
 
@@ -138,10 +145,10 @@ SPEC = OpSpec(
     flops=lambda d: 2 * d["B"] * d["NH"] * d["Q"] * d["M"] * d["S"] * (d["D"] + d["V"]),
     errors=(
         ErrorCase("heads", _wrong_heads, ValueError, r"paged_attention: key_pages: expected a divisor of 3 heads, got .*6, 4, 2, 4"),
-        ErrorCase("lengths", _replaced("lengths", [1, 13, 2]), ValueError, r"paged_attention: lengths: expected .*0\.\.M\*S=12, got 1\.\.13"),
+        ErrorCase("lengths", _replaced("lengths", [1, 13, 2]), ValueError, r"lengths: expected .*0\.\.M\*S=12, got 1\.\.13"),
         ErrorCase("rows", _replaced("lengths", [1, 3]), ValueError, r"paged_attention: lengths: expected \[B\] with .*B=3"),
-        ErrorCase("high", _replaced("page_table", [[0, 1, 2], [6, 1, 2], [0, 0, 0]]), IndexError, r"page_table: expected pages in 0\.\.5, got 6"),
-        ErrorCase("low", _replaced("page_table", [[0, -1, 2], [1, 1, 2], [0, 0, 0]]), IndexError, r"page_table: expected pages.*got -1 in row 0"),
+        ErrorCase("high", _pages(1, 6), IndexError, r"page_table: expected pages in 0\.\.5, got 6"),
+        ErrorCase("low", _pages(0, -1), IndexError, r"page_table: expected pages.*got -1 in row 0"),
         ErrorCase("dtype", _replaced("page_table", [[0.5] * 3] * 3), TypeError, r"page_table: expected int64 or int32, got float32"),
         ErrorCase("lengths_dtype", lambda i, o: i.update(lengths=i["lengths"].int()), TypeError, r"lengths: expected int64, got int32"),
     ),
