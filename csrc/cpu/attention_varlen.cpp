@@ -54,7 +54,7 @@ class Call {
   int64_t size, sum, group, tokens, key_tokens;
   bool bottom_right;
   std::vector<Sequence> sequences;  // with queries, the longest first
-  double flops = 0;
+  double flops = 0, scores = 0;     // of all sequences and heads
   const AttentionKernels& kernels = select(attention_levels);
 
   Call(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& starts_q,
@@ -135,6 +135,7 @@ class Call {
       s.splits = a.splits, s.sums = rows;
       rows += base.heads * s.queries * s.splits;
       flops += work(a) * double(base.heads);
+      scores += double(s.queries) * double(s.keys) * double(base.heads);
     }
     sum_rows = rows;
   }
@@ -279,9 +280,7 @@ struct Plan {
   Plan(const Call& c, const Gradients& g, const Sequence& s) : query_step(0), query_tasks(0) {
     const bool dkv = g.key || g.value, dquery = g.query;
     const double share = double(s.queries) * double(s.keys) * double(c.group) * 2 * num_threads();
-    double all = 0;
-    for (const Sequence& other : c.sequences) all += double(other.queries) * double(other.keys);
-    together = dquery && (s.splits > 1 || (dkv && share <= all * double(c.base.heads)));
+    together = dquery && (s.splits > 1 || (dkv && share <= c.scores));
     key_step = together ? (s.splits > 1 ? kRunKeys : std::max<int64_t>(s.keys, 1)) : chunk(s.keys, c.kernels.key_block);
     key_tasks = together || dkv ? std::max<int64_t>(together, blocks_of(s.keys, key_step)) : 0;
     if (together || !dquery) return;

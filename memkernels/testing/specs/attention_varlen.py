@@ -101,12 +101,10 @@ def _plain(options):
 def _sdpa(query, key, value, cu_seqlens_q, cu_seqlens_k, **options):
     """A loop of calls of torch's attention."""
     _plain(options)
-    parts = []
+    parts, enable_gqa = [], query.shape[1] != key.shape[1]
     for (q, q_end), (k, k_end) in _sequences(cu_seqlens_q, cu_seqlens_k):
         rows, keys, values = (t.transpose(0, 1)[None] for t in (query[q:q_end], key[k:k_end], value[k:k_end]))
-        parts.append(
-            F.scaled_dot_product_attention(rows, keys, values, enable_gqa=query.shape[1] != key.shape[1], **options)[0].transpose(0, 1)
-        )
+        parts.append(F.scaled_dot_product_attention(rows, keys, values, enable_gqa=enable_gqa, **options)[0].transpose(0, 1))
     return torch.cat(parts)
 
 
