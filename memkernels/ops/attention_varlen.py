@@ -77,12 +77,15 @@ def attention_varlen(
     heads, key_heads = dims["NH"], dims["NHk"]
     if heads % key_heads if key_heads else heads:
         fail("attention_varlen", "key", f"a divisor of {heads} heads", f"shape {tuple(key.shape)}")
-    _check_values("cu_seqlens_q", cu_seqlens_q, "Tq", dims)
-    _check_values("cu_seqlens_k", cu_seqlens_k, "Tk", dims)
-    check_choice("attention_varlen", "causal", causal, CORNERS)
-    check_flag("attention_varlen", "is_causal", is_causal)
-    check_flag("attention_varlen", "return_lse", return_lse)
-    scale = check_number("attention_varlen", "scale", max(dims["D"], 1) ** -0.5 if scale is None else scale)
+    if not torch.compiler.is_compiling() and query.device.type == "cpu" and plain_call((cu_seqlens_q, cu_seqlens_k)):
+        _check_values("cu_seqlens_q", cu_seqlens_q, "Tq", dims)
+        _check_values("cu_seqlens_k", cu_seqlens_k, "Tk", dims)
+    if causal not in CORNERS:
+        check_choice("attention_varlen", "causal", causal, CORNERS)
+    if not (is_causal.__class__ is return_lse.__class__ is bool):
+        check_flag("attention_varlen", "is_causal", is_causal)
+        check_flag("attention_varlen", "return_lse", return_lse)
+    scale = max(dims["D"], 1) ** -0.5 if scale is None else check_number("attention_varlen", "scale", scale)
     softcap = 0.0 if softcap is None else _softcap(softcap)
     left, right = (-1, -1) if window is None else _window(window)
     out, lse, _ = OP(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, softcap, left, 0 if is_causal else right, causal)
@@ -98,9 +101,7 @@ def _starts(name, starts):
 
 
 def _check_values(name, starts, letter, dims):
-    """Reads them only where that is free: on a CPU, outside of transforms and tracing; the C++ kernel looks in any case."""
-    if torch.compiler.is_compiling() or starts.device.type != "cpu" or not plain_call((starts,)):
-        return
+    """Called only where reading them is free: on a CPU, outside of transforms and tracing; the C++ kernel looks in any case."""
     values = starts.tolist()
     if values[0] != 0 or values[-1] > dims[letter] or values != sorted(values):
         at = next((i for i, (a, b) in enumerate(pairwise(values)) if a > b), None)

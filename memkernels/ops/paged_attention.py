@@ -72,9 +72,10 @@ def paged_attention(
     if heads % key_heads if key_heads else heads:
         fail("paged_attention", "key_pages", f"a divisor of {heads} heads", f"shape {tuple(key_pages.shape)}")
     _check_values(page_table, lengths, dims)
-    check_flag("paged_attention", "is_causal", is_causal)
-    check_flag("paged_attention", "return_lse", return_lse)
-    scale = check_number("paged_attention", "scale", max(dims["D"], 1) ** -0.5 if scale is None else scale)
+    if not (is_causal.__class__ is return_lse.__class__ is bool):
+        check_flag("paged_attention", "is_causal", is_causal)
+        check_flag("paged_attention", "return_lse", return_lse)
+    scale = max(dims["D"], 1) ** -0.5 if scale is None else check_number("paged_attention", "scale", scale)
     out, lse, _ = OP(query, key_pages, value_pages, page_table, lengths, scale, is_causal)
     return (out, lse) if return_lse else out
 
@@ -89,7 +90,8 @@ def _check_values(page_table, lengths, dims):
     if min(found) < 0 or max(found) > most:
         fail("paged_attention", "lengths", f"values in 0..M*S={most}", f"{min(found)}..{max(found)}")
     longest = -(-max(found) // size) if size else 0
-    for b, (row, length) in enumerate(zip(page_table[:, :longest].tolist(), found, strict=True)):
+    table = page_table if longest == dims["M"] else page_table[:, :longest]
+    for b, (row, length) in enumerate(zip(table.tolist(), found, strict=True)):
         used = row[: -(-length // size)] if length else ()
         if used and (min(used) < 0 or max(used) >= pages):
             bad = min(used) if min(used) < 0 else max(used)
