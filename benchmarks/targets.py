@@ -22,6 +22,7 @@ import torch
 from attention import attention_targets
 from graphs import graph_targets
 from recurrent import recurrent_targets
+from sequences import sequence_targets
 from target import Target, measure
 
 from memkernels import bench, cpu_level
@@ -40,6 +41,7 @@ def targets() -> Iterator[Target]:
     for h, bars in ((1, dict(eager=4, compile=1.5)), (4, dict(eager=12, compile=5))):
         yield Target("memory_write", Sample(f"H{h}_B4_N65536", dict(B=4, N=65536, W=64, H=h)), "fwd+bwd", bars)
     yield from attention_targets()
+    yield from sequence_targets()
     yield from graph_targets()
     yield from recurrent_targets()
     for spec in specs().values():

@@ -11,6 +11,7 @@ namespace py = pybind11;
 
 #define MK_OPS(OP)      \
   OP(attention)         \
+  OP(attention_varlen)  \
   OP(content)           \
   OP(gru_gates)         \
   OP(lstm_gates)        \
@@ -18,6 +19,7 @@ namespace py = pybind11;
   OP(memory_read)       \
   OP(memory_write)      \
   OP(merge_attention)   \
+  OP(paged_attention)   \
   OP(recurrent)         \
   OP(segment_attention) \
   OP(vec_math)

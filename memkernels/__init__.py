@@ -13,6 +13,7 @@ from memkernels._checks import BackendError
 from memkernels._registry import explain
 from memkernels.ops import (
     attention,
+    attention_varlen,
     content_address,
     content_read,
     gru,
@@ -23,6 +24,7 @@ from memkernels.ops import (
     memory_write,
     memory_write_,
     merge_attention,
+    paged_attention,
     rnn,
     segment_attention,
 )
@@ -37,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "attention",
+    "attention_varlen",
     "backend",
     "backends",
     "content_address",
@@ -51,6 +54,7 @@ __all__ = [
     "memory_write",
     "memory_write_",
     "merge_attention",
+    "paged_attention",
     "rnn",
     "segment_attention",
 ]

@@ -14,19 +14,9 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.timeout(1200)
 
 MODULES = (
-    "memory_read",
-    "memory_write",
-    "content_address",
-    "content_read",
-    "lstm_gates",
-    "lstm",
-    "gru_gates",
-    "gru",
-    "rnn",
-    "attention",
-    "segment_attention",
-    "merge_attention",
-)
+    "memory_read", "memory_write", "content_address", "content_read", "lstm_gates", "lstm", "gru_gates", "gru", "rnn", "attention",
+    "segment_attention", "merge_attention", "attention_varlen", "paged_attention",
+)  # fmt: skip
 # ptxas sometimes parks a value or two on the stack to reach the next step of occupancy; a real spill is an order of magnitude more.
 STACK_BYTES = 32
 QUICK = {
@@ -48,6 +38,12 @@ QUICK = {
     "segment_attention_fwd_fp32",
     "segment_attention_bwd_sources_bf16",
     "merge_attention_bwd_bf16",
+    "attention_varlen_forward_D64_causal_bf16",
+    "attention_varlen_dquery_D64_bf16",
+    "attention_varlen_dkey_D64_causal_bf16",
+    "paged_attention_forward_bf16",
+    "paged_attention_dquery_causal_fp32",
+    "paged_attention_dkey_bf16",
 }
 
 

@@ -1,23 +1,16 @@
 // attention, host side: checks, the split into tasks, the Python binding.
-#include "cpu/attention.h"
-
-#include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 
-#include "common/arena.h"
 #include "common/checks.h"
 #include "common/pages.h"
-#include "common/parallel.h"
+#include "cpu/attention_host.h"
 #include "cpu/select.h"
 
 namespace mk::cpu {
 namespace {
 
 constexpr const char* kOp = "attention";
-// Few queries leave one task a head: their keys are split into runs of a fixed length, whatever the number of threads.
-constexpr int64_t kFewQueries = 64, kRunKeys = 4096;
 
 struct Options {
   double scale, softcap, dropout;
@@ -91,35 +84,8 @@ AttentionArgs arguments(const TensorView& query, const TensorView& key, const Te
   }
   a.scale = options.scale, a.softcap = options.softcap, a.left = options.left, a.right = options.right;
   a.bottom_right = options.bottom_right, a.shift = a.bottom_right ? a.keys - a.queries : 0;
-  const bool few = a.queries <= kFewQueries && a.keys >= 2 * kRunKeys;
-  a.splits = few ? (a.keys + kRunKeys - 1) / kRunKeys : 1;
-  a.split_keys = few ? kRunKeys : std::max<int64_t>(a.keys, 1);
+  set_splits(a);
   return a;
-}
-
-DType wide(DType dtype) { return dtype == DType::float64 ? dtype : DType::float32; }
-int64_t sum_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
-int64_t blocks_of(int64_t n, int64_t step) { return (n + step - 1) / step; }
-// Sums lie in whole vectors; 16 elements are a multiple of every level's.
-int64_t padded16(int64_t n) { return (n + 15) / 16 * 16; }
-
-// Tasks are taken one by one, so threads that other work slows down take fewer; who runs a task changes no bit of it.
-template <class Body>
-void run_tasks(int64_t tasks, double flops, int64_t scratch_bytes, const Body& body) {
-  if (tasks == 0) return;
-  std::atomic<int64_t> next{0};
-  const int64_t workers = flops < 2e5 ? 1 : std::min<int64_t>(tasks, num_threads());
-  parallel_for(workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; worker++) {
-      Scratch scratch;
-      char* memory = scratch.take<char>(scratch_bytes);
-      for (int64_t task; (task = next.fetch_add(1)) < tasks;) body(task, memory);
-    }
-  });
-}
-
-double work(const AttentionArgs& a) {
-  return 2.0 * double(a.batch * a.heads) * double(a.queries * a.keys) * double(a.width + a.value_width + 16);
 }
 
 void forward(const TensorView& out, const TensorView& lse, const TensorView& stats, const InputView& query,

@@ -233,7 +233,10 @@ def reduced(spec: OpSpec, sample: Sample) -> tuple[Sample, str]:
 
 def scores(dims: Mapping[str, int]) -> int:
     """Elements of the score matrix that an unfused attention writes; 0 for other ops."""
-    return dims.get("B", 1) * dims["NH"] * dims["Q"] * dims["K"] if {"NH", "Q", "K"} <= dims.keys() else 0
+    for queries, keys in (("Q", "K"), ("Tq", "Tk")):
+        if {"NH", queries, keys} <= dims.keys():
+            return dims.get("B", 1) * dims["NH"] * dims[queries] * dims[keys]
+    return 0
 
 
 def once(call: Call, mode: str, device: str, inner: int) -> float:

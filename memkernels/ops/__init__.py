@@ -1,6 +1,7 @@
 """One file per op: the public function, its checks and its declaration."""
 
 from memkernels.ops.attention import attention
+from memkernels.ops.attention_varlen import attention_varlen
 from memkernels.ops.content_address import content_address
 from memkernels.ops.content_read import content_read
 from memkernels.ops.gru import gru
@@ -10,11 +11,13 @@ from memkernels.ops.lstm_gates import lstm_gates
 from memkernels.ops.memory_read import memory_read
 from memkernels.ops.memory_write import memory_write, memory_write_
 from memkernels.ops.merge_attention import merge_attention
+from memkernels.ops.paged_attention import paged_attention
 from memkernels.ops.rnn import rnn
 from memkernels.ops.segment_attention import segment_attention
 
 __all__ = [
     "attention",
+    "attention_varlen",
     "content_address",
     "content_read",
     "gru",
@@ -25,6 +28,7 @@ __all__ = [
     "memory_write",
     "memory_write_",
     "merge_attention",
+    "paged_attention",
     "rnn",
     "segment_attention",
 ]

@@ -1,0 +1,125 @@
+"""Softmax attention to keys and values that lie in pages of a shared pool: decoding with a paged cache."""
+
+from __future__ import annotations
+
+import torch
+
+from memkernels._checks import Signature, check_flag, check_number, check_tensor, fail
+from memkernels._compat import plain_call
+from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
+
+
+def paged_attention(
+    query: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention of each row of the batch to its own keys, which lie in pages that rows may share.
+
+    Formula:
+        Key j of row b is ``key_pages[page_table[b, j // S], j % S]`` for j < lengths[b], its value likewise;
+        ``s[q, j] = scale * query[q] . key[j]``, ``lse[q] = log sum_j exp(s[q, j])``, ``out[q] = sum_j exp(s[q, j] - lse[q]) * value[j]``.
+
+    Args:
+        query: "B NH Q D", float64, float32, bfloat16 or float16, any strides.
+        key_pages: "P S NHk D", same dtype and device: P pages of S slots. NHk divides NH: query head h reads key head h // (NH // NHk).
+        value_pages: "P S NHk V"; V may differ from D.
+        page_table: int64 or int32 "B M": the pages of each row, in order. Entries behind its last page are not looked at.
+        lengths: int64 "B": how many keys each row has, 0 to M S.
+        scale: factor of the scores, default 1 / sqrt(D).
+        is_causal: the last query of row b stands at its last key, the one before it at the key before, and so on; none sees further.
+        return_lse: also return the log-sum-exp.
+
+    Returns:
+        out: "B NH Q V", dtype of the query, contiguous; 0 where a query sees no key. With ``return_lse``: (out, lse "B NH Q"), lse
+        float32 (float64 for float64), natural logarithm, -inf where a query sees no key.
+
+    Gradients:
+        To ``query``, ``key_pages`` and ``value_pages``, also through ``lse``, of any order. Where rows share a page its gradients are added
+        in the order of the rows. Slots that no row uses get 0, and what they hold (NaN too) reaches nothing.
+
+    Numerics:
+        Sums and softmax in float32 (float64 for float64). Keys are split into runs of a fixed length, joined in order: a row's result
+        depends on neither the batch nor the number of threads. Deterministic. lengths and pages are checked where they lie on the CPU;
+        those of a CUDA tensor are never waited for, and a page that does not exist is then one that is not seen.
+
+    Raises:
+        ValueError: a size does not fit, or a length is not in 0..M S. IndexError: a used entry of page_table is no page.
+        TypeError: a dtype differs or is not a floating one, page_table is not int64 or int32, lengths are not int64.
+
+    Source:
+        Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention (2023).
+
+    Example:
+        >>> import torch, memkernels as mk
+        >>> pages = torch.arange(6.0).reshape(3, 2, 1, 1)
+        >>> table, lengths = torch.tensor([[2, 0], [1, -1]]), torch.tensor([3, 1])
+        >>> mk.paged_attention(torch.zeros(2, 1, 1, 1), pages, pages, table, lengths).flatten()
+        tensor([3., 2.])
+    """
+    check_tensor("paged_attention", "page_table", page_table)
+    if page_table.dtype not in (torch.int64, torch.int32):
+        fail("paged_attention", "page_table", "int64 or int32", str(page_table.dtype).removeprefix("torch."), TypeError)
+    page_table = page_table if page_table.dtype == torch.int64 else page_table.long()
+    dims = SIGNATURE(query, key_pages, value_pages, page_table, lengths)
+    heads, key_heads = dims["NH"], dims["NHk"]
+    if heads % key_heads if key_heads else heads:
+        fail("paged_attention", "key_pages", f"a divisor of {heads} heads", f"shape {tuple(key_pages.shape)}")
+    _check_values(page_table, lengths, dims)
+    if not (is_causal.__class__ is return_lse.__class__ is bool):
+        check_flag("paged_attention", "is_causal", is_causal)
+        check_flag("paged_attention", "return_lse", return_lse)
+    scale = max(dims["D"], 1) ** -0.5 if scale is None else check_number("paged_attention", "scale", scale)
+    out, lse, _ = OP(query, key_pages, value_pages, page_table, lengths, scale, is_causal)
+    return (out, lse) if return_lse else out
+
+
+def _check_values(page_table, lengths, dims):
+    """Reads them only where that is free: on a CPU, outside of transforms and tracing; the C++ kernel looks in any case."""
+    if torch.compiler.is_compiling() or lengths.device.type != "cpu" or not plain_call((page_table, lengths)):
+        return
+    most, size, pages, found = dims["M"] * dims["S"], dims["S"], dims["P"], lengths.tolist()
+    if not found:
+        return
+    if min(found) < 0 or max(found) > most:
+        fail("paged_attention", "lengths", f"values in 0..M*S={most}", f"{min(found)}..{max(found)}")
+    longest = -(-max(found) // size) if size else 0
+    table = page_table if longest == dims["M"] else page_table[:, :longest]
+    for b, (row, length) in enumerate(zip(table.tolist(), found, strict=True)):
+        used = row[: -(-length // size)] if length else ()
+        if used and (min(used) < 0 or max(used) >= pages):
+            bad = min(used) if min(used) < 0 else max(used)
+            fail("paged_attention", "page_table", f"pages in 0..{pages - 1}", f"{bad} in row {b}", IndexError)
+
+
+def _allocate(query, key_pages, value_pages, page_table, lengths, scale, is_causal):
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    batch, heads, queries, width = query.shape
+    out = empty_like(query) if width == value_pages.shape[3] else new_empty(query, (batch, heads, queries, value_pages.shape[3]))
+    return out, new_empty(query, (batch, heads, queries), wide), new_empty(query, (batch, heads, queries, 2), wide)
+
+
+SIGNATURE = Signature(
+    "paged_attention", query="B NH Q D", key_pages="P S NHk D", value_pages="P S NHk V", page_table=("B M", torch.int64),
+    lengths=("B", torch.int64),
+)  # fmt: skip
+OP = define_op(
+    "paged_attention",
+    inputs=(
+        Arg("query"),
+        Arg("key_pages", batch=None),
+        Arg("value_pages", batch=None),
+        Arg("page_table", differentiable=False),
+        Arg("lengths", differentiable=False),
+    ),
+    outputs=(Out("out", save=True), Out("lse"), Out("stats", differentiable=False, save=True)),
+    options="float scale, bool is_causal",
+    allocate=_allocate,
+    autocast="matmul",
+)
