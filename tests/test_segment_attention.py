@@ -4,6 +4,7 @@ import checks
 import pytest
 import torch
 from cases import INTERPRETED, places
+from child import run_python
 
 import memkernels as mk
 from memkernels import _backends
@@ -18,6 +19,7 @@ SPEC = specs()["segment_attention"]
 BACKENDS = sorted({label for label, device in places("all") if device == "cpu"})
 KERNELS = [b for b in BACKENDS if b.startswith("cpp")]
 SIZES = dict(Nd=60, Ns=50, E=900, NH=3, D=8, V=8) if INTERPRETED else dict(Nd=700, Ns=500, E=9000, NH=4, D=16, V=16)
+FORKED = 100_000
 LARGE = Sample("large", SIZES, dict(return_lse=True), ("edge_bias",), POWER_LAW)
 
 
@@ -113,3 +115,21 @@ def test_nothing_of_the_size_of_the_edges_is_saved():
     leaves = [t for t in given.values() if t is not None]
     nodes = (SIZES["Nd"] + SIZES["Ns"]) * SIZES["NH"] * SIZES["D"] * 4
     assert saved_bytes(lambda: [mk.segment_attention(**given)], leaves) <= 2 * nodes
+
+
+@pytest.mark.skipif(INTERPRETED or not KERNELS, reason="about the C++ kernels")
+def test_forked_child_of_a_threaded_parent():
+    """A graph so large that torch's own reductions use threads, for which a child would wait for ever."""
+    run_python(f"""
+import os, signal, torch, memkernels as mk
+torch.set_num_threads(2)
+rows = torch.randn(3, {FORKED}, 1, 2)
+ptr, index = torch.arange({FORKED} + 1), torch.randperm({FORKED})
+out = mk.segment_attention(*rows, ptr, index)
+child = os.fork()
+if not child:
+    signal.alarm(60)
+    same = mk.segment_attention(*rows, ptr, index).numpy().tobytes() == out.numpy().tobytes()
+    os._exit(0 if same else 1)
+assert os.waitpid(child, 0)[1] == 0
+""")
