@@ -76,16 +76,21 @@ def segment_attention(
     return (out, lse) if return_lse else out
 
 
+_SERIAL = 16384  # elements that torch goes over without its threads, for which a forked child would wait for ever
+
+
 def _check_graph(ptr, index, key):
     """Reads the values only where that is free: on a CPU, outside of transforms and tracing; the C++ kernel looks in any case."""
     if torch.compiler.is_compiling() or ptr.device.type != "cpu" or not plain_call((ptr, index)):
         return
     edges = index.shape[0]
-    if int(ptr[0]) != 0 or int(ptr[-1]) != edges or not bool((ptr[1:] >= ptr[:-1]).all()):
-        got = f"{int(ptr[0])} to {int(ptr[-1])}" + ("" if bool((ptr[1:] >= ptr[:-1]).all()) else ", decreasing in between")
+    rising = all(bool((after >= before).all()) for after, before in zip(ptr[1:].split(_SERIAL), ptr[:-1].split(_SERIAL), strict=True))
+    if int(ptr[0]) != 0 or int(ptr[-1]) != edges or not rising:
+        got = f"{int(ptr[0])} to {int(ptr[-1])}" + ("" if rising else ", decreasing in between")
         fail("segment_attention", "ptr", f"offsets from 0 to E={edges} that do not decrease", got)
     if edges:
-        low, high = (int(v) for v in torch.aminmax(index))
+        ends = [torch.aminmax(part) for part in index.split(_SERIAL)]
+        low, high = min(int(end.min) for end in ends), max(int(end.max) for end in ends)
         if low < 0 or high >= key.shape[0]:
             fail("segment_attention", "index", f"values in 0..Ns-1={key.shape[0] - 1}", f"{low}..{high}", IndexError)
 
