@@ -46,8 +46,8 @@ struct Written {
 
 void forward(const TensorView& out, const TensorView& lse, const TensorView& stats, const InputView& query,
              const InputView& key, const InputView& value, const TensorView& starts_q, const TensorView& starts_k,
-             double scale, int64_t left, int64_t right, bool bottom_right) {
-  const Call c(query, key, value, starts_q, starts_k, scale, left, right, bottom_right);
+             double scale, double softcap, int64_t left, int64_t right, bool bottom_right) {
+  const Call c(query, key, value, starts_q, starts_k, scale, softcap, left, right, bottom_right);
   const int64_t heads = c.base.heads, width = c.base.value_width;
   check_output(kOp, "out", out, {c.tokens, heads, width}, c.dtype);
   check_output(kOp, "lse", lse, {c.tokens, heads}, wide(c.dtype));
@@ -94,11 +94,11 @@ void bind_attention_varlen(pybind11::module_& m) {
   namespace py = pybind11;
   m.def("attention_varlen", &forward, py::arg("out"), py::arg("lse"), py::arg("stats"), py::arg("query"),
         py::arg("key"), py::arg("value"), py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"), py::arg("scale"),
-        py::arg("left"), py::arg("right"), py::arg("bottom_right"));
+        py::arg("softcap"), py::arg("left"), py::arg("right"), py::arg("bottom_right"));
   m.def("attention_varlen_backward", &attention_varlen_backward, py::arg("dquery"), py::arg("dkey"), py::arg("dvalue"),
         py::arg("dout"), py::arg("dlse"), py::arg("query"), py::arg("key"), py::arg("value"), py::arg("cu_seqlens_q"),
-        py::arg("cu_seqlens_k"), py::arg("out"), py::arg("stats"), py::arg("scale"), py::arg("left"), py::arg("right"),
-        py::arg("bottom_right"));
+        py::arg("cu_seqlens_k"), py::arg("out"), py::arg("stats"), py::arg("scale"), py::arg("softcap"),
+        py::arg("left"), py::arg("right"), py::arg("bottom_right"));
 }
 
 }  // namespace mk::cpu

@@ -9,9 +9,9 @@ def supports(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, softcap, left
 
 
 def forward(out, lse, stats, query, key, value, cu_seqlens_q, cu_seqlens_k, scale, softcap, left, right, causal):
-    _forward(out, lse, stats, query, key, value, cu_seqlens_q, cu_seqlens_k, scale, left, right, causal == "bottom-right")
+    _forward(out, lse, stats, query, key, value, cu_seqlens_q, cu_seqlens_k, scale, softcap, left, right, causal == "bottom-right")
 
 
 def backward(dquery, dkey, dvalue, dout, dlse, query, key, value, *rest):
-    *tensors, scale, _, left, right, causal = rest  # cu_seqlens_q, cu_seqlens_k, out, stats; no softcap
-    _backward(dquery, dkey, dvalue, dout, dlse, query, key, value, *tensors, scale, left, right, causal == "bottom-right")
+    *others, causal = rest  # cu_seqlens_q, cu_seqlens_k, out, stats, scale, softcap, left, right
+    _backward(dquery, dkey, dvalue, dout, dlse, query, key, value, *others, causal == "bottom-right")
