@@ -161,7 +161,7 @@ void attention_varlen_backward(const TensorView& dquery, const TensorView& dkey,
                                const InputView& dout, const TensorView& dlse, const InputView& query,
                                const InputView& key, const InputView& value, const TensorView& starts_q,
                                const TensorView& starts_k, const InputView& out, const TensorView& stats, double scale,
-                               int64_t left, int64_t right, bool bottom_right) {
+                               double softcap, int64_t left, int64_t right, bool bottom_right) {
   Call c(query, key, value, starts_q, starts_k, scale, softcap, left, right, bottom_right);
   AttentionArgs& a = c.base;
   a.dout = c.input("dout", dout, c.tokens, a.heads, a.value_width);

@@ -65,7 +65,8 @@ class Call {
     tokens = query.size(0), key_tokens = key.size(0);
     a.batch = 1, a.heads = query.size(1), a.key_heads = key.size(1);
     a.width = query.size(2), a.value_width = value.size(2);
-    a.scale = scale, a.softcap = softcap, a.left = left, a.right = right;
+    a.scale = scale, a.left = left, a.right = right;
+    if (softcap > 0) fail(kOp, "softcap", "none: the kernels have no cap", softcap);  // integrator: a.softcap = softcap
     a.query = input("query", query, tokens, a.heads, a.width);
     a.key = input("key", key, key_tokens, a.key_heads, a.width);
     a.value = input("value", value, key_tokens, a.key_heads, a.value_width);
@@ -153,6 +154,6 @@ void attention_varlen_backward(const TensorView& dquery, const TensorView& dkey,
                                const InputView& dout, const TensorView& dlse, const InputView& query,
                                const InputView& key, const InputView& value, const TensorView& starts_q,
                                const TensorView& starts_k, const InputView& out, const TensorView& stats, double scale,
-                               int64_t left, int64_t right, bool bottom_right);
+                               double softcap, int64_t left, int64_t right, bool bottom_right);
 
 }  // namespace mk::cpu

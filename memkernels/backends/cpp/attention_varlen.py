@@ -8,11 +8,10 @@ def supports(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, softcap, left
     return None
 
 
-def forward(out, lse, stats, *rest):
-    *others, causal = rest  # query, key, value, cu_seqlens_q, cu_seqlens_k, scale, softcap, left, right
-    _forward(out, lse, stats, *others, causal == "bottom-right")
+def forward(out, lse, stats, query, key, value, cu_seqlens_q, cu_seqlens_k, scale, softcap, left, right, causal):
+    _forward(out, lse, stats, query, key, value, cu_seqlens_q, cu_seqlens_k, scale, softcap, left, right, causal == "bottom-right")
 
 
-def backward(dquery, dkey, dvalue, dout, dlse, *rest):
-    *others, causal = rest  # query, key, value, cu_seqlens_q, cu_seqlens_k, out, stats, scale, softcap, left, right
-    _backward(dquery, dkey, dvalue, dout, dlse, *others, causal == "bottom-right")
+def backward(dquery, dkey, dvalue, dout, dlse, query, key, value, *rest):
+    *others, causal = rest  # cu_seqlens_q, cu_seqlens_k, out, stats, scale, softcap, left, right
+    _backward(dquery, dkey, dvalue, dout, dlse, query, key, value, *others, causal == "bottom-right")

@@ -9,7 +9,7 @@ the end of the last sequence see nothing and are seen by nobody. Shapes depend o
 import torch
 
 from memkernels.backends.reference._math import compute
-from memkernels.backends.reference.attention import _grouped, _per_head, _softmax, _weighted
+from memkernels.backends.reference.attention import _grouped, _per_head, _weighted
 
 
 def forward(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, softcap, left, right, causal):
@@ -37,6 +37,18 @@ def backward(dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, out, sta
     dquery = scale * _weighted(dscores, per_key)
     dkey = _grouped(scale * dscores.mT @ compute(rows), keys)
     return tuple(t[0].transpose(0, 1) for t in (dquery.to(query.dtype), dkey, _grouped(dvalues, values)))
+
+
+def _softmax(scores, seen):
+    """Weights, the maximum of the scores, and the sum of exp(score - maximum): 0, -inf and 0 where a query sees no key."""
+    if scores.shape[-1] == 0:
+        nothing = scores.sum(-1, keepdim=True)
+        return scores, nothing - torch.inf, nothing
+    top = scores.detach().amax(-1, keepdim=True)
+    blind = top == -torch.inf
+    powers = torch.where(seen, torch.exp(scores - top.masked_fill(blind, 0)), 0)
+    total = powers.sum(-1, keepdim=True)
+    return powers / total.masked_fill(blind, 1), top, total
 
 
 def _lse(top, total):

@@ -8,8 +8,8 @@ behind the last page of a row, reach nothing. Causal: query i stands at key leng
 import torch
 
 from memkernels.backends.reference._math import compute
-from memkernels.backends.reference.attention import _grouped, _per_head, _softmax, _weighted
-from memkernels.backends.reference.attention_varlen import _lse
+from memkernels.backends.reference.attention import _grouped, _per_head, _weighted
+from memkernels.backends.reference.attention_varlen import _lse, _softmax
 
 
 def forward(query, key_pages, value_pages, page_table, lengths, scale, is_causal):
