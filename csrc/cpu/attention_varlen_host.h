@@ -66,7 +66,7 @@ class Call {
     a.batch = 1, a.heads = query.size(1), a.key_heads = key.size(1);
     a.width = query.size(2), a.value_width = value.size(2);
     a.scale = scale, a.left = left, a.right = right;
-    if (softcap > 0) fail(kOp, "softcap", "none: the kernels have no cap", softcap);  // integrator: a.softcap = softcap
+    a.softcap = softcap;
     a.query = input("query", query, tokens, a.heads, a.width);
     a.key = input("key", key, key_tokens, a.key_heads, a.width);
     a.value = input("value", value, key_tokens, a.key_heads, a.value_width);

@@ -216,7 +216,8 @@ def forward(out, lse, stats, query, key_pages, value_pages, page_table, lengths,
         *query.stride(), *key_pages.stride(), *value_pages.stride(), **tile,
     )  # fmt: skip
     run(
-        _attention_combine_kernel, (lse.numel(),), out, lse, stats, out_part, stats_part, lse.numel(), out.shape[3], splits,
+        _attention_combine_kernel, (lse.numel(),), out, lse, stats, out_part, stats_part, None, lse.numel(), 1, 1, out.shape[3],
+        splits,
         BLOCK_V=tile["BLOCK_V"],
     )  # fmt: skip
 
