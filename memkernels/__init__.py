@@ -22,6 +22,7 @@ from memkernels.ops import (
     memory_read,
     memory_write,
     memory_write_,
+    retrieval_attention,
     rnn,
 )
 
@@ -48,6 +49,7 @@ __all__ = [
     "memory_read",
     "memory_write",
     "memory_write_",
+    "retrieval_attention",
     "rnn",
 ]
 

@@ -9,6 +9,7 @@ from memkernels.ops.lstm import lstm
 from memkernels.ops.lstm_gates import lstm_gates
 from memkernels.ops.memory_read import memory_read
 from memkernels.ops.memory_write import memory_write, memory_write_
+from memkernels.ops.retrieval_attention import retrieval_attention
 from memkernels.ops.rnn import rnn
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "memory_read",
     "memory_write",
     "memory_write_",
+    "retrieval_attention",
     "rnn",
 ]
