@@ -1,15 +1,7 @@
 // attention, host side: checks, the split into tasks, the Python binding.
-#include "cpu/attention.h"
-
-#include <algorithm>
-#include <atomic>
-#include <cmath>
 #include <cstring>
 
-#include "common/arena.h"
-#include "common/checks.h"
-#include "common/pages.h"
-#include "common/parallel.h"
+#include "cpu/attention_host.h"
 #include "cpu/select.h"
 
 namespace mk::cpu {
@@ -23,13 +15,6 @@ struct Options {
   double scale, dropout;
   int64_t left, right, shift;
 };
-
-AttentionTensor checked(const char* name, const TensorView& t, std::initializer_list<int64_t> sizes, DType dtype) {
-  if (!t.defined()) return {};
-  check_tensor(kOp, name, t, sizes, dtype);
-  if (t.ndim() == 4) check_inner(kOp, name, t);
-  return {t.data(), t.stride(0), t.stride(1), t.stride(2)};
-}
 
 void set_mask(AttentionArgs& a, const TensorView& mask, DType dtype) {
   if (!mask.defined()) return;
@@ -55,9 +40,9 @@ AttentionArgs arguments(const TensorView& query, const TensorView& key, const Te
   AttentionArgs a{};
   a.batch = query.size(0), a.heads = query.size(1), a.queries = query.size(2), a.width = query.size(3);
   a.key_heads = key.size(1), a.keys = key.size(2), a.value_width = value.size(3);
-  a.query = checked("query", query, {a.batch, a.heads, a.queries, a.width}, dtype);
-  a.key = checked("key", key, {a.batch, a.key_heads, a.keys, a.width}, dtype);
-  a.value = checked("value", value, {a.batch, a.key_heads, a.keys, a.value_width}, dtype);
+  a.query = checked(kOp, "query", query, {a.batch, a.heads, a.queries, a.width}, dtype);
+  a.key = checked(kOp, "key", key, {a.batch, a.key_heads, a.keys, a.width}, dtype);
+  a.value = checked(kOp, "value", value, {a.batch, a.key_heads, a.keys, a.value_width}, dtype);
   if (a.key_heads ? a.heads % a.key_heads : a.heads)
     fail(kOp, "key", "a head count that divides the query's", describe(key));
   set_mask(a, mask, dtype);
@@ -73,31 +58,6 @@ AttentionArgs arguments(const TensorView& query, const TensorView& key, const Te
   a.splits = few ? (a.keys + kRunKeys - 1) / kRunKeys : 1;
   a.split_keys = few ? kRunKeys : std::max<int64_t>(a.keys, 1);
   return a;
-}
-
-DType wide(DType dtype) { return dtype == DType::float64 ? dtype : DType::float32; }
-int64_t sum_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
-int64_t blocks_of(int64_t n, int64_t step) { return (n + step - 1) / step; }
-// Sums lie in whole vectors; 16 elements are a multiple of every level's.
-int64_t padded16(int64_t n) { return (n + 15) / 16 * 16; }
-
-// Tasks are taken one by one, so threads that other work slows down take fewer; who runs a task changes no bit of it.
-template <class Body>
-void run_tasks(int64_t tasks, double flops, int64_t scratch_bytes, const Body& body) {
-  if (tasks == 0) return;
-  std::atomic<int64_t> next{0};
-  const int64_t workers = flops < 2e5 ? 1 : std::min<int64_t>(tasks, num_threads());
-  parallel_for(workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; worker++) {
-      Scratch scratch;
-      char* memory = scratch.take<char>(scratch_bytes);
-      for (int64_t task; (task = next.fetch_add(1)) < tasks;) body(task, memory);
-    }
-  });
-}
-
-double work(const AttentionArgs& a) {
-  return 2.0 * double(a.batch * a.heads) * double(a.queries * a.keys) * double(a.width + a.value_width + 16);
 }
 
 void forward(const TensorView& out, const TensorView& lse, const TensorView& stats, const InputView& query,
@@ -126,11 +86,6 @@ void forward(const TensorView& out, const TensorView& lse, const TensorView& sta
             [&](int64_t row, void*) { kernels.merge[type](a, row / a.heads, row % a.heads); });
 }
 
-// The gradient of an additive mask has a place for every score, or is summed over what it broadcasts to.
-bool mask_is_full(const AttentionArgs& a) {
-  return a.mask_batch == a.batch && a.mask_heads == a.heads && a.mask_queries == a.queries && a.mask_keys == a.keys;
-}
-
 // A mask that only batch rows share, with a key head for each thread: one task takes all that share, in order, and adds
 // to dmask as it goes. Not for the half types, which would round every addend.
 bool batch_rows_share(const AttentionArgs& a, int type) {
@@ -149,52 +104,6 @@ void by_mask_row(const AttentionArgs& a, const AttentionKernels& kernels, int ty
   });
 }
 
-void keys_and_queries(const AttentionArgs& a, const AttentionKernels& kernels, int type) {
-  const bool dkv = a.dkey || a.dvalue, full = a.dmask && mask_is_full(a), dquery = a.dquery;
-  const int64_t rows = a.batch * a.key_heads, bytes = kernels.backward_scratch[type](a);
-  const double flops = 2.5 * work(a);
-  if (!dkv && !full && !dquery) return;
-  const bool together = dquery && (dkv || full) && (a.splits > 1 || rows >= num_threads());
-  if (together || (dquery && a.splits > 1)) {
-    run_tasks(rows * a.splits, flops, bytes, [&](int64_t task, void* scratch) {
-      const int64_t row = task / a.splits, run = task % a.splits, first = run * a.split_keys;
-      const int64_t last = std::min(first + a.split_keys, a.keys);
-      kernels.backward[type](
-          a, {row / a.key_heads, row % a.key_heads, first, last, 0, a.queries, run, true, dkv, full, false}, scratch);
-    });
-    return;
-  }
-  // Too few heads for the threads: keys and queries are owned by different tasks, which add up in the same order as
-  // above.
-  const auto chunk = [&](int64_t n, int64_t block) {
-    const int64_t wanted = blocks_of(4 * num_threads(), std::max<int64_t>(rows, 1));
-    return std::max<int64_t>(1, blocks_of(blocks_of(n, block), wanted)) * block;
-  };
-  const int64_t key_step = chunk(a.keys, kernels.key_block), query_step = chunk(a.queries, kernels.query_block);
-  const int64_t key_tasks = dkv || full ? blocks_of(a.keys, key_step) : 0,
-                query_tasks = dquery ? blocks_of(a.queries, query_step) : 0;
-  run_tasks(rows * (key_tasks + query_tasks), flops, bytes, [&](int64_t task, void* scratch) {
-    const int64_t row = task % rows, part = task / rows, b = row / a.key_heads, h = row % a.key_heads;
-    if (part < key_tasks) {
-      const int64_t first = part * key_step, last = std::min(first + key_step, a.keys);
-      kernels.backward[type](a, {b, h, first, last, 0, a.queries, 0, false, dkv, full, false}, scratch);
-    } else {
-      const int64_t begin = (part - key_tasks) * query_step, end = std::min(begin + query_step, a.queries);
-      kernels.backward[type](a, {b, h, 0, a.keys, begin, end, 0, true, false, false, false}, scratch);
-    }
-  });
-}
-
-void restate(AttentionArgs& a, const AttentionKernels& kernels, int type) {
-  a.restate_beyond = kernels.restate_beyond[type](a);
-  if (std::isinf(a.restate_beyond)) return;
-  const int64_t step = kernels.query_block, steps = blocks_of(a.queries, step), rows = a.batch * a.heads;
-  run_tasks(rows * steps, 0.5 * work(a), kernels.backward_scratch[type](a), [&](int64_t task, void* scratch) {
-    const int64_t row = task / steps, begin = task % steps * step;
-    kernels.restate[type](a, row / a.heads, row % a.heads, begin, std::min(begin + step, a.queries), scratch);
-  });
-}
-
 void shared_mask(const AttentionArgs& a, const AttentionKernels& kernels, int type) {
   const bool by_key = a.mask_queries == 1 && a.mask_keys != 1, whole = a.mask_queries == 1 && a.mask_keys == 1;
   const int64_t n = by_key ? a.keys : a.queries, step = whole    ? std::max<int64_t>(n, 1)
@@ -207,28 +116,21 @@ void shared_mask(const AttentionArgs& a, const AttentionKernels& kernels, int ty
   });
 }
 
-void* written(const char* name, const TensorView& t, std::initializer_list<int64_t> sizes, DType dtype) {
-  if (!t.defined()) return nullptr;
-  check_output(kOp, name, t, sizes, dtype);
-  prefer_huge_pages(t.data(), t.numel() * item_size(dtype));
-  return t.data();
-}
-
 void backward(const TensorView& dquery, const TensorView& dkey, const TensorView& dvalue, const TensorView& dmask,
               const InputView& dout, const TensorView& dlse, const InputView& query, const InputView& key,
               const InputView& value, const InputView& mask, const TensorView& seed, const InputView& out,
               const TensorView& stats, double scale, double dropout, int64_t left, int64_t right, int64_t shift) {
   AttentionArgs a = arguments(query, key, value, mask, seed, {scale, dropout, left, right, shift});
   const DType dtype = query.dtype();
-  a.dout = checked("dout", dout, {a.batch, a.heads, a.queries, a.value_width}, dtype);
-  a.out = checked("out", out, {a.batch, a.heads, a.queries, a.value_width}, dtype);
-  a.dlse = checked("dlse", dlse, {a.batch, a.heads, a.queries}, wide(dtype));
+  a.dout = checked(kOp, "dout", dout, {a.batch, a.heads, a.queries, a.value_width}, dtype);
+  a.out = checked(kOp, "out", out, {a.batch, a.heads, a.queries, a.value_width}, dtype);
+  a.dlse = checked(kOp, "dlse", dlse, {a.batch, a.heads, a.queries}, wide(dtype));
   check_output(kOp, "stats", stats, {a.batch, a.heads, a.queries, 2}, wide(dtype));
   a.stats = stats.data();
-  a.dquery = written("dquery", dquery, {a.batch, a.heads, a.queries, a.width}, dtype);
-  a.dkey = written("dkey", dkey, {a.batch, a.key_heads, a.keys, a.width}, dtype);
-  a.dvalue = written("dvalue", dvalue, {a.batch, a.key_heads, a.keys, a.value_width}, dtype);
-  a.dmask = written("dattn_mask", dmask, {a.mask_batch, a.mask_heads, a.mask_queries, a.mask_keys}, dtype);
+  a.dquery = written(kOp, "dquery", dquery, {a.batch, a.heads, a.queries, a.width}, dtype);
+  a.dkey = written(kOp, "dkey", dkey, {a.batch, a.key_heads, a.keys, a.width}, dtype);
+  a.dvalue = written(kOp, "dvalue", dvalue, {a.batch, a.key_heads, a.keys, a.value_width}, dtype);
+  a.dmask = written(kOp, "dattn_mask", dmask, {a.mask_batch, a.mask_heads, a.mask_queries, a.mask_keys}, dtype);
   const auto& kernels = select(attention_levels);
   const int type = int(dtype);
   pybind11::gil_scoped_release nogil;

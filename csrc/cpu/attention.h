@@ -39,6 +39,7 @@ struct AttentionArgs {
   // [run][B][NH][Q][width]. A weight is rows_unit exp(score - rows_base); base +inf, unit 0 where nothing is seen.
   void *rows_base, *rows_unit, *rows_delta, *dquery_sums;
   double restate_beyond;  // of |rows_base|: see AttentionKernels::restate
+  bool joint;             // backward: these keys are not all that the softmax of a row goes over
 };
 
 // Keys [first, last) against queries [begin, end) of batch entry b and key head h.

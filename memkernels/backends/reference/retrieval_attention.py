@@ -10,14 +10,12 @@ import torch
 from memkernels.backends.reference._math import compute
 from memkernels.backends.reference.attention import _grouped as grouped
 from memkernels.backends.reference.attention import _per_head as per_head
-from memkernels.backends.reference.attention import _scores as local_scores
-from memkernels.backends.reference.attention import _softmax as softmax
 from memkernels.backends.reference.attention import _weighted as weighted
 
 
 def forward(query, key, value, memory_key, memory_value, index, memory_bias, scale, left, right):
     scores, seen, _ = _scores(query, key, memory_key, index, memory_bias, scale, left, right)
-    weights, top, total = softmax(scores, seen)
+    weights, top, total = _softmax(scores, seen)
     lse = (top + total.log()).squeeze(-1)
     local, retrieved = weights.split((key.shape[2], index.shape[3]), -1)
     out = weighted(local, per_head(value, query)) + _weighted_rows(retrieved, _gathered(memory_value, query, index))
@@ -26,7 +24,7 @@ def forward(query, key, value, memory_key, memory_value, index, memory_bias, sca
 
 def backward(dout, dlse, query, key, value, memory_key, memory_value, index, memory_bias, out, stats, scale, left, right):
     scores, seen, keys = _scores(query, key, memory_key, index, memory_bias, scale, left, right)
-    weights, sizes = softmax(scores, seen)[0], (key.shape[2], index.shape[3])
+    weights, sizes = _softmax(scores, seen)[0], (key.shape[2], index.shape[3])
     local, retrieved = weights.split(sizes, -1)
     dscores = torch.zeros_like(weights)
     dvalue, dmemory_value = torch.zeros_like(compute(value)), torch.zeros_like(compute(memory_value))
@@ -49,13 +47,32 @@ def backward(dout, dlse, query, key, value, memory_key, memory_value, index, mem
 
 def _scores(query, key, memory_key, index, memory_bias, scale, left, right):
     """Scores of the keys, then of the memories, -inf for what is not there; what is there; and the retrieved keys."""
-    scores, seen = local_scores(query, key, None, scale, left, right, "top-left")
+    scores = scale * (compute(query) @ per_head(key, query).mT)
+    away = torch.arange(scores.shape[3], device=query.device) - torch.arange(scores.shape[2], device=query.device)[:, None]
+    seen = torch.ones_like(away, dtype=torch.bool)
+    if left >= 0:
+        seen = seen & (away >= -left)
+    if right >= 0:
+        seen = seen & (away <= right)
+    scores, seen = scores.masked_fill(~seen, -torch.inf), seen.expand(scores.shape)
     keys = _gathered(memory_key, query, index)
     retrieved, present = scale * (keys @ compute(query)[..., None]).squeeze(-1), _present(index, memory_key)
     if memory_bias is not None:
         retrieved, present = retrieved + compute(memory_bias), present & (memory_bias != -torch.inf)
     retrieved = retrieved.masked_fill(~present, -torch.inf)
     return torch.cat((scores, retrieved), -1), torch.cat((seen, present), -1), keys
+
+
+def _softmax(scores, seen):
+    """Weights, the maximum of the scores, and the sum of exp(score - maximum): 0, -inf and 0 where there is nothing."""
+    if scores.shape[-1] == 0:
+        nothing = scores.sum(-1, keepdim=True)
+        return scores, nothing - torch.inf, nothing
+    top = scores.detach().amax(-1, keepdim=True)
+    blind = top == -torch.inf
+    powers = torch.where(seen, torch.exp(scores - top.masked_fill(blind, 0)), 0)
+    total = powers.sum(-1, keepdim=True)
+    return powers / total.masked_fill(blind, 1), top, total
 
 
 def _present(index, memory):
