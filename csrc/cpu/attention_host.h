@@ -1,5 +1,5 @@
-// What the host sides of the attention family share: argument checks, the split into tasks, and the backward of keys and
-// queries.
+// What the host sides of the attention family share: argument checks, the split into tasks, and the backward of keys
+// and queries.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -13,14 +13,16 @@
 
 namespace mk::cpu {
 
-inline AttentionTensor checked(const char* op, const char* name, const TensorView& t, std::initializer_list<int64_t> sizes, DType dtype) {
+inline AttentionTensor checked(const char* op, const char* name, const TensorView& t,
+                               std::initializer_list<int64_t> sizes, DType dtype) {
   if (!t.defined()) return {};
   check_tensor(op, name, t, sizes, dtype);
   if (t.ndim() == 4) check_inner(op, name, t);
   return {t.data(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-inline void* written(const char* op, const char* name, const TensorView& t, std::initializer_list<int64_t> sizes, DType dtype) {
+inline void* written(const char* op, const char* name, const TensorView& t, std::initializer_list<int64_t> sizes,
+                     DType dtype) {
   if (!t.defined()) return nullptr;
   check_output(op, name, t, sizes, dtype);
   prefer_huge_pages(t.data(), t.numel() * item_size(dtype));

@@ -79,14 +79,16 @@ def _peaked(inputs):
 
 
 def _far(inputs):
-    """Scores of about 1e7, in pairs of a key and a memory that are equal: the two have to share."""
-    query, key, n = 4e3 * inputs["query"], 2e3 * inputs["key"], min(inputs["key"].shape[2], inputs["memory_key"].shape[2])
-    half = query.shape[-1] // 2
-    query[..., half:] = 0  # gradients come from where the scores do not, so that no sum cancels
-    memory_key = 2e3 * inputs["memory_key"]
-    memory_key[..., :n, :half] = key[..., :n, :half]
-    index = torch.arange(inputs["index"].shape[-1]).expand(inputs["index"].shape) % max(n, 1)
-    return {**inputs, "query": query, "key": key, "memory_key": memory_key, "index": index.clone()}
+    """Scores of about 1e7, where keys come in equal pairs and each row is retrieved twice: whatever wins, two share it.
+
+    Their gradients come from where the query is 0 and rows differ, so that no sum cancels.
+    """
+    query, key, half = 4e3 * inputs["query"], 2e3 * inputs["key"], inputs["query"].shape[-1] // 2
+    query[..., half:] = 0
+    key[..., 1::2, :half] = key[..., ::2, :half]
+    index = inputs["index"]
+    index[..., 1::2] = index[..., ::2]
+    return {**inputs, "query": query, "key": key, "memory_key": 2e3 * inputs["memory_key"], "index": index}
 
 
 def _sizes(B=2, NH=2, Q=5, K=5, D=4, V=None, NHk=None, N=6, k=3):
