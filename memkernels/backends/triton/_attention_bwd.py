@@ -225,7 +225,7 @@ def backward(
         _sum_to_mask(dmask, (torch.zeros_like(delta) if dlse is None else dlse.masked_fill(stats[..., 1] == 0, 0))[..., None])
         dmask = None
     if dquery is None and dmask is None:
-        return
+        return delta
     launch, full = launch_for("dquery"), None
     if dmask is not None:
         full = dmask if dmask.shape == (batch, heads, queries, keys) else stats.new_empty(batch, heads, queries, keys)
@@ -241,6 +241,7 @@ def backward(
         sum_splits(dquery, part)
     if full is not dmask:
         _sum_to_mask(dmask, full)
+    return delta
 
 
 def _sum_to_mask(dmask, full):

@@ -188,3 +188,19 @@ def attention(
         chunk = ceil_div(max(KEYS_PER_SPLIT, ceil_div(keys, MAX_SPLITS)), block_n) * block_n
         splits = ceil_div(keys, chunk)
     return Attention(block_m, block_n, block_d, block_v, warps, stages, chunk, splits)
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Tiles of retrieval_attention: memories of one query that are gathered at a time, whole rows."""
+
+    block_k: int
+    block_d: int
+    block_v: int
+    num_warps: int
+
+
+def retrieval(slots: int, width: int, value_width: int) -> Retrieval:
+    block_d, block_v = power_of_two(width, 16), power_of_two(value_width, 16)
+    block_k = min(power_of_two(slots), max(4, 2048 // max(block_d, block_v)))
+    return Retrieval(block_k, block_d, block_v, 4)
