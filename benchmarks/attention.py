@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from target import BF16, Target
 
-from memkernels.testing.spec import Sample
+from memkernels.testing.spec import Sample, specs
 
 
 def _shared(*axes):
@@ -44,3 +44,6 @@ def attention_targets() -> Iterator[Target]:
             yield Target("attention", _attention(b, s, s, 64, 96), mode, dict(sdpa=2))
     yield Target("attention", _attention(1, 4, 65536), "forward", dict(sdpa=1.5))
     yield Target("attention", _attention(1, 4, 65536), "fwd+bwd", dict(sdpa=3))
+    sample = specs()["retrieval_attention"].sample("S512_k32_N65536")
+    yield Target("retrieval_attention", sample, "fwd+bwd", dict(eager=10))
+    yield Target("retrieval_attention", sample, "forward", dict(eager=5))
