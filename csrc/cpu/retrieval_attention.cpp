@@ -14,10 +14,10 @@ namespace {
 
 constexpr const char* kOp = "retrieval_attention";
 // Queries of a task. A multiple of the rows that attention works on at a time, so that it changes no bit.
-constexpr int64_t kQueries = 192;
+constexpr int64_t kQueries = 192, kRetrievingQueries = 32;
 constexpr int64_t kMostRows = 1 << 16;  // memory rows whose inverse index one task makes
 constexpr int64_t kMostRetrieved = int64_t(256)
-                                   << 10;  // bytes of weights and ds kept at a time, unless threads need more
+                                   << 10;  // bytes of weights and ds kept at a time, unless the threads need more
 
 struct Inputs {
   const InputView &query, &key, &value, &memory_key, &memory_value, &index, &bias;
@@ -129,23 +129,24 @@ void forward(const TensorView& out, const TensorView& lse, const TensorView& sta
 // Runs body(b, h, first query, end, scratch) for the queries of heads [first, last) of [B][NH].
 template <class Body>
 void for_queries(const RetrievalArgs& r, int64_t bytes, int64_t first, int64_t last, const Body& body) {
-  const int64_t groups = blocks_of(r.queries, kQueries);
+  const int64_t groups = blocks_of(r.queries, kRetrievingQueries);
   run_tasks((last - first) * groups, 2 * retrieved_work(r), bytes, [&](int64_t task, void* memory) {
-    const int64_t row = first + task / groups, begin = task % groups * kQueries;
-    body(row / r.heads, row % r.heads, begin, std::min(begin + kQueries, r.queries), memory);
+    const int64_t row = first + task / groups, begin = task % groups * kRetrievingQueries;
+    body(row / r.heads, row % r.heads, begin, std::min(begin + kRetrievingQueries, r.queries), memory);
   });
 }
 
-// As many key heads at a time as the threads need, so that weights and ds of few retrievals exist at once: first those,
-// then what they give to the memory.
+// No more key heads at a time than keep the threads busy, so that weights and ds of few retrievals exist at once: first
+// those, then what they give to the memory.
 void retrieved_gradients(RetrievalArgs r, const AttentionArgs& a, const RetrievalKernels& kernels, int type) {
   const bool memory = r.dmemory_key || r.dmemory_value;
   if (!memory && !a.dquery && !r.dbias) return;
   const int64_t bytes = kernels.scratch[type](r), size = sum_size(DType(type)), group = r.heads / r.key_heads;
   const int64_t each = 2 * group * r.queries * r.slots * size, heads = r.batch * r.key_heads;
-  const int64_t least = std::max<int64_t>(num_threads(), kMostRetrieved / std::max<int64_t>(each, 1));
+  const int64_t tasks = std::max<int64_t>(1, group * blocks_of(r.queries, kRetrievingQueries));
+  const int64_t least = std::max(blocks_of(2 * num_threads(), tasks), kMostRetrieved / std::max<int64_t>(each, 1));
   const int64_t at_once = memory ? std::min(heads, least) : heads;
-  const int64_t wanted = blocks_of(4 * num_threads(), at_once);
+  const int64_t wanted = blocks_of(2 * num_threads(), at_once);
   const int64_t step = std::min(kMostRows, std::max<int64_t>(1024, blocks_of(r.rows, wanted)));
   const int64_t parts = blocks_of(r.rows, step);
   Scratch scratch;

@@ -41,7 +41,7 @@ def retrieval_attention(
         is_causal: query i sees the keys 0 to i only. The memories are not masked.
         scale: factor of the scores, default 1 / sqrt(D).
         memory_bias: "B NH Q k", same dtype and device: added to the scores of the memories; -inf = absent.
-        window: (left, right): of the local context a query sees the keys from left before to right after its own place; None or -1 = no limit.
+        window: (left, right): a query sees the local keys from left before to right after its own place; None or -1 = no limit.
         return_lse: also return the log-sum-exp.
 
     Returns:

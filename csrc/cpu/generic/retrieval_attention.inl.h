@@ -308,23 +308,24 @@ void retrieval_gradient(const RetrievalArgs& r, const AttentionArgs& a, int64_t 
 }
 
 // What one retrieval gives to its memory row.
-template <class A, class T>
+template <class A>
 struct Given {
-  const T *query, *dout;
+  int32_t head, query;
   A weight, gradient;
 };
 
-template <class A, class T>
+template <class A>
 int64_t retrieval_memory_scratch(const RetrievalArgs& r, int64_t rows) {
   Carver carver(nullptr);
   carver.take<int64_t>(rows + 1);
-  carver.take<Given<A, T>>(r.heads / r.key_heads * r.queries * r.slots);
+  carver.take<Given<A>>(r.heads / r.key_heads * r.queries * r.slots);
   return carver.used();
 }
 
 // out = factor sum_i (weight or gradient of given[i]) times its dout or query, rounded once.
 template <class A, class T, bool keys>
-void write_memory_row(const Given<A, T>* given, int64_t count, int64_t width, A factor, T* out) {
+void write_memory_row(const AttentionTensor& rows, int64_t b, const Given<A>* given, int64_t count, int64_t width,
+                      A factor, T* out) {
   using V = Vec<A>;
   const auto columns = [&](int64_t j, auto part, auto vectors) {
     constexpr int N = decltype(vectors)::value;
@@ -332,7 +333,7 @@ void write_memory_row(const Given<A, T>* given, int64_t count, int64_t width, A 
     for (int l = 0; l < N; l++) sum[l] = V::zero();
     for (int64_t i = 0; i < count; i++) {
       const V weight = V::set1(keys ? given[i].gradient : given[i].weight);
-      const T* row = (keys ? given[i].query : given[i].dout) + j;
+      const T* row = row_at<T>(rows, b, given[i].head, given[i].query) + j;
       for (int l = 0; l < N; l++) sum[l] = fma(weight, load<V>(row + l * V::kLanes, part), sum[l]);
     }
     for (int l = 0; l < N; l++) store(sum[l] * V::set1(factor), out + j + l * V::kLanes, part);
@@ -345,9 +346,9 @@ void write_memory_row(const Given<A, T>* given, int64_t count, int64_t width, A 
 
 // The inverse index of rows [first, last): given[start[i] .. start[i + 1]) belongs to row first + i, in the order of
 // heads, queries and slots. Retrievals of weight 0 are left out.
-template <class A, class T>
+template <class A>
 void invert(const RetrievalArgs& r, int64_t b, int64_t h, int64_t first, int64_t last, int64_t* start,
-            Given<A, T>* given) {
+            Given<A>* given) {
   const int64_t group = r.heads / r.key_heads, rows = last - first;
   const auto each = [&](const auto& body) {
     for (int64_t head = h * group; head < (h + 1) * group; head++)
@@ -365,8 +366,7 @@ void invert(const RetrievalArgs& r, int64_t b, int64_t h, int64_t first, int64_t
   for (int64_t i = 1; i <= rows; i++) start[i] += start[i - 1];
   // start[row] moves to the end of its run, which is where the next one begins.
   each([&](int64_t row, int64_t head, int64_t query, const A* pair) {
-    given[start[row]++] = {row_at<T>(r.query, b, head, query),
-                           r.dout.data ? row_at<T>(r.dout, b, head, query) : nullptr, pair[0], pair[1]};
+    given[start[row]++] = {int32_t(head), int32_t(query), pair[0], pair[1]};
   });
 }
 
@@ -374,18 +374,19 @@ template <class A, class T>
 void retrieval_memory(const RetrievalArgs& r, int64_t b, int64_t h, int64_t first, int64_t last, void* memory) {
   Carver carver(memory);
   int64_t* start = carver.take<int64_t>(last - first + 1);
-  auto* given = carver.take<Given<A, T>>(r.heads / r.key_heads * r.queries * r.slots);
-  invert<A, T>(r, b, h, first, last, start, given);
+  auto* given = carver.take<Given<A>>(r.heads / r.key_heads * r.queries * r.slots);
+  invert<A>(r, b, h, first, last, start, given);
   const int64_t offset = (b * r.key_heads + h) * r.rows + first;
   T *dkey = static_cast<T*>(r.dmemory_key) + offset * r.width,
     *dvalue = static_cast<T*>(r.dmemory_value) + offset * r.value_width;
   for (int64_t row = 0, from = 0; row < last - first; row++) {
     const int64_t count = start[row] - from;
-    const Given<A, T>* own = given + from;
+    const Given<A>* own = given + from;
     from = start[row];
-    if (r.dmemory_key) write_memory_row<A, T, true>(own, count, r.width, A(r.scale), dkey + row * r.width);
+    if (r.dmemory_key) write_memory_row<A, T, true>(r.query, b, own, count, r.width, A(r.scale), dkey + row * r.width);
     if (r.dmemory_value)
-      write_memory_row<A, T, false>(own, r.dout.data ? count : 0, r.value_width, A(1), dvalue + row * r.value_width);
+      write_memory_row<A, T, false>(r.dout, b, own, r.dout.data ? count : 0, r.value_width, A(1),
+                                    dvalue + row * r.value_width);
   }
 }
 
@@ -399,7 +400,8 @@ const RetrievalKernels retrieval_attention = {
     MK_RETRIEVAL_TYPES(rejoin),
     MK_RETRIEVAL_TYPES(exact_delta),
     MK_RETRIEVAL_TYPES(retrieval_gradient),
-    MK_RETRIEVAL_TYPES(retrieval_memory_scratch),
+    {retrieval_memory_scratch<double>, retrieval_memory_scratch<float>, retrieval_memory_scratch<float>,
+     retrieval_memory_scratch<float>},
     MK_RETRIEVAL_TYPES(retrieval_memory)};
 
 }  // namespace mk::cpu::MK_LEVEL

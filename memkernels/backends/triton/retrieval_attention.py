@@ -40,7 +40,8 @@ def _rows(memory_ptr, row, there, n, limit, stride_n, stride_w):
 
 @triton.jit
 def _retrieval_fwd_kernel(
-    out_ptr, lse_ptr, stats_ptr, local_ptr, query_ptr, memory_key_ptr, memory_value_ptr, index_ptr, bias_ptr, NH, Q, K, N, D, V, group, scale,
+    out_ptr, lse_ptr, stats_ptr, local_ptr, query_ptr, memory_key_ptr, memory_value_ptr, index_ptr, bias_ptr,
+    NH, Q, K, N, D, V, group, scale,
     query_stride_b, query_stride_h, query_stride_q, query_stride_d, key_stride_b, key_stride_h, key_stride_n, key_stride_d,
     value_stride_b, value_stride_h, value_stride_n, value_stride_v, index_stride_b, index_stride_h, index_stride_q, index_stride_k,
     bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -59,7 +60,7 @@ def _retrieval_fwd_kernel(
     top, total = tl.load(stats_ptr + at * 2), tl.load(stats_ptr + (at * 2 + 1))
     acc = tl.load(local_ptr + at * V + v, mask=v < V, other=0.0).to(tl.float32) * total
     for first in range(0, K, BLOCK_K):
-        slot, row, there, bias = _slots(index_ptr, bias_ptr, first, K, N, index_stride_k, bias_stride_k, BLOCK_K)
+        _, row, there, bias = _slots(index_ptr, bias_ptr, first, K, N, index_stride_k, bias_stride_k, BLOCK_K)
         keys = _rows(memory_key_ptr, row, there, d, D, key_stride_n, key_stride_d)
         score = tl.where(there, tl.sum(keys * query[None, :], 1) * scale + bias, float("-inf"))
         new_top = tl.maximum(top, tl.max(score, 0))
