@@ -85,11 +85,19 @@ def retrieval_attention(
 
 
 def _check_index(index, rows):
-    """Reads the values only where that is free: on a CPU, outside of transforms and tracing; the C++ kernel looks in any case."""
-    if not torch.compiler.is_compiling() and index.device.type == "cpu" and plain_call((index,)) and index.numel():
-        low, high = (int(v) for v in torch.aminmax(index))
+    """Reads the values only where that is free: on a CPU, outside of transforms and tracing; the C++ kernel looks in any case.
+
+    In pieces that torch does not share among threads: in a forked child it would wait for threads that are not there.
+    """
+    if torch.compiler.is_compiling() or index.device.type != "cpu" or not plain_call((index,)) or not index.numel():
+        return
+    for piece in index.reshape(-1).split(_SERIAL):
+        low, high = (int(v) for v in torch.aminmax(piece))
         if low < -1 or high >= rows:
             fail(NAME, "index", f"-1 or rows 0 to N-1={rows - 1}", f"{low} to {high}", IndexError)
+
+
+_SERIAL = 1 << 14
 
 
 def _allocate(query, key, value, memory_key, memory_value, index, memory_bias, scale, left, right):
