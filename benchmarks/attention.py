@@ -46,6 +46,3 @@ def attention_targets() -> Iterator[Target]:
             yield Target("attention", _attention(b, s, s, 64, 96), mode, dict(sdpa=3))
     yield Target("attention", _attention(1, 4, 65536), "forward", dict(sdpa=1.5))
     yield Target("attention", _attention(1, 4, 65536), "fwd+bwd", dict(sdpa=3))
-    parts = dict(S=4, B=4, NH=8, Q=1024, V=64)
-    yield Target("merge_attention", Sample("S4_B4_Q1024", parts), "fwd+bwd", dict(eager=3))
-    yield Target("merge_attention", Sample("S4_B4_Q1024_list", parts, dict(form="sequences")), "fwd+bwd", dict(eager=1.5))

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from attention import attention_targets
 from graphs import graph_targets
+from memories import memory_targets
 from recurrent import recurrent_targets
 from sequences import sequence_targets
 from target import Target, measure
@@ -42,6 +43,7 @@ def targets() -> Iterator[Target]:
         yield Target("memory_write", Sample(f"H{h}_B4_N65536", dict(B=4, N=65536, W=64, H=h)), "fwd+bwd", bars)
     yield from attention_targets()
     yield from sequence_targets()
+    yield from memory_targets()
     yield from graph_targets()
     yield from recurrent_targets()
     for spec in specs().values():

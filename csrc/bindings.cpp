@@ -9,19 +9,20 @@
 
 namespace py = pybind11;
 
-#define MK_OPS(OP)      \
-  OP(attention)         \
-  OP(attention_varlen)  \
-  OP(content)           \
-  OP(gru_gates)         \
-  OP(lstm_gates)        \
-  OP(lstm_options)      \
-  OP(memory_read)       \
-  OP(memory_write)      \
-  OP(merge_attention)   \
-  OP(paged_attention)   \
-  OP(recurrent)         \
-  OP(segment_attention) \
+#define MK_OPS(OP)        \
+  OP(attention)           \
+  OP(attention_varlen)    \
+  OP(content)             \
+  OP(gru_gates)           \
+  OP(lstm_gates)          \
+  OP(lstm_options)        \
+  OP(memory_read)         \
+  OP(memory_write)        \
+  OP(merge_attention)     \
+  OP(paged_attention)     \
+  OP(recurrent)           \
+  OP(retrieval_attention) \
+  OP(segment_attention)   \
   OP(vec_math)
 
 namespace mk::cpu {

@@ -25,6 +25,7 @@ from memkernels.ops import (
     memory_write_,
     merge_attention,
     paged_attention,
+    retrieval_attention,
     rnn,
     segment_attention,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "memory_write_",
     "merge_attention",
     "paged_attention",
+    "retrieval_attention",
     "rnn",
     "segment_attention",
 ]

@@ -64,6 +64,7 @@ def test_launches_are_frozen_and_depend_on_no_batch():
         _launch.attention,
         _launch.pointwise,
         _launch.segment,
+        _launch.retrieval,
     ):
         assert "batch" not in function.__code__.co_varnames
 

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.timeout(1200)
 MODULES = (
     "memory_read", "memory_write", "content_address", "content_read", "lstm_gates", "lstm", "gru_gates", "gru", "rnn", "attention",
     "segment_attention", "merge_attention", "attention_varlen", "paged_attention",
+    "retrieval_attention",
 )  # fmt: skip
 # ptxas sometimes parks a value or two on the stack to reach the next step of occupancy; a real spill is an order of magnitude more.
 STACK_BYTES = 32
@@ -44,6 +45,9 @@ QUICK = {
     "paged_attention_forward_bf16",
     "paged_attention_dquery_causal_fp32",
     "paged_attention_dkey_bf16",
+    "retrieval_fwd_bias_bf16",
+    "retrieval_bwd_bias_fp32",
+    "retrieval_memory_bf16",
 }
 
 

@@ -1,9 +1,6 @@
 // attention, host side: checks, the split into tasks, the Python binding.
-#include <cmath>
 #include <cstring>
 
-#include "common/checks.h"
-#include "common/pages.h"
 #include "cpu/attention_host.h"
 #include "cpu/select.h"
 
@@ -17,13 +14,6 @@ struct Options {
   int64_t left, right;
   bool bottom_right;
 };
-
-AttentionTensor checked(const char* name, const TensorView& t, std::initializer_list<int64_t> sizes, DType dtype) {
-  if (!t.defined()) return {};
-  check_tensor(kOp, name, t, sizes, dtype);
-  if (t.ndim() == 4) check_inner(kOp, name, t);
-  return {t.data(), t.stride(0), t.stride(1), t.stride(2)};
-}
 
 void set_mask(AttentionArgs& a, const TensorView& mask, DType dtype) {
   if (!mask.defined()) return;
@@ -67,9 +57,9 @@ AttentionArgs arguments(const TensorView& query, const TensorView& key, const Te
   AttentionArgs a{};
   a.batch = query.size(0), a.heads = query.size(1), a.queries = query.size(2), a.width = query.size(3);
   a.key_heads = key.size(1), a.keys = key.size(2), a.value_width = value.size(3);
-  a.query = checked("query", query, {a.batch, a.heads, a.queries, a.width}, dtype);
-  a.key = checked("key", key, {a.batch, a.key_heads, a.keys, a.width}, dtype);
-  a.value = checked("value", value, {a.batch, a.key_heads, a.keys, a.value_width}, dtype);
+  a.query = checked(kOp, "query", query, {a.batch, a.heads, a.queries, a.width}, dtype);
+  a.key = checked(kOp, "key", key, {a.batch, a.key_heads, a.keys, a.width}, dtype);
+  a.value = checked(kOp, "value", value, {a.batch, a.key_heads, a.keys, a.value_width}, dtype);
   if (a.key_heads ? a.heads % a.key_heads : a.heads)
     fail(kOp, "key", "a head count that divides the query's", describe(key));
   set_mask(a, mask, dtype);
@@ -117,11 +107,6 @@ void forward(const TensorView& out, const TensorView& lse, const TensorView& sta
             [&](int64_t row, void*) { kernels.merge[type](a, row / a.heads, row % a.heads); });
 }
 
-// The gradient of an additive mask has a place for every score, or is summed over what it broadcasts to.
-bool mask_is_full(const AttentionArgs& a) {
-  return a.mask_batch == a.batch && a.mask_heads == a.heads && a.mask_queries == a.queries && a.mask_keys == a.keys;
-}
-
 // A mask that only batch rows share, with a key head for each thread: one task takes all that share, in order, and adds
 // to dmask as it goes. Not for the half types, which would round every addend.
 bool batch_rows_share(const AttentionArgs& a, int type) {
@@ -142,56 +127,6 @@ void by_mask_row(const AttentionArgs& a, const AttentionKernels& kernels, int ty
   });
 }
 
-void keys_and_queries(const AttentionArgs& a, const AttentionKernels& kernels, int type) {
-  const bool dkv = a.dkey || a.dvalue, full = a.dmask && mask_is_full(a), dquery = a.dquery;
-  const int64_t rows = a.batch * a.key_heads, bytes = kernels.backward_scratch[type](a);
-  const double flops = 2.5 * work(a);
-  if (!dkv && !full && !dquery) return;
-  const bool together = dquery && (dkv || full) && (a.splits > 1 || rows >= num_threads());
-  if (together || (dquery && a.splits > 1)) {
-    run_tasks(rows * a.splits, flops, bytes, [&](int64_t task, void* scratch) {
-      const int64_t row = task / a.splits, run = task % a.splits, first = run * a.split_keys;
-      const int64_t last = std::min(first + a.split_keys, a.keys), b = row / a.key_heads;
-      AttentionArgs room;
-      kernels.backward[type](entry_of(a, b, room),
-                             {b, row % a.key_heads, first, last, 0, a.queries, run, true, dkv, full, false}, scratch);
-    });
-    return;
-  }
-  // Too few heads for the threads: keys and queries are owned by different tasks, which add up in the same order as
-  // above.
-  const auto chunk = [&](int64_t n, int64_t block) {
-    const int64_t wanted = blocks_of(4 * num_threads(), std::max<int64_t>(rows, 1));
-    return std::max<int64_t>(1, blocks_of(blocks_of(n, block), wanted)) * block;
-  };
-  const int64_t key_step = chunk(a.keys, kernels.key_block), query_step = chunk(a.queries, kernels.query_block);
-  const int64_t key_tasks = dkv || full ? blocks_of(a.keys, key_step) : 0,
-                query_tasks = dquery ? blocks_of(a.queries, query_step) : 0;
-  run_tasks(rows * (key_tasks + query_tasks), flops, bytes, [&](int64_t task, void* scratch) {
-    const int64_t row = task % rows, part = task / rows, b = row / a.key_heads, h = row % a.key_heads;
-    AttentionArgs room;
-    const AttentionArgs& entry = entry_of(a, b, room);
-    if (part < key_tasks) {
-      const int64_t first = part * key_step, last = std::min(first + key_step, a.keys);
-      kernels.backward[type](entry, {b, h, first, last, 0, a.queries, 0, false, dkv, full, false}, scratch);
-    } else {
-      const int64_t begin = (part - key_tasks) * query_step, end = std::min(begin + query_step, a.queries);
-      kernels.backward[type](entry, {b, h, 0, a.keys, begin, end, 0, true, false, false, false}, scratch);
-    }
-  });
-}
-
-void restate(AttentionArgs& a, const AttentionKernels& kernels, int type) {
-  a.restate_beyond = kernels.restate_beyond[type](a);
-  if (std::isinf(a.restate_beyond)) return;
-  const int64_t step = kernels.query_block, steps = blocks_of(a.queries, step), rows = a.batch * a.heads;
-  run_tasks(rows * steps, 0.5 * work(a), kernels.backward_scratch[type](a), [&](int64_t task, void* scratch) {
-    const int64_t row = task / steps, begin = task % steps * step, b = row / a.heads;
-    AttentionArgs room;
-    kernels.restate[type](entry_of(a, b, room), b, row % a.heads, begin, std::min(begin + step, a.queries), scratch);
-  });
-}
-
 void shared_mask(const AttentionArgs& a, const AttentionKernels& kernels, int type) {
   const bool by_key = a.mask_queries == 1 && a.mask_keys != 1, whole = a.mask_queries == 1 && a.mask_keys == 1;
   const int64_t n = by_key ? a.keys : a.queries, step = whole    ? std::max<int64_t>(n, 1)
@@ -204,13 +139,6 @@ void shared_mask(const AttentionArgs& a, const AttentionKernels& kernels, int ty
   });
 }
 
-void* written(const char* name, const TensorView& t, std::initializer_list<int64_t> sizes, DType dtype) {
-  if (!t.defined()) return nullptr;
-  check_output(kOp, name, t, sizes, dtype);
-  prefer_huge_pages(t.data(), t.numel() * item_size(dtype));
-  return t.data();
-}
-
 void backward(const TensorView& dquery, const TensorView& dkey, const TensorView& dvalue, const TensorView& dmask,
               const TensorView& dsink, const InputView& dout, const TensorView& dlse, const InputView& query,
               const InputView& key, const InputView& value, const InputView& mask, const TensorView& sink,
@@ -219,16 +147,16 @@ void backward(const TensorView& dquery, const TensorView& dkey, const TensorView
   AttentionArgs a =
       arguments(query, key, value, mask, sink, lengths, seed, {scale, softcap, dropout, left, right, bottom_right});
   const DType dtype = query.dtype();
-  a.dout = checked("dout", dout, {a.batch, a.heads, a.queries, a.value_width}, dtype);
-  a.out = checked("out", out, {a.batch, a.heads, a.queries, a.value_width}, dtype);
-  a.dlse = checked("dlse", dlse, {a.batch, a.heads, a.queries}, wide(dtype));
+  a.dout = checked(kOp, "dout", dout, {a.batch, a.heads, a.queries, a.value_width}, dtype);
+  a.out = checked(kOp, "out", out, {a.batch, a.heads, a.queries, a.value_width}, dtype);
+  a.dlse = checked(kOp, "dlse", dlse, {a.batch, a.heads, a.queries}, wide(dtype));
   check_output(kOp, "stats", stats, {a.batch, a.heads, a.queries, 2}, wide(dtype));
   a.stats = stats.data();
-  a.dquery = written("dquery", dquery, {a.batch, a.heads, a.queries, a.width}, dtype);
-  a.dkey = written("dkey", dkey, {a.batch, a.key_heads, a.keys, a.width}, dtype);
-  a.dvalue = written("dvalue", dvalue, {a.batch, a.key_heads, a.keys, a.value_width}, dtype);
-  a.dmask = written("dattn_mask", dmask, {a.mask_batch, a.mask_heads, a.mask_queries, a.mask_keys}, dtype);
-  a.dsink = written("dsink", dsink, {a.heads}, dtype);
+  a.dquery = written(kOp, "dquery", dquery, {a.batch, a.heads, a.queries, a.width}, dtype);
+  a.dkey = written(kOp, "dkey", dkey, {a.batch, a.key_heads, a.keys, a.width}, dtype);
+  a.dvalue = written(kOp, "dvalue", dvalue, {a.batch, a.key_heads, a.keys, a.value_width}, dtype);
+  a.dmask = written(kOp, "dattn_mask", dmask, {a.mask_batch, a.mask_heads, a.mask_queries, a.mask_keys}, dtype);
+  a.dsink = written(kOp, "dsink", dsink, {a.heads}, dtype);
   const auto& kernels = select(attention_levels);
   const int type = int(dtype);
   pybind11::gil_scoped_release nogil;

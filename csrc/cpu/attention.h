@@ -49,6 +49,7 @@ struct AttentionArgs {
   // rows_sink: with a sink, the gradient of its score in this row.
   void *rows_base, *rows_unit, *rows_delta, *rows_sink, *dquery_sums;
   double restate_beyond;  // of |rows_base|: see AttentionKernels::restate
+  bool joint;             // backward: these keys are not all that the softmax of a row goes over
 };
 
 // The arguments for batch entry b; `room` holds them where entries differ.

@@ -7,6 +7,7 @@ import torch
 from memkernels._checks import Signature, check_choice, check_dense, check_dtype, check_flag, check_number, check_tensor, fail
 from memkernels._compat import plain_call
 from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
+from memkernels.ops._attention import window_limits
 
 CORNERS = ("top-left", "bottom-right")
 
@@ -104,7 +105,7 @@ def attention(
         check_flag("attention", "return_lse", return_lse)
     if attn_mask is not None:
         attn_mask = _mask(attn_mask, query, (*shape[:-1], dims["K"]))
-    left, right = (-1, -1) if window is None else _window(window)
+    left, right = window_limits("attention", window)
     softcap = 0.0 if softcap is None else _softcap(softcap)
     if sink is not None:
         sink = _sink(sink, query)
@@ -180,16 +181,6 @@ def _dropout(dropout_p):
     if not 0.0 <= dropout_p <= 1.0:
         fail("attention", "dropout_p", "a probability", dropout_p)
     return float(dropout_p)
-
-
-_FAR = 2**40  # past the end of any sequence, and far from where int64 positions overflow
-
-
-def _window(window):
-    pair = isinstance(window, (tuple, list)) and len(window) == 2
-    if not (pair and all(w is None or (isinstance(w, int) and not isinstance(w, bool) and w >= -1) for w in window)):
-        fail("attention", "window", "(left, right), each an int >= 0, or -1 or None for no limit", window)
-    return tuple(-1 if w is None else min(w, _FAR) for w in window)
 
 
 def _softcap(softcap):

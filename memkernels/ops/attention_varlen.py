@@ -9,7 +9,8 @@ import torch
 from memkernels._checks import Signature, check_choice, check_flag, check_number, check_tensor, fail
 from memkernels._compat import plain_call
 from memkernels._registry import Arg, Out, define_op, new_empty
-from memkernels.ops.attention import CORNERS, _window
+from memkernels.ops._attention import window_limits
+from memkernels.ops.attention import CORNERS
 
 
 def attention_varlen(
@@ -87,7 +88,7 @@ def attention_varlen(
         check_flag("attention_varlen", "return_lse", return_lse)
     scale = max(dims["D"], 1) ** -0.5 if scale is None else check_number("attention_varlen", "scale", scale)
     softcap = 0.0 if softcap is None else _softcap(softcap)
-    left, right = (-1, -1) if window is None else _window(window)
+    left, right = window_limits("attention_varlen", window)
     out, lse, _ = OP(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, softcap, left, 0 if is_causal else right, causal)
     return (out, lse) if return_lse else out
 

@@ -98,7 +98,7 @@ MK_INLINE void pack_queries(const AttentionArgs& a, const AttentionPart& part, c
       w.base[to + i] = i < rows ? joint_base(a, from + i) : kInfinity<float>;
       w.delta[to + i] = i < rows ? static_cast<const float*>(a.rows_delta)[from + i] : 0;
       const Range seen = i < rows ? seen_by(a, at + i) : Range{0, a.keys};
-      if (in_one_block(seen)) w.delta[to + i] += exact_delta(a, part.b, h, at + i, seen);
+      if (in_one_block(a, seen)) w.delta[to + i] += exact_delta(a, part.b, h, at + i, seen);
     }
     for (int64_t i = 0; i < kHalfQueries * w.width; i++) w.dquery[to * w.width + i] = 0;
   }

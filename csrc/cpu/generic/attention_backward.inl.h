@@ -53,7 +53,9 @@ MK_INLINE int64_t row_index(const AttentionArgs& a, int64_t b, int64_t h, int64_
 }
 
 // All keys of the query lie in one block: its delta is summed there, which is exact where a rounded `out` is not.
-MK_INLINE bool in_one_block(Range seen) { return (seen.first ^ (seen.last - 1)) < kBackwardKeys; }
+MK_INLINE bool in_one_block(const AttentionArgs& a, Range seen) {
+  return !a.joint && (seen.first ^ (seen.last - 1)) < kBackwardKeys;
+}
 
 template <class A, class T>
 void prepare(const AttentionArgs& a, int64_t begin, int64_t end) {
@@ -61,7 +63,7 @@ void prepare(const AttentionArgs& a, int64_t begin, int64_t end) {
   AttentionArgs room;
   for (int64_t row = begin; row < end; row++) {
     const int64_t query = row % a.queries, h = row / a.queries % a.heads, b = row / a.queries / a.heads;
-    const bool whole = in_one_block(seen_by(entry_of(a, b, room), query));
+    const bool whole = in_one_block(a, seen_by(entry_of(a, b, room), query));
     V sum = V::zero();
     if (a.dout.data && (!whole || a.sink)) {
       const T *dout = rows_of<T>(a.dout, b, h, query), *out = rows_of<T>(a.out, b, h, query);
@@ -184,7 +186,7 @@ void gradient_block(const AttentionArgs& a, const BackwardScratch<A>& w, int64_t
       for (int64_t k = 0; k < w.kScoreRow; k++) g[k] = 0;
     const int64_t row = row_index(a, b, h, query + i);
     const A delta = static_cast<const A*>(a.rows_delta)[row], *kept = a.seed ? w.kept : nullptr;
-    if (in_one_block(all))
+    if (in_one_block(a, all))
       whole_gradient_row(s, g, block, factor, delta, kept, sink_of<A, T>(a, h), all.last - all.first <= 1 && !a.sink);
     else
       gradient_row(s, g, block, factor, static_cast<const A*>(a.rows_base)[row], delta, kept,

@@ -130,7 +130,7 @@ void few_forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, in
 MK_INLINE bool is_few(const AttentionArgs& a) {
   if (a.heads / a.key_heads * a.queries > kFewRows || !a.dout.data || (a.mask && !a.mask_boolean)) return false;
   for (int64_t query = 0; query < a.queries; query++)
-    if (in_one_block(seen_by(a, query))) return false;
+    if (in_one_block(a, seen_by(a, query))) return false;
   return true;
 }
 

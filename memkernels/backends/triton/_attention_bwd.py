@@ -264,7 +264,7 @@ def backward(
         _sum_to_mask(dmask, (moved if rest is None else moved - rest)[..., None])
         dmask = None
     if dquery is None and dmask is None:
-        return
+        return delta
     launch, full = launch_for("dquery"), None
     if dmask is not None:
         full = dmask if dmask.shape == (batch, heads, queries, keys) else stats.new_empty(batch, heads, queries, keys)
@@ -280,6 +280,7 @@ def backward(
         sum_splits(dquery, part)
     if full is not dmask:
         _sum_to_mask(dmask, full)
+    return delta
 
 
 def _sink_rows(sink, stats, delta):

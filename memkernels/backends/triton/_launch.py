@@ -209,3 +209,19 @@ def segment(heads: int, width: int, value_width: int) -> Segment:
     block_h = min(power_of_two(heads), max(1, 512 // largest))
     block_e = max(4, min(16, 2048 // (block_h * largest)))
     return Segment(block_e, block_h, block_d, block_v, 256, max(1, min(4, block_e * block_h * largest // 512)))
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Tiles of retrieval_attention: memories of one query that are gathered at a time, whole rows."""
+
+    block_k: int
+    block_d: int
+    block_v: int
+    num_warps: int
+
+
+def retrieval(slots: int, width: int, value_width: int) -> Retrieval:
+    block_d, block_v = power_of_two(width, 16), power_of_two(value_width, 16)
+    block_k = min(power_of_two(slots), max(4, 2048 // max(block_d, block_v)))
+    return Retrieval(block_k, block_d, block_v, 4)
