@@ -9,15 +9,16 @@
 
 namespace py = pybind11;
 
-#define MK_OPS(OP) \
-  OP(attention)    \
-  OP(content)      \
-  OP(gru_gates)    \
-  OP(lstm_gates)   \
-  OP(lstm_options) \
-  OP(memory_read)  \
-  OP(memory_write) \
-  OP(recurrent)    \
+#define MK_OPS(OP)        \
+  OP(attention)           \
+  OP(content)             \
+  OP(gru_gates)           \
+  OP(lstm_gates)          \
+  OP(lstm_options)        \
+  OP(memory_read)         \
+  OP(memory_write)        \
+  OP(quantized_attention) \
+  OP(recurrent)           \
   OP(vec_math)
 
 namespace mk::cpu {

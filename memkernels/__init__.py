@@ -22,6 +22,8 @@ from memkernels.ops import (
     memory_read,
     memory_write,
     memory_write_,
+    quantize_rows,
+    quantized_attention,
     rnn,
 )
 
@@ -48,6 +50,8 @@ __all__ = [
     "memory_read",
     "memory_write",
     "memory_write_",
+    "quantize_rows",
+    "quantized_attention",
     "rnn",
 ]
 

@@ -13,7 +13,10 @@ import pytest
 pytest.importorskip("triton")
 pytestmark = pytest.mark.timeout(1200)
 
-MODULES = ("memory_read", "memory_write", "content_address", "content_read", "lstm_gates", "lstm", "gru_gates", "gru", "rnn", "attention")
+MODULES = (
+    "memory_read", "memory_write", "content_address", "content_read", "lstm_gates", "lstm", "gru_gates", "gru", "rnn", "attention",
+    "quantized_attention",
+)  # fmt: skip
 # ptxas sometimes parks a value or two on the stack to reach the next step of occupancy; a real spill is an order of magnitude more.
 STACK_BYTES = 32
 QUICK = {
@@ -31,6 +34,8 @@ QUICK = {
     "attention_fwd_D64_causal_bf16",
     "attention_dkey_D64_bf16",
     "attention_dquery_D64_causal_bf16",
+    "quantized_attention_fwd_bf16",
+    "quantized_attention_bwd_fp32",
 }
 
 

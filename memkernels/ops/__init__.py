@@ -9,6 +9,7 @@ from memkernels.ops.lstm import lstm
 from memkernels.ops.lstm_gates import lstm_gates
 from memkernels.ops.memory_read import memory_read
 from memkernels.ops.memory_write import memory_write, memory_write_
+from memkernels.ops.quantized_attention import quantize_rows, quantized_attention
 from memkernels.ops.rnn import rnn
 
 __all__ = [
@@ -22,5 +23,7 @@ __all__ = [
     "memory_read",
     "memory_write",
     "memory_write_",
+    "quantize_rows",
+    "quantized_attention",
     "rnn",
 ]
