@@ -8,6 +8,7 @@ range. Bytes: forward and backward D + V + 8 a key and key head.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -146,7 +147,7 @@ def supports(query, key, value, key_scale, value_scale, lengths_k, scale):
 
 def _launch_of(query, key, value):
     rows = query.shape[1] // max(key.shape[1], 1) * query.shape[2]
-    return _launch.quantized_attention(rows, key.shape[2], query.shape[3], value.shape[3], INTERPRETED)
+    return _launch.quantized_attention(rows, key.shape[2], query.shape[3], value.shape[3], query.dtype == torch.float32, INTERPRETED)
 
 
 def _arguments(launch, query, key, value, key_scale, value_scale, scale):
@@ -198,7 +199,7 @@ def _contiguous(lengths_k):
 
 
 def _aot(kernel, role, dtype):
-    launch = _launch.quantized_attention(4, 65536, 64, 64)
+    launch = _launch.quantized_attention(4, 65536, 64, 64, dtype == torch.float32)
     constants = {name: value for name, value in _tiles(launch, dtype).items() if name.isupper()}
     constants |= dict.fromkeys(("query_stride_d", "key_stride_d", "value_stride_v", "key_scale_stride_k", "value_scale_stride_k"), 1)
     constants |= {name: 1 for name in ("dout_stride_v",) if name in kernel.arg_names}

@@ -143,5 +143,5 @@ SPEC = OpSpec(
             "flag", lambda i, o: o.update(return_lse=1), TypeError, r"quantized_attention: return_lse: expected True or False, got 1"
         ),
     ),
-    rows=(("query", 0), ("query", 2)),
+    rows=(("query", 0),),
 )
