@@ -65,7 +65,7 @@ def _quantized_attention_fwd_kernel(
     value_scale_stride_b, value_scale_stride_h, value_scale_stride_k,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    b, shared, split, head, i, exists, begin, end, single = _place(NH, NHk, Q, K, lengths_ptr, splits, chunk, BLOCK_M)
+    b, shared, split, head, i, exists, begin, end, _ = _place(NH, NHk, Q, K, lengths_ptr, splits, chunk, BLOCK_M)
     d, v = lanes(BLOCK_D), lanes(BLOCK_V)
     query_ptr += b * query_stride_b + (head * query_stride_h + i * query_stride_q)[:, None]
     query = tl.load(query_ptr + d[None, :] * query_stride_d, mask=exists[:, None] & (d < D)[None, :], other=0.0)
