@@ -43,7 +43,7 @@ def test_empty_rows(shape):
 
 
 def test_quantize_rows_refuses():
-    with pytest.raises(TypeError, match="quantize_rows: tensor: expected .*float16, got int64"):
+    with pytest.raises(TypeError, match=r"quantize_rows: tensor: expected .*float16, got int64"):
         mk.quantize_rows(torch.ones(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="quantize_rows: tensor: expected at least 1 dimension"):
         mk.quantize_rows(torch.tensor(1.0))
@@ -105,9 +105,9 @@ def test_groups_share_the_bits_of_single_heads():
 
 def test_scales_of_another_dtype_are_refused():
     packed, _ = memory(1, 1, 4, 4, dtype=torch.float64)
-    with pytest.raises(TypeError, match="quantized_attention: key_scale: expected float32, got float64"):
+    with pytest.raises(TypeError, match=r"quantized_attention: key_scale: expected float32, got float64"):
         mk.quantized_attention(torch.randn(1, 1, 1, 4), *packed)
-    with pytest.raises(TypeError, match="quantized_attention: key_scale: expected float64, got float32"):
+    with pytest.raises(TypeError, match=r"quantized_attention: key_scale: expected float64, got float32"):
         mk.quantized_attention(torch.randn(1, 1, 1, 4).double(), *packed[:2], *(t.float() for t in packed[2:]))
     with pytest.raises(ValueError, match="query: expected 4 dimensions"):
         mk.quantized_attention(torch.randn(1, 1, 4), *packed)

@@ -56,7 +56,15 @@ def test_launches_are_frozen_and_depend_on_no_batch():
     with pytest.raises(dataclasses.FrozenInstanceError):
         launch.block_n = 1
     recurrent = _launch.recurrence, _launch.recurrence_rows
-    for function in (_launch.content, _launch.memory_read, _launch.memory_write, *recurrent, _launch.attention, _launch.pointwise):
+    for function in (
+        _launch.content,
+        _launch.memory_read,
+        _launch.memory_write,
+        *recurrent,
+        _launch.attention,
+        _launch.quantized_attention,
+        _launch.pointwise,
+    ):
         assert "batch" not in function.__code__.co_varnames
 
 

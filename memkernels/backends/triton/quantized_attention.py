@@ -113,7 +113,9 @@ def _quantized_attention_bwd_kernel(
     dout = tl.load(dout_ptr + v[None, :] * dout_stride_v, mask=tile_v, other=0.0)
     at = (b * NH + head) * Q + i
     delta = tl.sum(tl.load(total_ptr + at[:, None] * V + v[None, :], mask=tile_v, other=0.0) * dout.to(tl.float32), 1)
-    delta = tl.where(single, 0.0, delta)  # of a single key the weight is 1: no gradient, and not the rounding error of a difference
+    # Of a single key the weight is 1 whatever the query: values and `out` are left out, to add exactly 0 and no rounding error.
+    delta = tl.where(single, 0.0, delta)
+    heard = tl.where(single, begin, end)
     if dlse_ptr is not None:
         dlse_ptr += b * dlse_stride_b + head * dlse_stride_h + i * dlse_stride_q
         delta -= tl.load(dlse_ptr, mask=exists, other=0.0)
@@ -130,7 +132,7 @@ def _quantized_attention_bwd_kernel(
         key = _bytes(key_ptr, k, d, end, D, key_stride_k, key_stride_d)
         value = _bytes(value_ptr, k, v, end, V, value_stride_k, value_stride_v)
         factor = tl.load(key_scale_ptr + k * key_scale_stride_k, mask=k < end, other=0.0) * scale
-        value_factor = tl.load(value_scale_ptr + k * value_scale_stride_k, mask=(k < end) & (single == 0), other=0.0)
+        value_factor = tl.load(value_scale_ptr + k * value_scale_stride_k, mask=k < heard, other=0.0)
         logit = dot(query, tl.trans(rounded(key, query.dtype)), zero, PRECISION) * factor[None, :]
         weights = tl.exp(tl.where((k < end)[None, :], logit, float("-inf")) - top[:, None]) * unit[:, None]
         dweights = dot(dout, tl.trans(rounded(value, dout.dtype)), zero, PRECISION) * value_factor[None, :]
