@@ -24,10 +24,11 @@ def _shared(*axes):
     return twist
 
 
-def _attention(b, q, k, d=64, v=64, **options):
+def _attention(b, q, k, d=64, v=64, heads=8, **options):
     name = f"B{b}_Q{q}_K{k}" if q != k else f"B{b}_S{q}"
-    name += (f"_D{d}" if d != 64 else "") + (f"_V{v}" if v != d else "") + ("_dropout" if "dropout_p" in options else "")
-    return Sample(name + ("_causal" if options.get("is_causal") else ""), dict(B=b, NH=8, NHk=8, Q=q, K=k, D=d, V=v), options)
+    name += (f"_D{d}" if d != 64 else "") + (f"_V{v}" if v != d else "") + (f"_NH{heads}" if heads != 8 else "")
+    name += ("_dropout" if "dropout_p" in options else "") + ("_causal" if options.get("is_causal") else "")
+    return Sample(name, dict(B=b, NH=heads, NHk=heads, Q=q, K=k, D=d, V=v), options)
 
 
 def attention_targets() -> Iterator[Target]:
@@ -44,5 +45,10 @@ def attention_targets() -> Iterator[Target]:
     for b, s in ((2, 1024), (1, 4096)):
         for mode in ("forward", "fwd+bwd"):
             yield Target("attention", _attention(b, s, s, 64, 96), mode, dict(sdpa=3))
-    yield Target("attention", _attention(1, 4, 65536), "forward", dict(sdpa=1.5))
-    yield Target("attention", _attention(1, 4, 65536), "fwd+bwd", dict(sdpa=3))
+    for dtype in (torch.float32, BF16):
+        for queries, heads in itertools.product((1, 4, 16), (8, 1)):
+            few = _attention(1, queries, 65536, heads=heads)
+            yield Target("attention", few, "forward", dict(sdpa=2 if heads == 8 else 3), dtype)
+            yield Target("attention", few, "fwd+bwd", dict(sdpa=5), dtype)
+    for mode in ("forward", "fwd+bwd"):  # the peers read the memory widened to float32
+        yield Target("quantized_attention", _attention(1, 4, 65536), mode, dict(sdpa=2, attention=1.5))

@@ -97,3 +97,12 @@ def test_a_shared_mask_of_no_rows_has_gradient_zero(backend, shape, dtype):
         with using(backend):
             mk.attention(query, key, value, mask).sum().backward()
         assert mask.grad.shape == shape and not mask.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_written_past_the_caches(backend, dtype):
+    """8 MB and more of them."""
+    inputs = drawn((1, 1, 3, 32), (1, 1, 66_001, 32), (1, 1, 66_001, 32))
+    for found, wanted in zip(gradients(backend, dtype, inputs), gradients("reference", dtype, inputs)):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-7)

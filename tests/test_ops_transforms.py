@@ -160,14 +160,15 @@ def test_compile_of_vmap_of_grad(case):
 
 
 class Wrapped(torch.nn.Module):
-    """The op of one case as a module of its first differentiable input; the others are parameters."""
+    """The op of one case as a module of its first differentiable input; the others, or what is added to an only one, are parameters."""
 
     def __init__(self, function, tensors):
         super().__init__()
         self.function, self.weights = function, torch.nn.ParameterList([t.clone() for t in tensors[1:]])
+        self.added = torch.nn.ParameterList([] if tensors[1:] else [torch.zeros_like(tensors[0])])
 
     def forward(self, first):
-        return self.function(first, *self.weights)
+        return self.function(sum(self.added, first), *self.weights)
 
 
 def train(model, first):

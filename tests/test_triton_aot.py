@@ -17,6 +17,7 @@ MODULES = (
     "memory_read", "memory_write", "content_address", "content_read", "lstm_gates", "lstm", "gru_gates", "gru", "rnn", "attention",
     "segment_attention", "merge_attention", "attention_varlen", "paged_attention",
     "retrieval_attention",
+    "quantized_attention",
 )  # fmt: skip
 # ptxas sometimes parks a value or two on the stack to reach the next step of occupancy; a real spill is an order of magnitude more.
 STACK_BYTES = 32
@@ -48,6 +49,8 @@ QUICK = {
     "retrieval_fwd_bias_bf16",
     "retrieval_bwd_bias_fp32",
     "retrieval_memory_bf16",
+    "quantized_attention_fwd_bf16",
+    "quantized_attention_bwd_fp32",
 }
 
 

@@ -71,19 +71,21 @@ inline DType dtype_of(dlpack::DataType type) {
       return DType::int64;
     case 0 << 8 | 32:
       return DType::int32;
+    case 0 << 8 | 8:
+      return DType::int8;
     default:
       return DType::other;
   }
 }
 
 inline const char* dtype_name(DType type) {
-  static const char* const names[] = {"float64", "float32", "bfloat16", "float16",
-                                      "bool",    "int64",   "int32",    "unsupported dtype"};
+  static const char* const names[] = {"float64", "float32", "bfloat16", "float16",          "bool",
+                                      "int64",   "int32",   "int8",     "unsupported dtype"};
   return names[int(type)];
 }
 
 inline int64_t item_size(DType type) {
-  static const int64_t sizes[] = {8, 4, 2, 2, 1, 8, 4, 0};
+  static const int64_t sizes[] = {8, 4, 2, 2, 1, 8, 4, 1, 0};
   return sizes[int(type)];
 }
 

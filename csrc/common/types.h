@@ -23,6 +23,16 @@ struct float16 {
   uint16_t bits;
 };
 
+// An element of an int8 row whose sums are kept in A.
+template <class A>
+struct signed8 {
+  int8_t value;
+};
+
+template <class A>
+MK_INLINE A to_float(signed8<A> x) {
+  return A(x.value);
+}
 MK_INLINE float to_float(float x) { return x; }
 MK_INLINE double to_float(double x) { return x; }
 MK_INLINE float to_float(bfloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
@@ -78,6 +88,10 @@ template <>
 struct accumulate<double> {
   using type = double;
 };
+template <class A>
+struct accumulate<signed8<A>> {
+  using type = A;
+};
 template <class T>
 using acc_t = typename accumulate<T>::type;
 
@@ -90,7 +104,8 @@ enum class DType : int8_t {
   boolean = 4,
   int64 = 5,
   int32 = 6,
-  other = 7
+  int8 = 7,
+  other = 8
 };
 constexpr int kFloatTypes = 4;
 

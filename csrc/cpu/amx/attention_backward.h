@@ -50,7 +50,7 @@ struct HalfBackward {
 // must be exactly 0.
 MK_INLINE bool tiles_cover(const AttentionArgs& a) {
   const bool one_key = a.left >= 0 && a.right >= 0 && a.left + a.right < 1;
-  return !a.mask && !a.seed && a.dout.data && a.seen_keys > kBackwardKeys && a.queries > 4 &&
+  return !a.mask && !a.seed && a.dout.data && a.seen_keys > kBackwardKeys && a.queries > kFewHalves &&
          (a.scale > 0 || a.softcap > 0) && !one_key;
 }
 
@@ -78,7 +78,9 @@ float exact_delta(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, R
 // Base and unit of a query as one power of 2. Its rounding, 2^-12 at most up to kHalfBeyond, is little beside that of
 // bfloat16 weights.
 constexpr double kHalfBeyond = 0x1p11;
-double half_restate_beyond(const AttentionArgs&) { return kHalfBeyond; }
+double half_restate_beyond(const AttentionArgs& a) {
+  return a.queries <= kFewHalves ? restate_beyond<float, bfloat16>(a) : double(kHalfBeyond);
+}
 MK_INLINE float joint_base(const AttentionArgs& a, int64_t row) {
   const double base = static_cast<const float*>(a.rows_base)[row], unit = static_cast<const float*>(a.rows_unit)[row];
   return float(base * 1.4426950408889634074 - __builtin_log2(unit));

@@ -9,6 +9,9 @@
 namespace mk::cpu::MK_LEVEL {
 namespace {
 
+// Up to this many queries the tiles would stand almost empty, and packing costs more than the products.
+constexpr int64_t kFewHalves = 4;
+
 MK_INLINE int64_t padded32(int64_t n) { return (n + 31) / 32 * 32; }
 
 // 2^x, relative error 1e-7: enough for weights that become bfloat16.

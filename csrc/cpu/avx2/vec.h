@@ -72,6 +72,14 @@ struct Vec<float> {
   static MK_INLINE Vec load(const bfloat16* p, int64_t n) { return {widen_bfloat16(load_halves(p, n))}; }
   static MK_INLINE Vec load(const float16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
   static MK_INLINE Vec load(const float16* p, int64_t n) { return {_mm256_cvtph_ps(load_halves(p, n))}; }
+  static MK_INLINE Vec load(const signed8<float>* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)))};
+  }
+  static MK_INLINE Vec load(const signed8<float>* p, int64_t n) {
+    signed8<float> buffer[8] = {};
+    for (int64_t i = 0; i < n; i++) buffer[i] = p[i];
+    return load(buffer);
+  }
   MK_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
   MK_INLINE void store(float* p, int64_t n) const { _mm256_maskstore_ps(p, first(n), v); }
   MK_INLINE void store(bfloat16* p) const { _mm_storeu_si128((__m128i*)p, round_bfloat16(v)); }
@@ -162,6 +170,14 @@ struct Vec<double> {
   static MK_INLINE Vec load(const double* p, int64_t n) { return {_mm256_maskload_pd(p, first(n))}; }
   static MK_INLINE Vec load(const float* p) { return {_mm256_cvtps_pd(_mm_loadu_ps(p))}; }
   static MK_INLINE Vec load(const float* p, int64_t n) { return {_mm256_cvtps_pd(_mm_maskload_ps(p, first4(n)))}; }
+  static MK_INLINE Vec load(const signed8<double>* p) {
+    return {_mm256_cvtepi32_pd(_mm_cvtepi8_epi32(_mm_loadu_si32(p)))};
+  }
+  static MK_INLINE Vec load(const signed8<double>* p, int64_t n) {
+    signed8<double> buffer[4] = {};
+    for (int64_t i = 0; i < n; i++) buffer[i] = p[i];
+    return load(buffer);
+  }
   MK_INLINE void store(double* p) const { _mm256_storeu_pd(p, v); }
   MK_INLINE void store(double* p, int64_t n) const { _mm256_maskstore_pd(p, first(n), v); }
   MK_INLINE void store(float* p) const { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }

@@ -63,6 +63,12 @@ struct Vec<float> {
   static MK_INLINE Vec load(const float16* p, int64_t n) {
     return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))};
   }
+  static MK_INLINE Vec load(const signed8<float>* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
+  }
+  static MK_INLINE Vec load(const signed8<float>* p, int64_t n) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)))};
+  }
   MK_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
   MK_INLINE void store(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   MK_INLINE void store(bfloat16* p) const { _mm256_storeu_si256((__m256i*)p, round_bfloat16(v)); }
@@ -140,6 +146,12 @@ struct Vec<double> {
   static MK_INLINE Vec load(const double* p, int64_t n) { return {_mm512_maskz_loadu_pd(first(n), p)}; }
   static MK_INLINE Vec load(const float* p) { return {_mm512_cvtps_pd(_mm256_loadu_ps(p))}; }
   static MK_INLINE Vec load(const float* p, int64_t n) { return {_mm512_cvtps_pd(_mm256_maskz_loadu_ps(first(n), p))}; }
+  static MK_INLINE Vec load(const signed8<double>* p) {
+    return {_mm512_cvtepi32_pd(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)))};
+  }
+  static MK_INLINE Vec load(const signed8<double>* p, int64_t n) {
+    return {_mm512_cvtepi32_pd(_mm256_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)))};
+  }
   MK_INLINE void store(double* p) const { _mm512_storeu_pd(p, v); }
   MK_INLINE void store(double* p, int64_t n) const { _mm512_mask_storeu_pd(p, first(n), v); }
   MK_INLINE void store(float* p) const { _mm256_storeu_ps(p, _mm512_cvtpd_ps(v)); }

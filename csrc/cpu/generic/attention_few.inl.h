@@ -148,9 +148,18 @@ void few_gradients(const AttentionArgs& a, const AttentionPart& part, const FewS
   }
 }
 
+// Gradients that no cache holds until they are read again go past the caches: a plain store would read each line first.
+constexpr int64_t kStreamBytes = int64_t(8) << 20;
+template <class A, class T>
+MK_INLINE bool streams(const AttentionArgs& a, const void* gradient, int64_t width) {
+  return sizeof(T) == sizeof(A) && width % kLanes<A> == 0 && uintptr_t(gradient) % 64 == 0 &&
+         a.batch * a.key_heads * a.keys * width * int64_t(sizeof(T)) >= kStreamBytes;
+}
+
 // out row i = factor * sum_r weights[r][i] vector r, the sum before the factor, rounded once.
 template <class A, class T>
-void write_tile(int64_t n, int64_t count, int64_t width, const A* weights, const A* vectors, A factor, T* out) {
+void write_tile(int64_t n, int64_t count, int64_t width, const A* weights, const A* vectors, A factor, T* out,
+                bool stream) {
   using V = Vec<A>;
   const auto columns = [&](int64_t i, int64_t j, auto part, auto rows, auto vecs) {
     constexpr int R = decltype(rows)::value, N = decltype(vecs)::value;
@@ -166,7 +175,16 @@ void write_tile(int64_t n, int64_t count, int64_t width, const A* weights, const
       }
     }
     for (int m = 0; m < R; m++)
-      for (int l = 0; l < N; l++) store(sum[m][l] * V::set1(factor), out + (i + m) * width + j + l * V::kLanes, part);
+      for (int l = 0; l < N; l++) {
+        const V x = sum[m][l] * V::set1(factor);
+        T* to = out + (i + m) * width + j + l * V::kLanes;
+        if constexpr (sizeof(T) == sizeof(A))
+          if (stream) {
+            x.stream(to);
+            continue;
+          }
+        store(x, to, part);
+      }
   };
   const auto rows_at = [&](int64_t i, auto rows) {
     int64_t j = 0;
@@ -196,6 +214,7 @@ void few_backward(const AttentionArgs& a, const AttentionPart& part, void* memor
   }
   for (int64_t i = 0; i < n * a.width; i++) w.sums[i] = 0;
   const int64_t row = (part.b * a.key_heads + part.h) * a.keys, stop = smaller(part.last, a.seen_keys);
+  const bool stream_key = streams<A, T>(a, a.dkey, a.width), stream_value = streams<A, T>(a, a.dvalue, a.value_width);
   for (int64_t first = part.first; first < stop; first += kTile) {
     const int64_t count = smaller(kTile, stop - first);
     const bool more = first + (kAhead + 1) * kTile <= stop;
@@ -206,10 +225,10 @@ void few_backward(const AttentionArgs& a, const AttentionPart& part, void* memor
     few_gradients<A, T>(a, part, w, first, count);
     if (part.dkv && a.dvalue)
       write_tile<A>(n, count, a.value_width, w.scores, w.dout, A(1),
-                    static_cast<T*>(a.dvalue) + (row + first) * a.value_width);
+                    static_cast<T*>(a.dvalue) + (row + first) * a.value_width, stream_value);
     if (part.dkv && a.dkey)
       write_tile<A>(n, count, a.width, w.gradients, w.query, A(a.scale),
-                    static_cast<T*>(a.dkey) + (row + first) * a.width);
+                    static_cast<T*>(a.dkey) + (row + first) * a.width, stream_key);
     if (!part.dquery) continue;
     keys.ahead = nullptr;
     add_tile(keys, n, w.gradients, w.piece, w.sums);
