@@ -1,6 +1,7 @@
 """Plain calls skip the dispatcher: what must be the same with and without that short cut."""
 
 import contextlib
+import dataclasses
 import warnings
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import memkernels as mk
-from memkernels.testing.inputs import draw, tensors_of
+from memkernels.testing.inputs import differentiable, draw, tensors_of
 from memkernels.testing.spec import specs
 
 NAMES = sorted(specs())
@@ -21,8 +22,9 @@ def _case(name, dtype=torch.float32):
     return spec, draw(spec, spec.samples[0], dtype)
 
 
-def _leaves(inputs):
-    return {k: t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for k, t in inputs.items()}
+def _leaves(spec, inputs):
+    names = differentiable(spec, inputs)
+    return {k: t.requires_grad_() if k in names else t for k, t in inputs.items()}
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -57,13 +59,13 @@ def _negative(t):
 def test_the_negative_bit_is_seen(name, sample):
     spec = specs()[name]
     one = {k: 1 for k in ("W", "D", "V", "H", "I") if k in spec.samples[0].dims} if sample else {}
-    small = type(spec.samples[0])("s", {**spec.samples[0].dims, **one}, {}, spec.samples[0].present)
+    small = dataclasses.replace(spec.samples[0], dims={**spec.samples[0].dims, **one}, options={})
     inputs = draw(spec, small, torch.float32)
     expected = tensors_of(spec.call(spec.function, dict(inputs), {}))
     found = tensors_of(spec.call(spec.function, {k: _negative(t) for k, t in inputs.items()}, {}))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
-    leaves = _leaves(inputs)
+    leaves = _leaves(spec, inputs)
     outputs = [t for t in tensors_of(spec.call(spec.function, dict(leaves), {})) if t.requires_grad]
     wanted = [t for t in leaves.values() if t is not None and t.requires_grad]
     upstream = [torch.randn(t.shape) for t in outputs]
@@ -82,7 +84,7 @@ def test_the_negative_bit_is_seen_in_place():
 @pytest.mark.parametrize("forward", [contextlib.nullcontext, FlopCounterMode])
 def test_checkpointing_across_contexts(name, forward):
     spec, inputs = _case(name)
-    leaves = _leaves(inputs)
+    leaves = _leaves(spec, inputs)
     wanted = [t for t in leaves.values() if t is not None and t.requires_grad]
 
     def run():

@@ -41,14 +41,14 @@ struct SegmentArgs {
   void* numbers;
 };
 
-constexpr int64_t segment_padded(int64_t n) { return (n + 15) / 16 * 16; }
+MK_INLINE constexpr int64_t segment_padded(int64_t n) { return (n + 15) / 16 * 16; }
 // Elements of the accumulation type: what a run leaves (forward: sums, maxima, sums of weights; backward: gradients),
 // and what a call of forward() or backward() needs besides.
-inline int64_t segment_rows(const SegmentArgs& a) {
+MK_INLINE int64_t segment_rows(const SegmentArgs& a) {
   return a.heads * (segment_padded(a.side.own_left.width) + segment_padded(a.side.near_right.width));
 }
-inline int64_t segment_slot(const SegmentArgs& a) { return segment_rows(a) + segment_padded(2 * a.heads); }
-inline int64_t segment_scratch(const SegmentArgs& a) {
+MK_INLINE int64_t segment_slot(const SegmentArgs& a) { return segment_rows(a) + segment_padded(2 * a.heads); }
+MK_INLINE int64_t segment_scratch(const SegmentArgs& a) {
   return segment_slot(a) + segment_rows(a) + 2 * a.heads * kSegmentChunk + kSegmentLanes;
 }
 
