@@ -108,5 +108,5 @@ def check_memory(cases: list[Case], calls: int, allowed: int) -> None:
         assert grown <= allowed, f"{case}: {grown} bytes more after {calls} calls"
 
 
-def typical_cases() -> list[Case]:
-    return [p.values[0] for p in select(dtypes=(torch.float32,), first=1) if p.values[0].device == "cpu"]
+def typical_cases(levels: str = "best") -> list[Case]:
+    return [p.values[0] for p in select(levels=levels, dtypes=(torch.float32,), first=1) if p.values[0].device == "cpu"]

@@ -2,13 +2,11 @@
 // and queries.
 #pragma once
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 
-#include "common/arena.h"
 #include "common/checks.h"
 #include "common/pages.h"
-#include "common/parallel.h"
+#include "common/tasks.h"
 #include "cpu/attention.h"
 
 namespace mk::cpu {
@@ -37,21 +35,6 @@ inline int64_t sum_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
 inline int64_t blocks_of(int64_t n, int64_t step) { return (n + step - 1) / step; }
 // Sums lie in whole vectors; 16 elements are a multiple of every level's.
 inline int64_t padded16(int64_t n) { return (n + 15) / 16 * 16; }
-
-// Tasks are taken one by one, so threads that other work slows down take fewer; who runs a task changes no bit of it.
-template <class Body>
-void run_tasks(int64_t tasks, double flops, int64_t scratch_bytes, const Body& body) {
-  if (tasks == 0) return;
-  std::atomic<int64_t> next{0};
-  const int64_t workers = flops < 2e5 ? 1 : std::min<int64_t>(tasks, num_threads());
-  parallel_for(workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; worker++) {
-      Scratch scratch;
-      char* memory = scratch.take<char>(scratch_bytes);
-      for (int64_t task; (task = next.fetch_add(1)) < tasks;) body(task, memory);
-    }
-  });
-}
 
 inline void set_splits(AttentionArgs& a) {
   const bool few = a.queries <= kFewQueries && a.keys >= 2 * kRunKeys;

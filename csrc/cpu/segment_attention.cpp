@@ -7,9 +7,8 @@
 #include <stdexcept>
 #include <vector>
 
-#include "common/arena.h"
 #include "common/checks.h"
-#include "common/parallel.h"
+#include "common/tasks.h"
 #include "cpu/select.h"
 
 namespace mk::cpu {
@@ -73,21 +72,6 @@ void check_graph(const SegmentArgs& a, int64_t sources) {
   if (outside)
     throw std::out_of_range(std::string(kOp) + ": index: expected values in 0..Ns-1=" + std::to_string(sources - 1) +
                             ", got one outside");
-}
-
-// Tasks are taken one by one, so threads that other work slows down take fewer; who runs a task changes no bit of it.
-template <class Body>
-void run_tasks(int64_t tasks, double flops, int64_t scratch_bytes, const Body& body) {
-  if (tasks == 0) return;
-  std::atomic<int64_t> next{0};
-  const int64_t workers = flops < 2e5 ? 1 : std::min<int64_t>(tasks, num_threads());
-  parallel_for(workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; worker++) {
-      Scratch scratch;
-      char* memory = scratch.take<char>(scratch_bytes);
-      for (int64_t task; (task = next.fetch_add(1)) < tasks;) body(task, memory);
-    }
-  });
 }
 
 using RowsKernel = void (*)(const SegmentArgs&, int64_t, int64_t, void*);
