@@ -21,16 +21,17 @@ BEST = dict(levels="best", short=None)
 
 @pytest.mark.parametrize(
     "case",
-    select(dtypes=FLOAT, **BEST)
-    + select(dtypes=DTYPES[2:], first=2 if SHORT else None, **BEST)
-    + (select(levels="lower", dtypes=DTYPES[1:2]) + short(select(levels="lower", dtypes=(DTYPES[0], *DTYPES[2:])), 8)),
+    select(dtypes=FLOAT, first=10 if SHORT else None, **BEST)
+    + select(dtypes=DTYPES[2:], first=1 if SHORT else None, **BEST)
+    + short(select(levels="lower", dtypes=DTYPES[1:2]), 16)
+    + short(select(levels="lower", dtypes=(DTYPES[0], *DTYPES[2:])), 4),
 )
 def test_accuracy(case):
     checks.check_accuracy(case)
 
 
 @pytest.mark.parametrize(
-    "case", short(plain(dtypes=FLOAT, kernels_only=True), 16) + plain(dtypes=DTYPES[2:], first=3) + plain(levels="lower", first=3)
+    "case", short(plain(dtypes=FLOAT, kernels_only=True), 10) + plain(dtypes=DTYPES[2:], first=2) + plain(levels="lower", first=2)
 )
 def test_input_layouts(case):
     for layout in LAYOUTS:
@@ -38,7 +39,7 @@ def test_input_layouts(case):
 
 
 @pytest.mark.parametrize(
-    "case", short(plain(dtypes=FLOAT, kernels_only=True), 16) + plain(dtypes=DTYPES[2:], first=3) + plain(levels="lower", first=3)
+    "case", short(plain(dtypes=FLOAT, kernels_only=True), 10) + plain(dtypes=DTYPES[2:], first=2) + plain(levels="lower", first=2)
 )
 def test_gradient_layouts(case):
     for gradient in GRADIENT_LAYOUTS:
@@ -91,7 +92,7 @@ def test_errors(case, error):
     checks.check_error(case, error)
 
 
-@pytest.mark.parametrize("case", select(dtypes=DTYPES[1:3], hard=False) + plain(levels="lower", dtypes=DTYPES[1:3], first=3))
+@pytest.mark.parametrize("case", short(select(dtypes=DTYPES[1:3], hard=False), 16) + plain(levels="lower", dtypes=DTYPES[1:3], first=2))
 def test_deterministic(case):
     checks.check_deterministic(case, 5 if INTERPRETED else 15)
 

@@ -178,8 +178,8 @@ def forward(out, lse, stats, total, query, key, value, key_scale, value_scale, l
         _contiguous(lengths_k), *_arguments(launch, query, key, value, key_scale, value_scale, scale), **_tiles(launch, query.dtype),
     )  # fmt: skip
     run(
-        _attention_combine_kernel, (lse.numel(),), total, lse, stats, part, stats_part, lse.numel(), value.shape[3], launch.splits,
-        BLOCK_V=launch.block_v,
+        _attention_combine_kernel, (lse.numel(),), total, lse, stats, part, stats_part, None, lse.numel(), 1, 1, value.shape[3],
+        launch.splits, BLOCK_V=launch.block_v,
     )  # fmt: skip
     out.copy_(total)
 
