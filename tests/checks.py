@@ -9,13 +9,13 @@ import weakref
 from contextlib import contextmanager
 
 import torch
-from cases import Case
+from cases import SHORT, Case
 
 from memkernels import _registry
 from memkernels.testing import compare, inputs
 from memkernels.testing.spec import ErrorCase, Tensors
 
-POISON = (float("nan"), float("inf"), -float("inf"))
+POISON = (float("nan"),) if SHORT else (float("nan"), float("inf"), -float("inf"))
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

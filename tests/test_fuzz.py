@@ -11,7 +11,7 @@ from memkernels.testing import specs
 
 SEED = int(os.environ.setdefault("MEMKERNELS_FUZZ_SEED", "0"))
 LONG_SEED = int(os.environ.setdefault("MEMKERNELS_FUZZ_LONG_SEED", str(time.time_ns() % 10**9)))
-DEFAULT, LONG = (8, 200) if INTERPRETED else (60, 3000)
+DEFAULT, LONG = (4, 200) if INTERPRETED else (60, 3000)
 
 
 @pytest.mark.timeout(300)
