@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from memkernels._checks import fail
+import torch
+
+from memkernels._checks import check_dense, check_dtype, check_tensor, fail
+from memkernels._compat import plain_call
 
 FAR = 2**40  # past the end of any sequence, and far from where int64 positions overflow
 
@@ -18,3 +21,17 @@ def window_limits(op: str, window: Any) -> tuple[int, int]:
         fail(op, "window", "(left, right), each an int >= 0, or -1 or None for no limit", window)
     left, right = (-1 if w is None else min(w, FAR) for w in window)
     return left, right
+
+
+def key_lengths(op: str, lengths: Any, query: torch.Tensor, lead: Any, keys: int) -> torch.Tensor:
+    """One a batch entry. Values are read only where that is free: on a CPU, outside of transforms and tracing; C++ looks in any case."""
+    check_tensor(op, "lengths_k", lengths)
+    check_dense(op, "lengths_k", lengths)
+    check_dtype(op, "lengths_k", lengths, torch.int64, query)
+    if lengths.shape != lead:
+        fail(op, "lengths_k", f"shape {tuple(lead)}, the query's before its heads", f"shape {tuple(lengths.shape)}")
+    if not torch.compiler.is_compiling() and lengths.device.type == "cpu" and plain_call((lengths,)) and lengths.numel():
+        low, high = (int(v) for v in torch.aminmax(lengths))
+        if low < 0 or high > keys:
+            fail(op, "lengths_k", f"values in 0..K={keys}", f"{low}..{high}")
+    return lengths if len(lead) == 1 else lengths.reshape(-1)

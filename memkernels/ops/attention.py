@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from memkernels._checks import Signature, check_choice, check_dense, check_dtype, check_flag, check_number, check_tensor, fail
-from memkernels._compat import plain_call
+from memkernels._checks import Signature, check_choice, check_dense, check_flag, check_number, check_tensor, fail
 from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
-from memkernels.ops._attention import window_limits
+from memkernels.ops._attention import key_lengths, window_limits
 
 CORNERS = ("top-left", "bottom-right")
 
@@ -110,7 +109,7 @@ def attention(
     if sink is not None:
         sink = _sink(sink, query)
     if lengths_k is not None:
-        lengths_k = _lengths(lengths_k, query, shape[:-3], dims["K"])
+        lengths_k = key_lengths("attention", lengths_k, query, shape[:-3], dims["K"])
     seed = torch.randint(2**63 - 1, (dims["B"],), device=query.device) if dropout_p else None
     scale = dims["D"] ** -0.5 if scale is None and dims["D"] else scale or 0.0
     right = 0 if is_causal else right
@@ -136,6 +135,10 @@ def _four_dims(query, key, value):
         got = f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
         fail("attention", "query, key, value", "leading dimensions that broadcast", got)
     shared = max(key.shape[-3] if key.dim() > 2 else 1, value.shape[-3] if value.dim() > 2 else 1)
+
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dim() > 2 and tensor.shape[-3] not in (1, shared):
+            fail("attention", name, f"NHk={shared} heads, as the other has", f"shape {tuple(tensor.shape)}")
 
     def fold(tensor, heads):
         heads = (tensor.shape[-3] if tensor.dim() > 2 else 1) if heads is None else heads
@@ -200,20 +203,6 @@ def _sink(sink, query):
     if sink.shape != (query.shape[1],):
         fail("attention", "sink", f"[NH] with NH={query.shape[1]}", f"shape {tuple(sink.shape)}")
     return sink if sink.dtype == query.dtype else sink.to(query.dtype)
-
-
-def _lengths(lengths, query, lead, keys):
-    """One a batch entry. Values are read only where that is free: on a CPU, outside of transforms and tracing; C++ looks in any case."""
-    check_tensor("attention", "lengths_k", lengths)
-    check_dense("attention", "lengths_k", lengths)
-    check_dtype("attention", "lengths_k", lengths, torch.int64, query)
-    if lengths.shape != lead:
-        fail("attention", "lengths_k", f"shape {tuple(lead)}, the query's before its heads", f"shape {tuple(lengths.shape)}")
-    if not torch.compiler.is_compiling() and lengths.device.type == "cpu" and plain_call((lengths,)) and lengths.numel():
-        low, high = (int(v) for v in torch.aminmax(lengths))
-        if low < 0 or high > keys:
-            fail("attention", "lengths_k", f"values in 0..K={keys}", f"{low}..{high}")
-    return lengths if len(lead) == 1 else lengths.reshape(-1)
 
 
 def _allocate(query, key, value, attn_mask, sink, lengths_k, seed, scale, softcap, dropout_p, left, right, causal):

@@ -6,6 +6,7 @@ import torch
 
 from memkernels._checks import FLOATS, Signature, check_dense, check_flag, check_number, check_tensor, fail
 from memkernels._registry import Arg, Out, define_op, new_empty
+from memkernels.ops._attention import key_lengths
 
 
 def quantize_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,7 +73,8 @@ def quantized_attention(
         key_scale: "B NHk K", float32 (float64 with a float64 query), finite.
         value_scale: "B NHk K", likewise.
         scale: factor of the scores, default 1 / sqrt(D).
-        lengths_k: int64 "B"; entry b sees its first lengths_k[b] keys. Less than 0 counts as 0, more than K as K.
+        lengths_k: int64 "B"; entry b sees its first lengths_k[b] keys, 0 to K of them (on a GPU, which would have to be
+            waited for, what is outside is clamped).
         return_lse: also return the log-sum-exp.
 
     Returns:
@@ -89,7 +91,8 @@ def quantized_attention(
         threads and of other batch entries.
 
     Raises:
-        ValueError: a size does not fit, or NHk does not divide NH. TypeError: a dtype differs, or return_lse is not True or False.
+        ValueError: a size or a length does not fit, or NHk does not divide NH. TypeError: a dtype differs, or return_lse is not True or
+        False.
 
     Source:
         Vaswani et al., Attention Is All You Need (2017), equation 1; Dettmers et al., LLM.int8() (2022), section 2, for row-wise scales.
@@ -110,6 +113,8 @@ def quantized_attention(
         scale = check_number("quantized_attention", "scale", scale)
     if return_lse.__class__ is not bool:
         check_flag("quantized_attention", "return_lse", return_lse)
+    if lengths_k is not None:
+        lengths_k = key_lengths("quantized_attention", lengths_k, query, query.shape[:1], dims["K"])
     scale = dims["D"] ** -0.5 if scale is None and dims["D"] else scale or 0.0
     out, lse, _, _ = OP(query, key, value, key_scale, value_scale, lengths_k, scale)
     return (out, lse) if return_lse else out

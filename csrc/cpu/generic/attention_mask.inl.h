@@ -21,9 +21,9 @@ template <class A, class T>
 void mask_of_rows(const AttentionArgs& a, int64_t b, int64_t h, int64_t first, int64_t last) {
   const Sharers all = sharers(a, b, h);
   const bool one_row = a.mask_queries == 1;
-  A total = 0;
+  double total = 0;  // of as many terms as there are rows
   for (int64_t query = first; query < last; query++) {
-    A sum = 0;
+    double sum = 0;
     for (int64_t i = all.b; i < all.b_end; i++)
       for (int64_t j = all.h; j < all.h_end; j++) {
         const bool blind = static_cast<const A*>(a.rows_base)[row_index(a, i, j, query)] == kInfinity<A>;

@@ -322,6 +322,9 @@ int64_t retrieval_memory_scratch(const RetrievalArgs& r, int64_t rows) {
   return carver.used();
 }
 
+// A row that very many queries retrieved is summed in pieces: rounding errors stay near those of a blocked sum.
+constexpr int64_t kGivenPiece = 64;
+
 // out = factor sum_i (weight or gradient of given[i]) times its dout or query, rounded once.
 template <class A, class T, bool keys>
 void write_memory_row(const AttentionTensor& rows, int64_t b, const Given<A>* given, int64_t count, int64_t width,
@@ -329,14 +332,19 @@ void write_memory_row(const AttentionTensor& rows, int64_t b, const Given<A>* gi
   using V = Vec<A>;
   const auto columns = [&](int64_t j, auto part, auto vectors) {
     constexpr int N = decltype(vectors)::value;
-    V sum[N];
-    for (int l = 0; l < N; l++) sum[l] = V::zero();
-    for (int64_t i = 0; i < count; i++) {
-      const V weight = V::set1(keys ? given[i].gradient : given[i].weight);
-      const T* row = row_at<T>(rows, b, given[i].head, given[i].query) + j;
-      for (int l = 0; l < N; l++) sum[l] = fma(weight, load<V>(row + l * V::kLanes, part), sum[l]);
+    V total[N];
+    for (int l = 0; l < N; l++) total[l] = V::zero();
+    for (int64_t begin = 0; begin < count; begin += kGivenPiece) {
+      V sum[N];
+      for (int l = 0; l < N; l++) sum[l] = V::zero();
+      for (int64_t i = begin; i < smaller(begin + kGivenPiece, count); i++) {
+        const V weight = V::set1(keys ? given[i].gradient : given[i].weight);
+        const T* row = row_at<T>(rows, b, given[i].head, given[i].query) + j;
+        for (int l = 0; l < N; l++) sum[l] = fma(weight, load<V>(row + l * V::kLanes, part), sum[l]);
+      }
+      for (int l = 0; l < N; l++) total[l] = total[l] + sum[l];
     }
-    for (int l = 0; l < N; l++) store(sum[l] * V::set1(factor), out + j + l * V::kLanes, part);
+    for (int l = 0; l < N; l++) store(total[l] * V::set1(factor), out + j + l * V::kLanes, part);
   };
   int64_t j = 0;
   for (; j + 4 * V::kLanes <= width; j += 4 * V::kLanes) columns(j, Full{}, Vectors<4>{});

@@ -19,7 +19,7 @@ def _scale(shape, dtype, generator):
 
 
 def _lengths(shape, dtype, generator):
-    return torch.randint(0, 6, shape, generator=generator)
+    return torch.zeros(shape, dtype=torch.int64)  # the twists know K
 
 
 def _call(function, inputs, options):
@@ -55,16 +55,18 @@ def _widened(function):
 
 
 def _set_lengths(*lengths):
-    """These lengths, over and over."""
+    """These lengths, over and over, none beyond K."""
 
     def twist(inputs):
-        return {**inputs, "lengths_k": torch.tensor([lengths[b % len(lengths)] for b in range(len(inputs["query"]))], dtype=torch.int64)}
+        given = torch.tensor([lengths[b % len(lengths)] for b in range(len(inputs["query"]))], dtype=torch.int64)
+        return {**inputs, "lengths_k": given.clamp(max=inputs["key"].shape[2])}
 
     return twist
 
 
 def _unseen_nan(inputs):
     """Scales beyond the lengths are NaN."""
+    inputs = _set_lengths(3, 0, 5)(inputs)
     lengths = inputs["lengths_k"]
     beyond = torch.arange(inputs["key"].shape[2]) >= lengths[:, None, None]
     return {**inputs, **{name: inputs[name].masked_fill(beyond, torch.nan) for name in ("key_scale", "value_scale")}}
@@ -110,8 +112,8 @@ SPEC = OpSpec(
     samples=(
         Sample("typical", _sizes(), dict(return_lse=True)),
         Sample("groups", _sizes(B=1, NH=6, NHk=2, Q=2, K=20, D=19, V=3)),
-        Sample("lengths", _sizes(), dict(return_lse=True, scale=0.3), _LENGTHS),
-        Sample("lengths_edge", _sizes(B=5, NH=1, K=70), dict(return_lse=True), _LENGTHS, _set_lengths(0, -3, 99, 64, 65)),
+        Sample("lengths", _sizes(), dict(return_lse=True, scale=0.3), _LENGTHS, _set_lengths(4, 1, 5, 0)),
+        Sample("lengths_edge", _sizes(B=5, NH=1, K=70), dict(return_lse=True), _LENGTHS, _set_lengths(0, 1, 70, 64, 65)),
         Sample("unseen_nan", _sizes(), dict(return_lse=True), _LENGTHS, _unseen_nan),
         Sample("one", _sizes(B=1, NH=1, Q=1, K=1, D=1)),
         Sample("tiles", _sizes(B=1, NH=1, Q=5, K=130, D=65, V=33), dict(return_lse=True)),
@@ -139,6 +141,7 @@ SPEC = OpSpec(
         ErrorCase("heads", _change("query", lambda t: t.new_zeros(2, 3, 3, 4)), ValueError, r"key: expected a divisor of 3 heads, got"),
         ErrorCase("dtype", _change("value", lambda t: t.float()), TypeError, r"quantized_attention: value: expected int8, got float32"),
         ErrorCase("lengths", _change("lengths_k", lambda t: torch.ones(2)), TypeError, r"lengths_k: expected int64, got float32"),
+        ErrorCase("range", _change("lengths_k", lambda t: torch.tensor([0, 99])), ValueError, r"lengths_k: expected values in 0..K=.*99"),
         ErrorCase(
             "flag", lambda i, o: o.update(return_lse=1), TypeError, r"quantized_attention: return_lse: expected True or False, got 1"
         ),
