@@ -168,3 +168,20 @@ def test_gradients_of_first_and_second_order(backend, options):
     with using(backend):
         assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
         assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mask_of_one_number_gets_a_sum_without_rounding_errors_of_its_own(backend):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 1, 512, 8, generator=generator) for _ in range(3))
+    mask, dlse = torch.zeros(1, 1, requires_grad=True), torch.rand(1, 1, 512, generator=generator) + 1
+    with using(backend):
+        _, lse = mk.attention(query, key, value, mask, return_lse=True)
+        (found,) = torch.autograd.grad(lse, mask, dlse)
+    assert abs(found.item() - dlse.double().sum().item()) <= 2e-7 * dlse.sum().item()
+
+
+def test_keys_and_values_of_different_heads_are_named():
+    query, key, value = torch.randn(2, 4, 8, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 4, 9, 5)
+    with pytest.raises(ValueError, match=r"attention: key: expected NHk=4 heads.*got shape \(2, 2, 9, 16\)"):
+        mk.attention(query, key, value, enable_gqa=True)
