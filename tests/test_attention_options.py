@@ -173,8 +173,8 @@ def test_gradients_of_first_and_second_order(backend, options):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_mask_of_one_number_gets_a_sum_without_rounding_errors_of_its_own(backend):
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, 1, 512, 8, generator=generator) for _ in range(3))
-    mask, dlse = torch.zeros(1, 1, requires_grad=True), torch.rand(1, 1, 512, generator=generator) + 1
+    query, (key, value) = torch.randn(1, 1, 50_000, 2, generator=generator), torch.randn(2, 1, 1, 3, 2, generator=generator)
+    mask, dlse = torch.zeros(1, 1, requires_grad=True), torch.rand(1, 1, 50_000, generator=generator) + 1
     with using(backend):
         _, lse = mk.attention(query, key, value, mask, return_lse=True)
         (found,) = torch.autograd.grad(lse, mask, dlse)

@@ -20,12 +20,11 @@ def gradients(backend, dtype, queries, rows, slots):
         return torch.autograd.grad(out, leaves, upstream)
 
 
-@pytest.mark.parametrize(("queries", "rows", "slots"), [(64, 1, 32), (130, 3, 32), (70, 5000, 9)])
+@pytest.mark.parametrize(("queries", "rows", "slots"), [(256, 1, 32), (130, 3, 32), (70, 5000, 9)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_that_many_retrieve_are_summed_well(backend, queries, rows, slots):
     wanted = gradients("reference", torch.float64, queries, rows, slots)
-    plain = gradients("reference", torch.float32, queries, rows, slots)
     found = gradients(backend, torch.float32, queries, rows, slots)
-    for name, a, b, right in zip(("query", "key", "value", "memory_key", "memory_value"), found, plain, wanted, strict=True):
-        error, eager = ((t - right).abs().max().item() for t in (a, b))
-        assert error <= 3 * eager + 2e-7 * right.abs().max().item(), (name, error, eager)
+    for name, a, right in zip(("memory_key", "memory_value"), found[3:], wanted[3:], strict=True):
+        error = (a - right).abs().max().item() / right.abs().max().item()
+        assert error <= 3e-6, (name, error)
