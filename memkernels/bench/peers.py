@@ -12,8 +12,8 @@ from memkernels.testing.spec import OpSpec
 
 Invoke = Callable[[dict[str, Any], dict[str, Any]], Any]  # (inputs, options) -> outputs
 
-# Eager is a loop over time steps there: torch.compile unrolls it and takes minutes.
-NOT_COMPILED = ("gru", "lstm", "rnn")
+# Eager is a loop over time steps or sequences there: torch.compile unrolls it and takes minutes.
+NOT_COMPILED = ("attention_varlen", "gru", "lstm", "rnn")
 
 
 def invoke(spec: OpSpec) -> Invoke:

@@ -141,7 +141,7 @@ def _bench(console: Console, out: Path) -> dict[str, Any]:
     rows, failures = measure(console, None, quick=True, peers=PEERS, seconds=0.3)
     console.print(speed_table(rows))
     for op in NOT_COMPILED:
-        console.print(f"{op}: torch.compile is left out, it unrolls the loop over the steps and takes minutes", highlight=False)
+        console.print(f"{op}: torch.compile is left out, it unrolls the loop over steps or sequences and takes minutes", highlight=False)
     for note in dict.fromkeys(f"{row.op} {row.mode}: {row.note}" for row in rows if row.note):
         console.print(note, highlight=False, markup=False)
     for op, reason in failures.items():
