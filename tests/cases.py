@@ -20,6 +20,8 @@ from memkernels.testing.spec import OpSpec, Sample, Tensors
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # A call in the interpreter takes a tenth of a second and more, so there most checks see the first sample of an op, in float32.
 SHORT = INTERPRETED and os.environ.get("MEMKERNELS_INTERPRET_ALL") != "1"
+# Their programs are many and small, one a query, a row or a page: a short run of the interpreter checks their accuracy alone.
+MANY_PROGRAMS = ("attention_varlen", "paged_attention", "quantized_attention", "retrieval_attention", "segment_attention")
 DTYPES = compare.DTYPES
 
 
@@ -125,6 +127,7 @@ def select(
     if SHORT and short is not None:
         first, dtypes = min(first or short, short), [d for d in dtypes if d == torch.float32]
     for spec in specs().values():
+        waits = SHORT and short is not None and spec.name in MANY_PROGRAMS
         samples = [s for s in spec.samples if (hard or not s.hard) and (empty or all(s.dims.values()))][:first]
         if SHORT:  # a program of the interpreter takes milliseconds: hard values at large sizes wait for the long form
             samples = [s for s in samples if not s.hard or math.prod(s.dims.values()) < 10_000]
@@ -134,7 +137,8 @@ def select(
                     case = Case(spec, backend, dtype, sample, device)
                     if (kernels_only and backend == "reference") or case.reason() is not None:
                         continue
-                    found.append(pytest.param(case, id=str(case), marks=[pytest.mark.gpu] if device == "cuda" else []))
+                    marks = [pytest.mark.gpu] if device == "cuda" else [pytest.mark.slow] if waits else []
+                    found.append(pytest.param(case, id=str(case), marks=marks))
     return found
 
 

@@ -21,7 +21,7 @@ BEST = dict(levels="best", short=None)
 
 @pytest.mark.parametrize(
     "case",
-    select(dtypes=FLOAT, first=8 if SHORT else None, **BEST)
+    select(dtypes=FLOAT, first=4 if SHORT else None, **BEST)
     + select(dtypes=DTYPES[2:], first=1 if SHORT else None, **BEST)
     + short(select(levels="lower", dtypes=DTYPES[1:2]), 16)
     + short(select(levels="lower", dtypes=(DTYPES[0], *DTYPES[2:])), 4),
