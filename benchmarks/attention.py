@@ -50,5 +50,3 @@ def attention_targets() -> Iterator[Target]:
             few = _attention(1, queries, 65536, heads=heads)
             yield Target("attention", few, "forward", dict(sdpa=2 if heads == 8 else 3), dtype)
             yield Target("attention", few, "fwd+bwd", dict(sdpa=5), dtype)
-    for mode in ("forward", "fwd+bwd"):  # the peers read the memory widened to float32
-        yield Target("quantized_attention", _attention(1, 4, 65536), mode, dict(sdpa=2, attention=1.5))
