@@ -185,3 +185,10 @@ def test_keys_and_values_of_different_heads_are_named():
     query, key, value = torch.randn(2, 4, 8, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 4, 9, 5)
     with pytest.raises(ValueError, match=r"attention: key: expected NHk=4 heads.*got shape \(2, 2, 9, 16\)"):
         mk.attention(query, key, value, enable_gqa=True)
+
+
+def test_a_query_that_sees_nothing_has_a_log_sum_exp_without_tangent():
+    query, (key, value) = torch.randn(1, 1, 2, 4), torch.randn(2, 1, 1, 3, 4)
+    visible = torch.tensor([[False], [True]]).expand(2, 3)
+    _, tangent = torch.func.jvp(lambda q: mk.attention(q, key, value, visible, return_lse=True)[1], (query,), (torch.ones_like(query),))
+    assert tangent[0, 0, 0] == 0 and tangent.isfinite().all()

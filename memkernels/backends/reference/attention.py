@@ -11,13 +11,14 @@ import torch
 
 from memkernels.backends.reference._dropout import kept
 from memkernels.backends.reference._math import compute
+from memkernels.backends.reference._softmax import log_sum_exp
 
 
 def forward(query, key, value, attn_mask, sink, lengths_k, seed, scale, softcap, dropout_p, left, right, causal):
     key, value = _cut(key, lengths_k), _cut(value, lengths_k)
     scores, seen, _ = _scores(query, key, attn_mask, lengths_k, scale, softcap, left, right, causal)
     weights, top, total, _ = _softmax(scores, seen, sink)
-    lse = (top + total.log()).squeeze(-1)
+    lse = log_sum_exp(top, total).squeeze(-1)
     stats = torch.cat((top, total), -1).detach()
     return _weighted(weights * kept(seed, dropout_p, scores), _per_head(value, query)).to(query.dtype), lse, stats
 

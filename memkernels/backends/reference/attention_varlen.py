@@ -9,22 +9,23 @@ the end of the last sequence see nothing and are seen by nobody. Shapes depend o
 import torch
 
 from memkernels.backends.reference._math import compute
+from memkernels.backends.reference._softmax import log_sum_exp, masked_softmax
 from memkernels.backends.reference.attention import _grouped, _per_head, _weighted
 
 
 def forward(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, softcap, left, right, causal):
     rows, keys, values = (_heads_first(t) for t in (query, key, value))
     scores, seen, _ = _scores(rows, keys, cu_seqlens_q, cu_seqlens_k, scale, softcap, left, right, causal)
-    weights, top, total = _softmax(scores, seen)
+    weights, top, total = masked_softmax(scores, seen)
     out = _weighted(weights, _per_head(values, rows))
     stats = torch.cat((top, total), -1).detach()
-    return out[0].transpose(0, 1).to(query.dtype), _lse(top, total)[0].mT, stats[0]
+    return out[0].transpose(0, 1).to(query.dtype), log_sum_exp(top, total).squeeze(-1)[0].mT, stats[0]
 
 
 def backward(dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, out, stats, scale, softcap, left, right, causal):
     rows, keys, values = (_heads_first(t) for t in (query, key, value))
     scores, seen, slope = _scores(rows, keys, cu_seqlens_q, cu_seqlens_k, scale, softcap, left, right, causal)
-    weights, per_key, per_value = _softmax(scores, seen)[0], _per_head(keys, rows), _per_head(values, rows)
+    weights, per_key, per_value = masked_softmax(scores, seen)[0], _per_head(keys, rows), _per_head(values, rows)
     dscores, dvalues = torch.zeros_like(weights), torch.zeros_like(per_value)
     if dout is not None:
         dout = compute(_heads_first(dout))
@@ -37,24 +38,6 @@ def backward(dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, out, sta
     dquery = scale * _weighted(dscores, per_key)
     dkey = _grouped(scale * dscores.mT @ compute(rows), keys)
     return tuple(t[0].transpose(0, 1) for t in (dquery.to(query.dtype), dkey, _grouped(dvalues, values)))
-
-
-def _softmax(scores, seen):
-    """Weights, the maximum of the scores, and the sum of exp(score - maximum): 0, -inf and 0 where a query sees no key."""
-    if scores.shape[-1] == 0:
-        nothing = scores.sum(-1, keepdim=True)
-        return scores, nothing - torch.inf, nothing
-    top = scores.detach().amax(-1, keepdim=True)
-    blind = top == -torch.inf
-    powers = torch.where(seen, torch.exp(scores - top.masked_fill(blind, 0)), 0)
-    total = powers.sum(-1, keepdim=True)
-    return powers / total.masked_fill(blind, 1), top, total
-
-
-def _lse(top, total):
-    """-inf, with a tangent of 0, where a query sees no key."""
-    blind = total == 0
-    return torch.where(blind, -torch.inf, top + total.masked_fill(blind, 1).log()).squeeze(-1)
 
 
 def _heads_first(tensor):

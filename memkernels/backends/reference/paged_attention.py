@@ -8,21 +8,21 @@ behind the last page of a row, reach nothing. Causal: query i stands at key leng
 import torch
 
 from memkernels.backends.reference._math import compute
+from memkernels.backends.reference._softmax import log_sum_exp, masked_softmax
 from memkernels.backends.reference.attention import _grouped, _per_head, _weighted
-from memkernels.backends.reference.attention_varlen import _lse, _softmax
 
 
 def forward(query, key_pages, value_pages, page_table, lengths, scale, is_causal):
     keys, values = (_gathered(t, page_table, lengths) for t in (key_pages, value_pages))
-    weights, top, total = _softmax(*_scores(query, keys, lengths, scale, is_causal))
+    weights, top, total = masked_softmax(*_scores(query, keys, lengths, scale, is_causal))
     stats = torch.cat((top, total), -1).detach()
-    return _weighted(weights, _per_head(values, query)).to(query.dtype), _lse(top, total), stats
+    return _weighted(weights, _per_head(values, query)).to(query.dtype), log_sum_exp(top, total).squeeze(-1), stats
 
 
 def backward(dout, dlse, query, key_pages, value_pages, page_table, lengths, out, stats, scale, is_causal):
     keys, values = (_gathered(t, page_table, lengths) for t in (key_pages, value_pages))
     scores, seen = _scores(query, keys, lengths, scale, is_causal)
-    weights, per_key, per_value = _softmax(scores, seen)[0], _per_head(keys, query), _per_head(values, query)
+    weights, per_key, per_value = masked_softmax(scores, seen)[0], _per_head(keys, query), _per_head(values, query)
     dscores, dvalues = torch.zeros_like(weights), torch.zeros_like(per_value)
     if dout is not None:
         dweights = torch.where(seen, compute(dout) @ per_value.mT, 0)

@@ -3,19 +3,20 @@
 import torch
 
 from memkernels.backends.reference._math import compute
+from memkernels.backends.reference._softmax import log_sum_exp, masked_softmax
 
 
 def forward(query, key, value, key_scale, value_scale, lengths_k, scale):
     scores, seen = _scores(query, _rows(key, key_scale, query, lengths_k), lengths_k, scale)
-    weights, top, total = _softmax(scores, seen)
+    weights, top, total = masked_softmax(scores, seen)
     out = weights @ _rows(value, value_scale, query, lengths_k)
-    return out.to(query.dtype), (top + total.log()).squeeze(-1), torch.cat((top, total), -1).detach(), out.detach().clone()
+    return out.to(query.dtype), log_sum_exp(top, total).squeeze(-1), torch.cat((top, total), -1).detach(), out.detach().clone()
 
 
 def backward(dout, dlse, query, key, value, key_scale, value_scale, lengths_k, stats, total, scale):
     keys = _rows(key, key_scale, query, lengths_k)
     scores, seen = _scores(query, keys, lengths_k, scale)
-    weights, _, _ = _softmax(scores, seen)
+    weights, _, _ = masked_softmax(scores, seen)
     dscores = torch.zeros_like(weights)
     if dout is not None:
         dweights = compute(dout) @ _rows(value, value_scale, query, lengths_k).mT
@@ -45,15 +46,3 @@ def _scores(query, keys, lengths_k, scale):
         return scores, torch.ones_like(scores, dtype=torch.bool)
     seen = _seen(lengths_k, scores.shape[-1])[:, :, None].expand(scores.shape)
     return scores.masked_fill(~seen, -torch.inf), seen
-
-
-def _softmax(scores, seen):
-    """Weights, the maximum of the scores, and the sum of exp(score - maximum): 0, -inf and 0 where there is no key."""
-    if scores.shape[-1] == 0:
-        nothing = scores.sum(-1, keepdim=True)
-        return scores, nothing - torch.inf, nothing
-    top = scores.detach().amax(-1, keepdim=True)
-    blind = top == -torch.inf
-    powers = torch.where(seen, torch.exp(scores - top.masked_fill(blind, 0)), 0)
-    total = powers.sum(-1, keepdim=True)
-    return powers / total.masked_fill(blind, 1), top, total

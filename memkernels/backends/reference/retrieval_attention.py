@@ -8,6 +8,7 @@ causal is right = 0). An index outside 0 .. N - 1 and a bias of -inf are absent 
 import torch
 
 from memkernels.backends.reference._math import compute
+from memkernels.backends.reference._softmax import log_sum_exp, masked_softmax
 from memkernels.backends.reference.attention import _grouped as grouped
 from memkernels.backends.reference.attention import _per_head as per_head
 from memkernels.backends.reference.attention import _weighted as weighted
@@ -15,8 +16,8 @@ from memkernels.backends.reference.attention import _weighted as weighted
 
 def forward(query, key, value, memory_key, memory_value, index, memory_bias, scale, left, right):
     scores, seen, _ = _scores(query, key, memory_key, index, memory_bias, scale, left, right)
-    weights, top, total = _softmax(scores, seen)
-    lse = (top + total.log()).squeeze(-1)
+    weights, top, total = masked_softmax(scores, seen)
+    lse = log_sum_exp(top, total).squeeze(-1)
     local, retrieved = weights.split((key.shape[2], index.shape[3]), -1)
     out = weighted(local, per_head(value, query)) + _weighted_rows(retrieved, _gathered(memory_value, query, index))
     return out.to(query.dtype), lse, torch.cat((top, total), -1).detach()
@@ -24,7 +25,7 @@ def forward(query, key, value, memory_key, memory_value, index, memory_bias, sca
 
 def backward(dout, dlse, query, key, value, memory_key, memory_value, index, memory_bias, out, stats, scale, left, right):
     scores, seen, keys = _scores(query, key, memory_key, index, memory_bias, scale, left, right)
-    weights, sizes = _softmax(scores, seen)[0], (key.shape[2], index.shape[3])
+    weights, sizes = masked_softmax(scores, seen)[0], (key.shape[2], index.shape[3])
     local, retrieved = weights.split(sizes, -1)
     dscores = torch.zeros_like(weights)
     dvalue, dmemory_value = torch.zeros_like(compute(value)), torch.zeros_like(compute(memory_value))
@@ -61,18 +62,6 @@ def _scores(query, key, memory_key, index, memory_bias, scale, left, right):
         retrieved, present = retrieved + compute(memory_bias), present & (memory_bias != -torch.inf)
     retrieved = retrieved.masked_fill(~present, -torch.inf)
     return torch.cat((scores, retrieved), -1), torch.cat((seen, present), -1), keys
-
-
-def _softmax(scores, seen):
-    """Weights, the maximum of the scores, and the sum of exp(score - maximum): 0, -inf and 0 where there is nothing."""
-    if scores.shape[-1] == 0:
-        nothing = scores.sum(-1, keepdim=True)
-        return scores, nothing - torch.inf, nothing
-    top = scores.detach().amax(-1, keepdim=True)
-    blind = top == -torch.inf
-    powers = torch.where(seen, torch.exp(scores - top.masked_fill(blind, 0)), 0)
-    total = powers.sum(-1, keepdim=True)
-    return powers / total.masked_fill(blind, 1), top, total
 
 
 def _present(index, memory):

@@ -7,6 +7,7 @@ saving (whether `exact` is wanted: out of the half types before it is rounded).
 import torch
 
 from memkernels.backends.reference._math import compute
+from memkernels.backends.reference._softmax import log_sum_exp
 
 
 def forward(query, key, value, ptr, index, edge_bias, scale, saving):
@@ -16,7 +17,7 @@ def forward(query, key, value, ptr, index, edge_bias, scale, saving):
     rows = _unless(weights == 0, compute(value)[index])
     out = _summed(weights[..., None] * rows, node, query.shape[0])
     exact = out.detach() if saving and out.dtype != query.dtype else out.new_zeros(0)
-    return out.to(query.dtype), top + total.log(), torch.stack((top, total), -1).detach(), exact
+    return out.to(query.dtype), log_sum_exp(top, total), torch.stack((top, total), -1).detach(), exact
 
 
 def backward(dout, dlse, query, key, value, ptr, index, edge_bias, out, stats, exact, scale, saving):

@@ -1,0 +1,23 @@
+"""The softmax of the attention family's references, over the scores that are seen."""
+
+from __future__ import annotations
+
+import torch
+
+
+def masked_softmax(scores: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights, the maximum of the scores, and the sum of exp(score - maximum): 0, -inf and 0 where nothing is seen."""
+    if scores.shape[-1] == 0:
+        nothing = scores.sum(-1, keepdim=True)
+        return scores, nothing - torch.inf, nothing
+    top = scores.detach().amax(-1, keepdim=True)
+    blind = top == -torch.inf
+    powers = torch.where(seen, torch.exp(scores - top.masked_fill(blind, 0)), 0)
+    total = powers.sum(-1, keepdim=True)
+    return powers / total.masked_fill(blind, 1), top, total
+
+
+def log_sum_exp(top: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """-inf, with a tangent of 0, where nothing is seen."""
+    blind = total == 0
+    return torch.where(blind, -torch.inf, top + total.masked_fill(blind, 1).log())
