@@ -60,7 +60,7 @@ def test_gradcheck_slow_mode(case, wrap):
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
-@pytest.mark.parametrize("case", short(small(select(dtypes=FLOAT64, hard=False, empty=False)), 12))
+@pytest.mark.parametrize("case", short(small(select(dtypes=FLOAT64, hard=False, empty=False)), 8))
 def test_gradgradcheck(case, wrap):
     check_gradgradcheck(case, wrap)
 
@@ -121,7 +121,7 @@ def check_opcheck(case, tests):
             torch.library.opcheck(op.backward_op, tuple(backward_arguments(op, args, op.op(*args))), test_utils=tests)
 
 
-@pytest.mark.parametrize("case", select(dtypes=DTYPES[1:2]))
+@pytest.mark.parametrize("case", short(select(dtypes=DTYPES[1:2]), 8))
 def test_opcheck(case):
     check_opcheck(case, ("test_schema", "test_autograd_registration", "test_faketensor"))
 

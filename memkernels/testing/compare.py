@@ -136,12 +136,14 @@ def measure(
     seed: int = 0,
     device: str = "cpu",
     inputs: Tensors | None = None,
+    drawn: bool = False,
     draws: int = 8,
 ) -> list[Row]:
     """Outputs and gradients of a backend, each against float64 and the same-dtype reference.
 
     Args:
         spec, sample, dtype, seed, device: what is drawn, unless `inputs` are given, which keep their strides.
+        drawn: the `inputs` given are what would be drawn, so that the truth kept from another call is theirs.
         backend: see `using`.
         layout: a name in `LAYOUTS` for the inputs.
         gradient: a name in `GRADIENT_LAYOUTS` for the upstream gradients; None: forward only.
@@ -151,21 +153,22 @@ def measure(
         One row per tensor. The bar is spec.tol times the reference's error, at least 2 ulp of the largest value. Where one element
         decides, both errors are luck: a narrow failure is judged by the largest error of either side over MANY draws.
     """
-    drawn = make.draw(spec, sample, dtype, seed, device) if inputs is None else inputs
-    given = drawn if layout == "contiguous" else make.laid_out(drawn, layout)
+    drawn = drawn or inputs is None
+    given = make.draw(spec, sample, dtype, seed, device) if inputs is None else inputs
+    given = given if layout == "contiguous" else make.laid_out(given, layout)
     upstream = _upstream(dtype, gradient, seed)
     with using(backend):
         actual = evaluate(spec, given, dict(sample.options), upstream)
-    key = (*_key(spec, sample, dtype, gradient, seed, device), layout)
-    if inputs is None and key in _references:
+    key = (*_key(spec, sample, dtype, gradient, seed, device), layout if layout in make.OTHER_VALUES else "contiguous")
+    if drawn and key in _references:
         truth, own = _references[key]
     else:
         truth, own = _reference(spec, given, dict(sample.options), dtype, upstream)
-        if inputs is None and sum(t.numel() for t in truth.values()) < CACHED:
+        if drawn and sum(t.numel() for t in truth.values()) < CACHED:
             _references[key] = truth, own
     own = dict(own)
     for name, (elements, largest) in own_errors(spec, sample, dtype, gradient, seed, device, draws).items() if draws > 1 else ():
-        if name in own and (elements < ELEMENTS or layout.startswith("expanded")):  # expanded: many elements, few values
+        if name in own and (elements < ELEMENTS or layout in make.OTHER_VALUES):  # expanded: many elements, few values
             own[name] = max(own[name], largest)
     direction = {name: DIRECTIONS[name.startswith("d ")] for name in truth}
     limit = {name: spec.tol[name.startswith("d ")] for name in truth}
@@ -190,8 +193,7 @@ def _over_draws(
     low: dict[str, float] = {}
     theirs: dict[str, float] = {}
     for s in range(seed, seed + 6 * MANY, 6):  # as in `own_errors`
-        given = make.draw(spec, sample, dtype, s, device)
-        given = given if layout == "contiguous" else make.laid_out(given, layout)
+        given = make.laid_out(make.draw(spec, sample, dtype, s, device), layout)
         asked = _upstream(dtype, gradient, s)
         with using(backend):
             actual = evaluate(spec, given, dict(sample.options), asked)
@@ -213,14 +215,15 @@ def _reference(
     return truth, {name: error(plain[name], truth[name]) for name in truth}
 
 
-CACHED = 100_000  # elements up to which the truth of a case is kept: every backend and level asks for it again
+CACHED = 20_000  # elements up to which the truth of a case is kept: every backend, level and layout asks for it again
 _references: dict[tuple[Any, ...], tuple[dict[str, torch.Tensor], dict[str, float]]] = {}
 _own: dict[tuple[Any, ...], dict[str, tuple[int, float]]] = {}
 
 
 def _key(spec: OpSpec, sample: Sample, dtype: torch.dtype, gradient: str | None, seed: int, device: str) -> tuple[Any, ...]:
     case = (spec.name, sample.name, tuple(sample.dims.items()), repr(sample.options), sample.present, id(sample.twist))
-    return (*case, dtype, gradient, seed, device)
+    values = gradient if gradient is None or gradient in make.OTHER_VALUES else "contiguous"
+    return (*case, dtype, values, seed, device)
 
 
 def own_errors(

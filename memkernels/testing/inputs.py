@@ -156,6 +156,8 @@ GRADIENT_LAYOUTS: dict[str, Layout] = {
     "every_second": inner_stride,
     "partial": contiguous,
 }
+# The layouts, of inputs and of gradients, that change the values too; the others say the same in another place.
+OTHER_VALUES = frozenset({"expanded", "expanded_inner", "from_sum", "partial"})
 
 
 def upstream(outputs: Sequence[torch.Tensor], dtype: torch.dtype, layout: str = "contiguous", seed: int = 0) -> list[torch.Tensor | None]:
