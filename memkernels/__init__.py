@@ -12,6 +12,7 @@ from memkernels._backends import backend, cpu_level
 from memkernels._checks import BackendError
 from memkernels._registry import explain
 from memkernels.ops import (
+    SparseMemory,
     attention,
     attention_varlen,
     content_address,
@@ -30,6 +31,8 @@ from memkernels.ops import (
     retrieval_attention,
     rnn,
     segment_attention,
+    sparse_read,
+    sparse_write,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "SparseMemory",
     "attention",
     "attention_varlen",
     "backend",
@@ -63,6 +67,8 @@ __all__ = [
     "retrieval_attention",
     "rnn",
     "segment_attention",
+    "sparse_read",
+    "sparse_write",
 ]
 
 _LAZY = ("bench", "distributed", "integrations", "models", "nn", "testing")

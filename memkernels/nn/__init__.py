@@ -9,11 +9,13 @@ from memkernels.nn.lstm_cell import LSTMCell
 from memkernels.nn.multihead_attention import MultiheadAttention
 from memkernels.nn.rnn import RNN
 from memkernels.nn.rnn_cell import RNNCell
+from memkernels.nn.sam import SAM, SAMState
 
 __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "SAM",
     "ExternalMemory",
     "ExternalMemoryState",
     "GRUCell",
@@ -21,5 +23,6 @@ __all__ = [
     "LSTMCell",
     "MultiheadAttention",
     "RNNCell",
+    "SAMState",
     "csr_from_edges",
 ]

@@ -16,8 +16,10 @@ from memkernels.ops.quantized_attention import quantize_rows, quantized_attentio
 from memkernels.ops.retrieval_attention import retrieval_attention
 from memkernels.ops.rnn import rnn
 from memkernels.ops.segment_attention import segment_attention
+from memkernels.ops.sparse_memory import SparseMemory, sparse_read, sparse_write
 
 __all__ = [
+    "SparseMemory",
     "attention",
     "attention_varlen",
     "content_address",
@@ -36,4 +38,6 @@ __all__ = [
     "retrieval_attention",
     "rnn",
     "segment_attention",
+    "sparse_read",
+    "sparse_write",
 ]

@@ -1,0 +1,161 @@
+"""Sparse access memory: a controller LSTM with a memory of any size, of which each step touches a few rows."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memkernels._checks import check_flag, check_floating, check_tensor, fail
+from memkernels.nn._arguments import check_sizes
+from memkernels.nn.lstm_cell import LSTMCell
+from memkernels.ops.sparse_memory import SparseMemory, sparse_read, sparse_write
+
+
+class SAMState(NamedTuple):
+    """What is carried from step to step: the memory, the controller's (h, c), and what was read last: where, how much, and the words."""
+
+    memory: SparseMemory
+    hidden: tuple[Tensor, Tensor]
+    places: Tensor
+    weights: Tensor
+    read: Tensor
+
+    def detach_(self) -> SAMState:
+        """The same state without its history, the memory in place: between the windows of truncated back-propagation."""
+        hidden = (self.hidden[0].detach(), self.hidden[1].detach())
+        return SAMState(self.memory.detach_(), hidden, self.places, self.weights.detach(), self.read.detach())
+
+
+class SAM(nn.Module):
+    """Sparse access memory (SAM): an NTM whose steps cost what their few rows cost, so that a million rows and long sequences train.
+
+    At each step the controller sees ``[x_t, r_{t-1}]``; of each head h, with the rows last read and their weights w, a write gate a and an
+    interpolation g: the least recently accessed row is emptied, and ``a (g w + (1 - g) 1[least recently accessed])`` times a word is added;
+    then the `rows_read` rows of highest cosine with a query are read by softmax. Rows with a weight above `threshold` count as accessed.
+    The output is ``W_o [h_t, r_t] + b_o``.
+
+    Args:
+        input_size: features I. hidden_size: of the controller. output_size: features O.
+        slots: memory rows N. width: memory columns W. heads: heads R, each reads and writes.
+        rows_read: rows k that a head reads.
+        threshold: weights above it mark a row as accessed.
+        batch_first: input and output are "B T I" and "B T O" (default), else "T B I" and "T B O".
+        device, dtype: of the parameters: float32 or float64.
+
+    Raises: ValueError or TypeError for a size, flag, input or state that does not fit.
+    Source: Rae et al. 2016 (arXiv 1610.09027), sections 3.1 and 3.2.
+
+    Example:
+        >>> model = SAM(8, hidden_size=16, output_size=4, slots=100, width=6, heads=2)
+        >>> output, state = model(torch.randn(3, 5, 8))
+        >>> output.shape, state.memory
+        (torch.Size([3, 5, 4]), SparseMemory(B=3, N=100, W=6, writes that can be undone: 5))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        output_size: int,
+        slots: int,
+        width: int,
+        heads: int = 1,
+        *,
+        rows_read: int = 4,
+        threshold: float = 0.005,
+        batch_first: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        check_sizes("SAM", input_size=input_size, hidden_size=hidden_size, output_size=output_size, slots=slots, width=width, heads=heads)
+        check_sizes("SAM", rows_read=rows_read)
+        check_flag("SAM", "batch_first", batch_first)
+        if rows_read > slots or heads > slots:
+            fail("SAM", "slots", f"at least rows_read={rows_read} and heads={heads}", slots)
+        self.input_size, self.hidden_size, self.output_size, self.slots = input_size, hidden_size, output_size, slots
+        self.width, self.heads, self.rows_read, self.threshold, self.batch_first = width, heads, rows_read, threshold, batch_first
+        factory = {"device": device, "dtype": dtype}
+        self.controller = LSTMCell(input_size + heads * width, hidden_size, **factory)
+        # Queries and words of all heads, then strengths, write gates and interpolations.
+        self._sizes = [heads * width, heads * width, heads, heads, heads]
+        self.interface = nn.Linear(hidden_size, sum(self._sizes), **factory)
+        self.output = nn.Linear(hidden_size + heads * width, output_size, **factory)
+
+    def extra_repr(self) -> str:
+        sizes = f"{self.input_size}, hidden_size={self.hidden_size}, output_size={self.output_size}, slots={self.slots}"
+        return f"{sizes}, width={self.width}, heads={self.heads}, rows_read={self.rows_read}"
+
+    def initial_state(self, batch: int) -> SAMState:
+        """An empty memory, `batch` times."""
+        zeros = self.interface.weight.new_zeros
+        hidden = zeros(batch, self.hidden_size)
+        index = torch.arange(self.rows_read, device=hidden.device).expand(batch, self.heads, -1)
+        memory = SparseMemory(zeros(1, 1, 1).expand(batch, self.slots, self.width))
+        return SAMState(memory, (hidden, hidden), index, zeros(index.shape), zeros(batch, self.heads, self.width))
+
+    def forward(self, input: Tensor, state: SAMState | None = None) -> tuple[Tensor, SAMState]:
+        """Runs over all steps.
+
+        Args:
+            input: "B T I" (`batch_first`) or "T B I".
+            state: what the last call returned, `detach_`ed after its backward; its memory is written on. None: an empty memory.
+
+        Returns:
+            output "B T O" or "T B O", and the state after the last step.
+
+        Gradients: of first order, once a graph (see `SparseMemory`); to the input, the parameters and the tensors of the state.
+        """
+        check_tensor("SAM", "input", input)
+        if input.dim() != 3 or input.shape[-1] != self.input_size:
+            dims = "B T I" if self.batch_first else "T B I"
+            raise ValueError(f"SAM: input: expected [{dims}] with I={self.input_size}, got shape {tuple(input.shape)}")
+        check_floating("SAM", parameters=self.interface.weight, input=input)
+        x = input.transpose(0, 1) if self.batch_first else input
+        state = self.initial_state(x.shape[1]) if state is None else self._checked(state, x.shape[1])
+        outputs = []
+        for step in x.unbind(0):
+            state = self._step(step, state)
+            outputs.append(torch.cat([state.hidden[0], state.read.flatten(1)], -1))
+        stacked = torch.stack(outputs) if outputs else x.new_zeros(0, x.shape[1], self.output.in_features)
+        output = self.output(stacked)
+        return output.transpose(0, 1) if self.batch_first else output, state
+
+    def _checked(self, state: Any, batch: int) -> SAMState:
+        if not isinstance(state, SAMState):
+            fail("SAM", "state", "a SAMState or None", type(state).__name__, TypeError)
+        wanted = (batch, self.slots, self.width)
+        if state.memory.rows.shape != wanted:
+            fail("SAM", "state.memory", f"rows of shape {wanted}", tuple(state.memory.rows.shape))
+        return state
+
+    def _step(self, x: Tensor, state: SAMState) -> SAMState:
+        memory, hidden, index, weights, read = state
+        hidden = self.controller(torch.cat([x, read.flatten(1)], -1), hidden)
+        query, word, strength, gate, interpolation = self.interface(hidden[0]).split(self._sizes, -1)
+        query, word = (t.unflatten(-1, (self.heads, self.width)) for t in (query, word))
+        gate, interpolation = torch.sigmoid(gate)[..., None], torch.sigmoid(interpolation)[..., None]
+        oldest = memory.least_accessed(self.heads)
+        places = torch.cat([index, oldest[..., None]], -1)
+        amounts = gate * torch.cat([interpolation * weights, 1 - interpolation], -1)
+        sparse_write(memory, places, amounts, word, clear=oldest)
+        index = nearest_rows(memory.rows, query, self.rows_read)
+        read, weights = sparse_read(memory, query, 1 + F.softplus(strength), index)
+        for at, much in ((places, amounts), (index, weights)):
+            self._access(memory, at, much)
+        return SAMState(memory, hidden, index, weights, read)
+
+    def _access(self, memory: SparseMemory, index: Tensor, weights: Tensor) -> None:
+        """Rows with more weight than the threshold are accessed now; of the others the head's heaviest row stands in, which is."""
+        top = index.gather(-1, weights.argmax(-1, keepdim=True))
+        memory.access(torch.where(weights > self.threshold, index, top).flatten(1))
+
+
+@torch.no_grad()
+def nearest_rows(rows: Tensor, query: Tensor, count: int) -> Tensor:
+    """int64 "B R count": the rows "B N W" of highest cosine with each query "B R W", best first."""
+    scores = query @ rows.mT * ((rows * rows).sum(-1) + 1e-6).rsqrt()[:, None]
+    return scores.topk(count, -1).indices

@@ -1,0 +1,263 @@
+"""A memory of which each step reads and writes a few rows, in place: back-propagation undoes the writes on its way back."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from memkernels._checks import Signature, check_tensor, fail
+
+EPSILON = 1e-6  # inside both square roots of the cosine
+
+
+class _Entry(NamedTuple):
+    """One write: the rows it touched, "B M", and what they hold where the memory is not now: before it, or, undone, after it."""
+
+    places: Tensor
+    rows: Tensor
+
+
+class SparseMemory:
+    """Rows that `sparse_read` and `sparse_write` work on in place, with a log of what was overwritten.
+
+    A step costs what its few rows cost, in time and in memory, however many rows there are: nothing of the size of the memory is saved.
+    Back-propagation walks back through the steps and puts the overwritten rows back, so that each step's gradient sees the memory as
+    that step saw it; `detach_` then brings the last state back and forgets the log.
+
+    Args:
+        rows: "B N W", float64 or float32: the memory before the first step. It is copied, and may need a gradient.
+
+    Attributes:
+        rows: "B N W": the memory now. Not to be written by others while a graph is alive.
+        accessed: int64 "B N": a number that grows with the time of a row's last access, all different; `least_accessed` reads it.
+
+    Gradients: first order only. `backward` can run once for a graph, not with `retain_graph` a second time; afterwards `detach_` comes
+        before the next step.
+    Raises: RuntimeError for a second backward, for a step after backward without `detach_`, and for a backward past steps that ran under
+        `torch.no_grad`. ValueError or TypeError for `rows` of another rank or dtype.
+    Source: Rae et al., Scaling Memory-Augmented Neural Networks with Sparse Reads and Writes (2016, arXiv 1610.09027), section 3.4.
+
+    Example:
+        >>> import torch, memkernels as mk
+        >>> memory = mk.SparseMemory(torch.eye(3)[None])
+        >>> row, word = torch.tensor([[2]]), torch.tensor([[[5.0, 0.0, 0.0]]])
+        >>> mk.sparse_write(memory, row[None], torch.ones(1, 1, 1), word, clear=row)
+        >>> memory.rows[0, 2]
+        tensor([5., 0., 0.])
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        check_tensor("SparseMemory", "rows", rows)
+        if rows.dim() != 3:
+            fail("SparseMemory", "rows", "B N W", tuple(rows.shape))
+        if rows.dtype not in (torch.float32, torch.float64):
+            fail("SparseMemory", "rows", "float64 or float32", rows.dtype, TypeError)
+        self.rows = rows.detach().clone(memory_format=torch.contiguous_format)
+        batch, count, _ = rows.shape
+        self.accessed = torch.arange(-count, 0, device=rows.device).expand(batch, -1).contiguous()
+        self._clock = 0
+        self._log: list[_Entry | None] = []  # None: a write that was not logged
+        self._undone: list[_Entry] = []
+        self._gradient: Tensor | None = None
+        self._token = _Begin.apply(rows, self)  # type: ignore[no-untyped-call]
+
+    def __repr__(self) -> str:
+        batch, count, width = self.rows.shape
+        return f"SparseMemory(B={batch}, N={count}, W={width}, writes that can be undone: {len(self._log)})"
+
+    def detach_(self) -> SparseMemory:
+        """The last state again, without its history: after backward, or between the windows of truncated back-propagation."""
+        while self._undone:
+            entry = self._undone.pop()
+            _put(self.rows, entry.places, entry.rows)
+        self._log, self._gradient, self._token = [], None, self._token.detach()
+        return self
+
+    def least_accessed(self, count: int = 1) -> Tensor:
+        """int64 "B count": the rows whose last access lies furthest back, the furthest first; untouched ones by their number."""
+        if count == 1:
+            return self.accessed.argmin(1, keepdim=True)
+        return self.accessed.topk(count, 1, largest=False).indices
+
+    def access(self, index: Tensor) -> None:
+        """Notes that the rows int64 "B J" are accessed now, the later in the list the later."""
+        if index.numel():
+            now = self._clock + torch.arange(index.shape[1], device=index.device)
+            self.accessed.scatter_reduce_(1, index, now.expand_as(index), "amax")
+            self._clock += index.shape[1]
+
+    def _check_step(self, op: str) -> None:
+        if self._gradient is not None or self._undone:
+            raise RuntimeError(f"{op}: memory: backward has undone its steps, expected detach_() before the next one")
+
+    def _write(self, index: Tensor, weights: Tensor, add: Tensor, clear: Tensor, logged: bool) -> None:
+        touched = torch.cat([index.flatten(1), clear], 1)
+        self._log.append(_Entry(touched, _take(self.rows, touched)) if logged else None)
+        _put(self.rows, clear, self.rows.new_zeros(()).expand(*clear.shape, self.rows.shape[2]))
+        _put(self.rows, index.flatten(1), (weights[..., None] * add[:, :, None]).flatten(1, 2), accumulate=True)
+
+    def _rewind(self, op: str, time: int) -> Tensor:
+        """The memory as it was after that many writes; returns the buffer of its gradient."""
+        if len(self._log) < time:
+            raise RuntimeError(f"{op}: backward ran before and has undone these steps; it can run once")
+        while len(self._log) > time:
+            entry = self._log.pop()
+            if entry is None:
+                raise RuntimeError(f"{op}: backward needs the memory before a step that ran under torch.no_grad and kept no log")
+            self._undone.append(_Entry(entry.places, _take(self.rows, entry.places)))
+            _put(self.rows, entry.places, entry.rows)
+        if self._gradient is None:
+            self._gradient = torch.zeros_like(self.rows)  # pages are touched where rows are
+        return self._gradient
+
+
+def sparse_read(memory: SparseMemory, query: Tensor, strength: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Reads rows by content: softmax(strength * cosine) over the rows that an index names, for each head.
+
+    Args:
+        memory: what is read.
+        query: "B R W", dtype and device of the memory. strength: "B R".
+        index: int64 "B R J": the rows to look at, e.g. the `index` of `topk_read`.
+
+    Returns:
+        read "B R W" and weights "B R J".
+
+    Gradients: to query, strength, and to what was written into the rows; first order.
+    Raises: ValueError, TypeError, IndexError: a size, dtype, device or index does not fit. RuntimeError: see `SparseMemory`.
+    Source: Rae et al. 2016, section 3.1.
+
+    Example:
+        >>> import torch, memkernels as mk
+        >>> memory = mk.SparseMemory(torch.eye(3)[None])
+        >>> read, weights = mk.sparse_read(memory, torch.tensor([[[1.0, 0.0, 0.0]]]), torch.tensor([[1e3]]), torch.tensor([[[2, 0]]]))
+        >>> weights
+        tensor([[[0., 1.]]])
+    """
+    READ(query, strength, index)
+    _check_sizes("sparse_read", memory, query, index)
+    memory._check_step("sparse_read")
+    memory._token, read, weights = _Read.apply(memory._token, query, strength, index, memory)  # type: ignore[no-untyped-call]
+    return read, weights
+
+
+def sparse_write(memory: SparseMemory, index: Tensor, weights: Tensor, add: Tensor, *, clear: Tensor | None = None) -> None:
+    """Adds weighted words to a few rows of a memory, in place; rows of `clear` become 0 before.
+
+    ``M[clear] = 0;  M[index[h, j]] += weights[h, j] * add[h]`` for every head h and j; a row named twice is added to twice.
+
+    Args:
+        memory: what is written.
+        index: int64 "B H J". weights: "B H J", dtype and device of the memory. add: "B H W".
+        clear: int64 "B C": rows that are emptied first, or None.
+
+    Gradients: to weights, add, and through the rows that stay to what was written before; first order. The log keeps H J + C rows.
+    Raises: ValueError, TypeError, IndexError: a size, dtype, device or index does not fit; nothing is written then. RuntimeError: see
+        `SparseMemory`.
+    Source: Rae et al. 2016, section 3.2, equations 4 to 6 (erase the least recently used row, add to it and to the rows last read).
+    """
+    if clear is None:
+        clear = index.new_zeros(index.shape[0], 0)
+    WRITE(index, weights, add, clear)
+    _check_sizes("sparse_write", memory, add, index, clear)
+    memory._check_step("sparse_write")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (memory._token, weights, add)):
+        memory._token = _Write.apply(memory._token, weights, add, index, clear, memory)  # type: ignore[no-untyped-call]
+    else:
+        memory._write(index, weights, add, clear, logged=False)
+
+
+def _check_sizes(op: str, memory: Any, given: Tensor, *indices: Tensor) -> None:
+    """What the signature of the tensors alone does not say."""
+    if not isinstance(memory, SparseMemory):
+        fail(op, "memory", "a SparseMemory", type(memory).__name__, TypeError)
+    batch, count, width = memory.rows.shape
+    wanted = f"B={batch}, W={width}, {memory.rows.dtype} on {memory.rows.device}, as in the memory"
+    if (given.shape[0], given.shape[2], given.dtype, given.device) != (batch, width, memory.rows.dtype, memory.rows.device):
+        got = f"B={given.shape[0]}, W={given.shape[2]}, {given.dtype} on {given.device}"
+        fail(op, "query" if op == "sparse_read" else "add", wanted, got)
+    for name, index in zip(("index", "clear"), indices):
+        if index.device.type == "cpu" and index.numel():
+            low, high = (int(v) for v in torch.aminmax(index))
+            if low < 0 or high >= count:
+                fail(op, name, f"rows 0 to N-1={count - 1}", low if low < 0 else high, IndexError)
+
+
+READ = Signature("sparse_read", query="B R W", strength="B R", index=("B R J", torch.int64))
+WRITE = Signature("sparse_write", index=("B H J", torch.int64), weights="B H J", add="B H W", clear=("B C", torch.int64))
+
+
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows of "B N W" that an index "B ..." names."""
+    flat = index.flatten(1)
+    return rows.gather(1, flat[..., None].expand(-1, -1, rows.shape[2])).unflatten(1, index.shape[1:])
+
+
+def _put(rows: Tensor, index: Tensor, values: Tensor, accumulate: bool = False) -> None:
+    """Overwrites, or adds to, rows "B M"; equal places are added up in their order."""
+    entry = torch.arange(rows.shape[0], device=rows.device)[:, None].expand_as(index)
+    rows.index_put_((entry, index), values, accumulate)
+
+
+def _attend(rows: Tensor, query: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
+    """rows "B R J W" -> read "B R W", weights "B R J"."""
+    norms = ((query * query).sum(-1, keepdim=True) + EPSILON) * ((rows * rows).sum(-1) + EPSILON)
+    cosine = (rows @ query[..., None]).squeeze(-1) * norms.rsqrt()
+    weights = torch.softmax(strength[..., None] * cosine, -1)
+    return (weights[..., None, :] @ rows).squeeze(-2), weights
+
+
+class _Begin(torch.autograd.Function):
+    """The first of a chain of scalars that makes backward visit the steps in reverse."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, memory: SparseMemory) -> Tensor:
+        ctx.memory = memory
+        return rows.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtoken: Tensor) -> tuple[Tensor, None]:
+        return ctx.memory._rewind("SparseMemory", 0).clone(), None
+
+
+class _Read(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, query: Tensor, strength: Tensor, index: Tensor, memory: SparseMemory) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(query, strength, index)
+        ctx.memory, ctx.time = memory, len(memory._log)
+        return token.clone(), *_attend(_take(memory.rows, index), query, strength)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtoken: Tensor, dread: Tensor, dweights: Tensor) -> tuple[Tensor | None, ...]:
+        query, strength, index = ctx.saved_tensors
+        gradient = ctx.memory._rewind("sparse_read", ctx.time)
+        leaves = [t.detach().requires_grad_() for t in (_take(ctx.memory.rows, index), query, strength)]
+        with torch.enable_grad():
+            outputs = _attend(*leaves)
+        drows, dquery, dstrength = torch.autograd.grad(outputs, leaves, (dread, dweights))
+        _put(gradient, index.flatten(1), drows.flatten(1, 2), accumulate=True)
+        return dtoken, dquery, dstrength, None, None
+
+
+class _Write(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, weights: Tensor, add: Tensor, index: Tensor, clear: Tensor, memory: SparseMemory) -> Tensor:
+        ctx.save_for_backward(weights, add, index, clear)
+        ctx.memory, ctx.time = memory, len(memory._log)
+        memory._write(index, weights, add, clear, logged=True)
+        return token.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtoken: Tensor) -> tuple[Tensor | None, ...]:
+        weights, add, index, clear = ctx.saved_tensors
+        gradient = ctx.memory._rewind("sparse_write", ctx.time)
+        drows = _take(gradient, index)
+        dweights = (drows @ add[..., None]).squeeze(-1)
+        dadd = (weights[..., None, :] @ drows).squeeze(-2)
+        _put(gradient, clear, gradient.new_zeros(()).expand(*clear.shape, gradient.shape[2]))
+        return dtoken, dweights, dadd, None, None, None
