@@ -1,7 +1,8 @@
 // Attention forward of bfloat16 without mask and dropout, in units of 32 queries and 64 keys. While the vector ports
 // turn the scores of one unit into weights, the tiles compute the scores of the next unit and add the values of the
-// pair of units before: the instructions are interleaved here, because the reorder buffer is shorter than a unit. Sums
-// are loaded and stored once a pair: with one unit's 64 keys that took the tiles longer than the products.
+// run before, of one unit or two: the instructions are interleaved here, because the reorder buffer is shorter than a
+// unit. Sums are loaded and stored once a run: for wide values and 64 keys that takes the tiles longer than the
+// products.
 //
 // A row's base is the maximum of its first unit and moves only when later weights exceed kMostSum. Each row
 // decides on its own, from its own scores, so no row changes a bit of another. Precision: as attention_forward.h.
@@ -12,8 +13,7 @@ namespace mk::cpu::MK_LEVEL {
 namespace {
 
 constexpr int64_t kUnitRows = 32, kUnitKeys = 64, kUnitBlock = 256, kUnitGroup = kHalfGroup;
-constexpr int64_t kPairKeys = 2 * kUnitKeys, kPairRow = kPairKeys + 32;  // no whole number of cache ways
-constexpr float kMostSum = 0x1p24f;                                      // of a row's weights of a unit in one lane
+constexpr float kMostSum = 0x1p24f;    // of a row's weights of a unit in one lane
 constexpr float kMostShift = 0x1p28f;  // beyond, the rounding of the shift alone is a power of 2 that could overflow
 constexpr int64_t kUnitsMost = kUnitBlock / kUnitKeys * (kUnitGroup / kUnitRows);
 
@@ -22,7 +22,7 @@ struct Unit {
   uint16_t* weights;
   float *sums, *totals, *shift;
   int64_t at, rows, first;  // query, how many, key
-  int64_t place, size;      // in its pair of neighbouring keys, of as many units
+  int64_t place, size;      // in its run of neighbouring keys, of as many units
   bool fresh, edge;         // the first unit of its rows; not all its rows see all its keys
 };
 
@@ -31,15 +31,24 @@ struct HalfUnits {
   uint16_t *query, *key, *value, *weights;
   float *sums, *totals, *shift, *scores;  // totals: 16 lanes a row; shift: -base, and +inf before any score
   Unit* units;
-  int64_t width, value_width, stop, used;
+  int64_t width, value_width, stop, run, weight_row, used;  // run: units of a whole run
 
-  HalfUnits(const AttentionArgs& a, void* memory) : width(padded32(a.width)), value_width(padded32(a.value_width)) {
+  static constexpr int64_t units_a_run(int64_t value_width) { return value_width > 64 ? 2 : 1; }
+  static constexpr int64_t row_of_weights(int64_t run) {
+    return run * kUnitKeys + (run > 1 ? 32 : 0);
+  }  // not 256 bytes
+
+  HalfUnits(const AttentionArgs& a, void* memory)
+      : width(padded32(a.width)),
+        value_width(padded32(a.value_width)),
+        run(units_a_run(value_width)),
+        weight_row(row_of_weights(run)) {
     Carver carver(memory);
     const int64_t rows = padded32(smaller(kUnitGroup, a.queries));
     query = carver.take<uint16_t>(rows * width);
     key = carver.take<uint16_t>(kUnitBlock * width);
     value = carver.take<uint16_t>(kUnitBlock * value_width);
-    weights = carver.take<uint16_t>(2 * kUnitRows * kPairRow);
+    weights = carver.take<uint16_t>(2 * kUnitRows * weight_row);
     sums = carver.take<float>(rows * value_width);
     totals = carver.take<float>(rows * 16);
     shift = carver.take<float>(rows);
@@ -84,24 +93,24 @@ MK_INLINE void tile_step(bool clear, bool lower, bool first, bool last, const ui
   _tile_stored(3, c + 16 * c_row + 16, c_row * 4);
 }
 
-// What weights of a pair of units add to a share of the columns of its sums.
-struct PairShare {
-  const Unit* first;   // of the pair; null: no pair
+// What weights of a run of units add to a share of the columns of its sums.
+struct RunShare {
+  const Unit* first;   // of the run; null: no run
   int64_t begin, end;  // blocks of 32 columns
 };
-// The share of the pair before that accompanies a unit, as the unit lies in its own.
-MK_INLINE PairShare pair_share(const HalfUnits& w, const Unit& unit) {
+// The share of the run before that accompanies a unit, as the unit lies in its own.
+MK_INLINE RunShare run_share(const HalfUnits& w, const Unit& unit) {
   const Unit *mine = &unit - unit.place, *before = mine - 1;
   if (mine == w.units) return {nullptr, 0, 0};
   const int64_t blocks = w.value_width / 32;
   return {before - before->place, unit.place * blocks / unit.size, (unit.place + 1) * blocks / unit.size};
 }
 
-// The tile work that accompanies one unit: scores of `next`, then the share of a pair.
+// The tile work that accompanies one unit: scores of `next`, then the share of a run.
 class TileSteps {
  public:
-  TileSteps(const HalfUnits& w, const Unit* next, float* next_scores, PairShare share)
-      : share_(share), value_width_(w.value_width) {
+  TileSteps(const HalfUnits& w, const Unit* next, float* next_scores, RunShare share)
+      : share_(share), value_width_(w.value_width), weight_row_(w.weight_row) {
     const int64_t blocks = share.end - share.begin, depths = share.first ? 2 * share.first->size : 0;
     steps = (next ? w.width / 32 * 4 : 0) + blocks * depths * 2;
     if (next)
@@ -128,15 +137,15 @@ class TileSteps {
   }
   MK_INLINE void begin_sums() {
     if (const Unit* first = share_.first)
-      begin(false, first->weights, kPairRow, first->value + share_.begin * 64, value_width_,
+      begin(false, first->weights, weight_row_, first->value + share_.begin * 64, value_width_,
             first->sums + share_.begin * 32, value_width_, first->size * kUnitKeys, (share_.end - share_.begin) * 32);
     lower_ = true;  // step() turns it
   }
 
-  PairShare share_;
+  RunShare share_;
   const uint16_t *a_ = nullptr, *b_ = nullptr;
   float* c_ = nullptr;
-  int64_t value_width_, a_row_ = 0, b_columns_ = 0, c_row_ = 0, depth_ = 0, depths_ = 0, columns_ = 0;
+  int64_t value_width_, weight_row_, a_row_ = 0, b_columns_ = 0, c_row_ = 0, depth_ = 0, depths_ = 0, columns_ = 0;
   bool clear_ = false, lower_ = false;
 };
 
@@ -193,13 +202,11 @@ __attribute__((noinline)) void rebase_row(const HalfUnits& w, const Unit& unit, 
   for (int64_t j = 0; j < w.value_width; j += 16)
     _mm512_storeu_ps(sums + j, _mm512_mul_ps(shrink, _mm512_loadu_ps(sums + j)));
   unit.shift[row] = -base;
-  // Weights that wait for their values: of the pair's first unit, or of the pair before, half of whose columns are
-  // done.
-  const PairShare before = pair_share(w, unit);
-  if (unit.place)
-    shrink_weights((&unit - 1)->weights + row * kPairRow, kUnitKeys, shrink);
-  else if (before.first && before.first->sums == unit.sums && unit.size == 2)
-    shrink_weights(before.first->weights + row * kPairRow, before.first->size * kUnitKeys, shrink);
+  // Weights that wait for their values: of the run's earlier units, and of the run before unless this unit ends it.
+  const RunShare before = run_share(w, unit);
+  shrink_weights((&unit - unit.place)->weights + row * w.weight_row, unit.place * kUnitKeys, shrink);
+  if (before.first && before.first->sums == unit.sums && unit.place + 1 < unit.size)
+    shrink_weights(before.first->weights + row * w.weight_row, before.first->size * kUnitKeys, shrink);
 }
 
 // A unit at work: `moved` collects the rows whose base has to move.
@@ -218,8 +225,8 @@ struct UnitRows {
     for (int64_t k = 0; cap && k < kUnitKeys; k += 16) capped(a, Vec<float>::load(s + k), slope).store(s + k);
     const uint64_t seen = edge ? unit_sees(a, w, unit, row) : ~uint64_t(0);
     if (fresh) unit.shift[row] = -(unit_highest(s, seen) * scale);
-    const __m512 sum =
-        unit_weights(s, unit.weights + row * kPairRow, seen, _mm512_set1_ps(scale), _mm512_set1_ps(unit.shift[row]));
+    const __m512 sum = unit_weights(s, unit.weights + row * w.weight_row, seen, _mm512_set1_ps(scale),
+                                    _mm512_set1_ps(unit.shift[row]));
     float* totals = unit.totals + row * 16;
     if (__builtin_expect(_mm512_cmp_ps_mask(sum, _mm512_set1_ps(kMostSum), _CMP_NLE_UQ), 0))
       moved |= 1u << row;
@@ -230,7 +237,7 @@ struct UnitRows {
   MK_INLINE void rebase(const AttentionArgs& a, const HalfUnits& w, const Unit& unit) {
     for (; moved; moved &= moved - 1) {
       const int64_t row = __builtin_ctz(moved);
-      rebase_row(w, unit, row, scores + row * kUnitKeys, unit.weights + row * kPairRow,
+      rebase_row(w, unit, row, scores + row * kUnitKeys, unit.weights + row * w.weight_row,
                  edge ? unit_sees(a, w, unit, row) : ~uint64_t(0), scale);
     }
   }
@@ -249,29 +256,30 @@ __attribute__((noinline)) void run_unit(const AttentionArgs& a, const HalfUnits&
   rows.rebase<edge>(a, w, unit);
 }
 
-// The common units, 32 rows of width 64 or 128 amid whole pairs, with all of their steps laid out: an eighth less time
+// The common units, 32 rows of width 64 or 128 amid whole runs, with all of their steps laid out: an eighth less time
 // than the loop.
-template <int kWidth, int kPlaceInPair, int kStep>
+template <int kWidth, int kPlaceInRun, int kStep>
 MK_INLINE void fixed_steps(const AttentionArgs& a, const HalfUnits& w, const Unit& unit, const Unit& past,
                            UnitRows& rows, float* next_scores) {
   constexpr int kSteps = kWidth / 4, kRowsAStep = int(kUnitRows) / kSteps, kPlace = kStep % (kSteps / 2) / 2;
   for (int row = 0; row < kRowsAStep; row++) rows.row<false, false, false>(a, w, unit, kStep * kRowsAStep + row);
   constexpr bool kScoring = kStep < kSteps / 2;
-  constexpr int64_t kDepths = kScoring ? kWidth : kPairKeys, kColumns = kScoring ? kUnitKeys : kWidth;
+  constexpr int64_t kRun = HalfUnits::units_a_run(kWidth), kDepths = kScoring ? kWidth : kRun * kUnitKeys,
+                    kColumns = kScoring ? kUnitKeys : kWidth;
   constexpr int64_t kDepth = kPlace * 32 % kDepths;
-  constexpr int64_t kColumn = kPlace * 32 / kDepths * 32 + (kScoring ? 0 : kPlaceInPair * kWidth / 2);
+  constexpr int64_t kColumn = kPlace * 32 / kDepths * 32 + (kScoring ? 0 : kPlaceInRun * kWidth / kRun);
   constexpr int64_t kB = (kDepth / 2 * kColumns + kColumn) * 2;
   const Unit& next = *(&unit + 1);
   tile_step(kScoring, kStep % 2, kDepth == 0, kDepth + 32 == kDepths, (kScoring ? next.query : past.weights) + kDepth,
-            kScoring ? kWidth : kPairRow, (kScoring ? next.key : past.value) + kB, kColumns,
+            kScoring ? kWidth : HalfUnits::row_of_weights(kRun), (kScoring ? next.key : past.value) + kB, kColumns,
             (kScoring ? next_scores : past.sums) + kColumn, kColumns);
-  if constexpr (kStep + 1 < kSteps) fixed_steps<kWidth, kPlaceInPair, kStep + 1>(a, w, unit, past, rows, next_scores);
+  if constexpr (kStep + 1 < kSteps) fixed_steps<kWidth, kPlaceInRun, kStep + 1>(a, w, unit, past, rows, next_scores);
 }
-template <int kWidth, int kPlaceInPair>
+template <int kWidth, int kPlaceInRun>
 __attribute__((noinline)) void run_fixed_unit(const AttentionArgs& a, const HalfUnits& w, const Unit& unit,
                                               const Unit& past, int64_t odd) {
   UnitRows rows(a, w, odd);
-  fixed_steps<kWidth, kPlaceInPair, 0>(a, w, unit, past, rows, w.scores + (1 - odd) * w.kScores);
+  fixed_steps<kWidth, kPlaceInRun, 0>(a, w, unit, past, rows, w.scores + (1 - odd) * w.kScores);
   rows.rebase<false>(a, w, unit);
 }
 
@@ -287,12 +295,12 @@ MK_INLINE void run_units(const AttentionArgs& a, const HalfUnits& w, int64_t cou
   run_tiles({w, w.units, w.scores, {nullptr, 0, 0}});
   for (int64_t i = 0; i < count; i++) {
     const Unit& unit = w.units[i];
-    const PairShare share = pair_share(w, unit);
+    const RunShare share = run_share(w, unit);
     asm volatile("" ::: "memory");
-    if (square && share.first && share.first->size == 2 && unit.size == 2 && i + 1 < count && unit.rows == kUnitRows &&
-        !unit.edge && !unit.fresh) {
-      const auto run = w.width == 64 ? unit.place ? run_fixed_unit<64, 1> : run_fixed_unit<64, 0>
-                       : unit.place ? run_fixed_unit<128, 1>
+    if (square && share.first && share.first->size == w.run && unit.size == w.run && i + 1 < count &&
+        unit.rows == kUnitRows && !unit.edge && !unit.fresh) {
+      const auto run = w.width == 64 ? run_fixed_unit<64, 0>
+                       : unit.place  ? run_fixed_unit<128, 1>
                                      : run_fixed_unit<128, 0>;
       run(a, w, unit, *share.first, i % 2);
       continue;
@@ -309,21 +317,22 @@ MK_INLINE void run_units(const AttentionArgs& a, const HalfUnits& w, int64_t cou
 // Units of queries [begin, end) against the packed keys [first, first + keys).
 MK_INLINE int64_t list_units(const AttentionArgs& a, const HalfUnits& w, int64_t begin, int64_t end, int64_t first,
                              int64_t keys, uint64_t& started) {
-  int64_t count = 0, pairs = 0;
+  int64_t count = 0, runs = 0;
   for (int64_t row = 0; row < end - begin; row += kUnitRows) {
     const int64_t rows = smaller(kUnitRows, end - begin - row), at = begin + row;
     const Range block = seen_by_block(a, at, at + rows, first, first + keys);
     const Range top = seen_by(a, at), bottom = seen_by(a, at + rows - 1);
     const int64_t start = block.first / kUnitKeys * kUnitKeys;
     for (int64_t key = start; key < block.last; key += kUnitKeys) {
-      const int64_t place = (key - start) / kUnitKeys % 2;
-      pairs += place == 0;
+      const int64_t index = (key - start) / kUnitKeys, place = index % w.run;
+      const int64_t left = (block.last - key + kUnitKeys - 1) / kUnitKeys + place;
+      runs += place == 0;
       const int64_t low = first + key, high = low + kUnitKeys;
       const uint64_t bit = uint64_t(1) << (row / kUnitRows);
       w.units[count++] = {w.query + row * w.width,
                           w.key + key * w.width,
                           w.value + key * w.value_width,
-                          w.weights + pairs % 2 * kUnitRows * kPairRow + place * kUnitKeys,
+                          w.weights + runs % 2 * kUnitRows * w.weight_row + place * kUnitKeys,
                           w.sums + row * w.value_width,
                           w.totals + row * 16,
                           w.shift + row,
@@ -331,7 +340,7 @@ MK_INLINE int64_t list_units(const AttentionArgs& a, const HalfUnits& w, int64_t
                           rows,
                           low,
                           place,
-                          place || key + kUnitKeys < block.last ? 2 : 1,
+                          smaller(w.run, left),
                           !(started & bit),
                           bottom.first > low || top.last < high || w.stop < high};
       started |= bit;
@@ -350,7 +359,7 @@ bool unit_blocks(const AttentionArgs& a, HalfUnits& w, int64_t b, int64_t h, int
   for (int64_t i = 0; i < rows32 * w.value_width; i++) w.sums[i] = 0;
   for (int64_t i = 0; i < rows32 * 16; i++) w.totals[i] = 0;
   for (int64_t i = 0; i < rows32; i++) w.shift[i] = kInfinity<float>;
-  for (int64_t i = 0; i < 2 * kUnitRows * kPairRow; i++) w.weights[i] = 0;
+  for (int64_t i = 0; i < 2 * kUnitRows * w.weight_row; i++) w.weights[i] = 0;
   const Range seen = seen_by_block(a, begin, end, start, stop);
   uint64_t started = 0;
   for (int64_t first = start + seen.first / kUnitBlock * kUnitBlock; first < start + seen.last; first += kUnitBlock) {
