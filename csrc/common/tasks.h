@@ -23,4 +23,15 @@ void run_tasks(int64_t tasks, double flops, int64_t scratch_bytes, const Body& b
   });
 }
 
+// Tasks that write long neighbouring runs of fresh memory. Threads at work at the same time stay far apart: two that
+// first touch one 2 MB page together both clear it, and one of the two copies is thrown away.
+template <class Body>
+void run_tasks_apart(int64_t tasks, double flops, int64_t scratch_bytes, const Body& body) {
+  const int64_t lanes = num_threads(), each = (tasks + lanes - 1) / lanes;
+  run_tasks(each * lanes, flops, scratch_bytes, [&](int64_t turn, char* memory) {
+    const int64_t task = turn % lanes * each + turn / lanes;
+    if (task < tasks) body(task, memory);
+  });
+}
+
 }  // namespace mk

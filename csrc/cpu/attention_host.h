@@ -58,7 +58,7 @@ inline void keys_and_queries(const AttentionArgs& a, const AttentionKernels& ker
   if (!dkv && !full && !dquery) return;
   const bool together = dquery && (dkv || full) && (a.splits > 1 || rows >= num_threads());
   if (together || (dquery && a.splits > 1)) {
-    run_tasks(rows * a.splits, flops, bytes, [&](int64_t task, void* scratch) {
+    run_tasks_apart(rows * a.splits, flops, bytes, [&](int64_t task, void* scratch) {
       const int64_t row = task / a.splits, run = task % a.splits, first = run * a.split_keys;
       const int64_t last = std::min(first + a.split_keys, a.keys), b = row / a.key_heads;
       AttentionArgs room;

@@ -160,7 +160,7 @@ void retrieved_gradients(RetrievalArgs r, const AttentionArgs& a, const Retrieva
     });
     if (!memory) continue;
     const double moved = double(last - first) * double(r.rows * (r.width + r.value_width));
-    run_tasks((last - first) * parts, moved, kernels.memory_scratch[type](r, step), [&](int64_t task, void* m) {
+    run_tasks_apart((last - first) * parts, moved, kernels.memory_scratch[type](r, step), [&](int64_t task, void* m) {
       const int64_t row = first + task / parts, from = task % parts * step;
       kernels.memory[type](r, row / r.key_heads, row % r.key_heads, from, std::min(from + step, r.rows), m);
     });

@@ -2,27 +2,30 @@
 // operands of dvalue += p^T dout and dkey += ds^T query as they are, and of dquery^T += key^T ds^T after an
 // interleaving of pairs of rows. Queries and upstream gradients are packed once a part (O(Q) scratch), keys once a
 // block; sums are float32, p and ds bfloat16.
+//
+// Loads and stores of sums cost the tiles more than their products: a product of depth 256 takes 0.75 of the time of
+// two of depth 128. Operands and sums whose columns are queries lie in panels of 32, so that a tile's rows are
+// neighbours and not the same few cache sets.
 #pragma once
 #include "cpu/amx/attention_forward.h"
 
 namespace mk::cpu::MK_LEVEL {
 namespace {
 
-constexpr int64_t kHalfQueries = 128;
+constexpr int64_t kHalfQueries = 256, kPanelQueries = 32;
 
 struct HalfBackward {
-  // query_across, dout_across: operand B of the scores; query_down, dout_down: operand B of dkey and dvalue,
-  // [head][queries / 2][width][2].
+  // query_across, dout_across: operand B of the scores, [head][panel][width / 2][32][2]; query_down, dout_down: operand
+  // B of dkey and dvalue, [head][queries / 2][width][2]; pairs: operand B of dquery^T, [panel][keys / 2][32][2];
+  // dquery: [head][panel][width][32].
+  static constexpr int64_t kWeightRow = kHalfQueries + 32;
   uint16_t *query_across, *dout_across, *query_down, *dout_down, *key, *value, *key_columns, *weights, *gradients,
       *pairs;
   float *base, *delta, *dquery, *dkey, *dvalue, *scores, *products;
   int64_t width, value_width, queries, used;
 
-  // Queries lie in blocks of kHalfQueries, each a panel of its own.
   HalfBackward(const AttentionArgs& a, void* memory)
-      : width(padded32(a.width)),
-        value_width(padded32(a.value_width)),
-        queries((a.queries + kHalfQueries - 1) / kHalfQueries * kHalfQueries) {
+      : width(padded32(a.width)), value_width(padded32(a.value_width)), queries(padded32(a.queries)) {
     Carver carver(memory);
     const int64_t rows = queries * (a.key_heads ? a.heads / a.key_heads : 1);
     query_across = carver.take<uint16_t>(rows * width);
@@ -37,8 +40,8 @@ struct HalfBackward {
     key_columns = carver.take<uint16_t>(kBackwardKeys * width);
     dkey = carver.take<float>(kBackwardKeys * width);
     dvalue = carver.take<float>(kBackwardKeys * value_width);
-    weights = carver.take<uint16_t>(kBackwardKeys * kHalfQueries);
-    gradients = carver.take<uint16_t>(kBackwardKeys * kHalfQueries);
+    weights = carver.take<uint16_t>(kBackwardKeys * kWeightRow);
+    gradients = carver.take<uint16_t>(kBackwardKeys * kWeightRow);
     pairs = carver.take<uint16_t>(kBackwardKeys * kHalfQueries);
     scores = carver.take<float>(32 * 32);
     products = carver.take<float>(32 * 32);
@@ -88,21 +91,21 @@ MK_INLINE float joint_base(const AttentionArgs& a, int64_t row) {
 
 MK_INLINE void pack_queries(const AttentionArgs& a, const AttentionPart& part, const HalfBackward& w, int64_t h,
                             int64_t slot) {
-  for (int64_t at = part.begin; at < part.end; at += kHalfQueries) {
-    const int64_t rows = smaller(kHalfQueries, part.end - at), to = slot * w.queries + at - part.begin;
+  for (int64_t at = part.begin; at < part.end; at += kPanelQueries) {
+    const int64_t rows = smaller(kPanelQueries, part.end - at), to = slot * w.queries + at - part.begin;
     const bfloat16 *query = rows_of<bfloat16>(a.query, part.b, h, at), *dout = rows_of<bfloat16>(a.dout, part.b, h, at);
-    pack_pairs_across(query, a.query.row, rows, a.width, w.query_across + to * w.width, kHalfQueries);
-    pack_pairs_across(dout, a.dout.row, rows, a.value_width, w.dout_across + to * w.value_width, kHalfQueries);
-    pack_pairs_down(query, a.query.row, rows, a.width, w.query_down + to * w.width, kHalfQueries);
-    pack_pairs_down(dout, a.dout.row, rows, a.value_width, w.dout_down + to * w.value_width, kHalfQueries);
+    pack_pairs_across(query, a.query.row, rows, a.width, w.query_across + to * w.width, kPanelQueries);
+    pack_pairs_across(dout, a.dout.row, rows, a.value_width, w.dout_across + to * w.value_width, kPanelQueries);
+    pack_pairs_down(query, a.query.row, rows, a.width, w.query_down + to * w.width, kPanelQueries);
+    pack_pairs_down(dout, a.dout.row, rows, a.value_width, w.dout_down + to * w.value_width, kPanelQueries);
     const int64_t from = row_index(a, part.b, h, at);
-    for (int64_t i = 0; i < kHalfQueries; i++) {
+    for (int64_t i = 0; i < kPanelQueries; i++) {
       w.base[to + i] = i < rows ? joint_base(a, from + i) : kInfinity<float>;
       w.delta[to + i] = i < rows ? static_cast<const float*>(a.rows_delta)[from + i] : 0;
       const Range seen = i < rows ? seen_by(a, at + i) : Range{0, a.keys};
       if (in_one_block(a, seen)) w.delta[to + i] += exact_delta(a, part.b, h, at + i, seen);
     }
-    for (int64_t i = 0; i < kHalfQueries * w.width; i++) w.dquery[to * w.width + i] = 0;
+    for (int64_t i = 0; i < kPanelQueries * w.width; i++) w.dquery[to * w.width + i] = 0;
   }
 }
 
@@ -143,11 +146,11 @@ MK_INLINE void half_gradients(const AttentionArgs& a, const HalfBackward& w, int
         g[i][j] = _mm512_maskz_mul_ps(some, weight, _mm512_sub_ps(_mm512_loadu_ps(d), delta[j]));
         if (cap) g[i][j] = _mm512_maskz_mul_ps(some, g[i][j], slope.v);
       }
-      const int64_t at = (key + row + i) * kHalfQueries + column;
+      const int64_t at = (key + row + i) * w.kWeightRow + column;
       _mm512_storeu_si512(w.weights + at, two_bfloat16(p[i][0], p[i][1]));
       _mm512_storeu_si512(w.gradients + at, two_bfloat16(g[i][0], g[i][1]));
     }
-    uint16_t* pairs = w.pairs + ((key + row) / 2 * kHalfQueries + column) * 2;
+    uint16_t* pairs = w.pairs + column * kBackwardKeys + (key + row) * kPanelQueries;
     _mm512_storeu_si512(pairs, _mm512_permutexvar_epi16(order, two_bfloat16(g[0][0], g[1][0])));
     _mm512_storeu_si512(pairs + 32, _mm512_permutexvar_epi16(order, two_bfloat16(g[0][1], g[1][1])));
   }
@@ -155,31 +158,30 @@ MK_INLINE void half_gradients(const AttentionArgs& a, const HalfBackward& w, int
 
 MK_INLINE void clear_gradients(const HalfBackward& w, int64_t key, int64_t column) {
   for (int64_t row = 0; row < 32; row++) {
-    _mm512_storeu_si512(w.weights + (key + row) * kHalfQueries + column, _mm512_setzero_si512());
-    _mm512_storeu_si512(w.gradients + (key + row) * kHalfQueries + column, _mm512_setzero_si512());
-    _mm512_storeu_si512(w.pairs + ((key + row) / 2 * kHalfQueries + column) * 2 + row % 2 * 32, _mm512_setzero_si512());
+    _mm512_storeu_si512(w.weights + (key + row) * w.kWeightRow + column, _mm512_setzero_si512());
+    _mm512_storeu_si512(w.gradients + (key + row) * w.kWeightRow + column, _mm512_setzero_si512());
+    _mm512_storeu_si512(w.pairs + column * kBackwardKeys + (key + row) * kPanelQueries, _mm512_setzero_si512());
   }
 }
 
-// The operands of one block of keys against kHalfQueries queries from `query`, packed at row `slot`.
-MK_INLINE void half_operands(const AttentionArgs& a, const HalfBackward& w, int64_t query, int64_t end, int64_t slot,
-                             int64_t first, int64_t keys) {
-  for (int64_t column = 0; column < kHalfQueries; column += 32) {
-    const int64_t from = smaller(query + column, end - 1), to = smaller(query + column + 32, end);
-    const Range top = seen_by(a, from), bottom = seen_by(a, to - 1);
-    const bool absent = query + column >= end;
+// The operands of one block of keys against the panels of `columns`, of queries from `query` to `end`, packed at row
+// `slot`.
+MK_INLINE void half_operands(const AttentionArgs& a, const HalfBackward& w, int64_t query, int64_t end, Range columns,
+                             int64_t slot, int64_t first, int64_t keys) {
+  const bool cap = a.softcap > 0;
+  for (int64_t column = columns.first; column < columns.last; column += kPanelQueries) {
+    const Range top = seen_by(a, query + column), bottom = seen_by(a, smaller(query + column + kPanelQueries, end) - 1);
     for (int64_t key = 0; key < padded32(keys); key += 32) {
       const int64_t low = first + key, high = smaller(low + 32, first + keys);
-      if (absent || top.first >= high || bottom.last <= low) {
+      if (top.first >= high || bottom.last <= low) {
         clear_gradients(w, key, column);
         continue;
       }
-      tile_gemm_32x32(w.key + key * w.width, w.width, w.query_across + slot * w.width + column * 2, kHalfQueries,
+      tile_gemm_32x32(w.key + key * w.width, w.width, w.query_across + (slot + column) * w.width, kPanelQueries,
                       w.width, w.scores, 32, false);
-      tile_gemm_32x32(w.value + key * w.value_width, w.value_width, w.dout_across + slot * w.value_width + column * 2,
-                      kHalfQueries, w.value_width, w.products, 32, false);
+      tile_gemm_32x32(w.value + key * w.value_width, w.value_width, w.dout_across + (slot + column) * w.value_width,
+                      kPanelQueries, w.value_width, w.products, 32, false);
       const bool inside = bottom.first <= low && top.last >= low + 32 && key + 32 <= keys;
-      const bool cap = a.softcap > 0;
       const auto gradients = inside ? cap ? half_gradients<false, true> : half_gradients<false, false>
                              : cap ? half_gradients<true, true>
                                     : half_gradients<true, false>;
@@ -188,28 +190,45 @@ MK_INLINE void half_operands(const AttentionArgs& a, const HalfBackward& w, int6
   }
 }
 
-// C[rows][columns] += A[rows][depth] B, all whole 32-blocks.
-MK_INLINE void add_tiles(const uint16_t* a, int64_t a_row, const uint16_t* b, int64_t b_columns, int64_t rows,
-                         int64_t columns, int64_t depth, float* c, int64_t c_row) {
-  for (int64_t j = 0; j < columns; j += 32)
+// C[rows][columns] += A[rows][depth] B, all whole 32-blocks; a column block of B and of C is `b_step` and `c_step`
+// elements from the next.
+MK_INLINE void add_tiles(const uint16_t* a, int64_t a_row, const uint16_t* b, int64_t b_columns, int64_t b_step,
+                         int64_t rows, int64_t blocks, int64_t depth, float* c, int64_t c_row, int64_t c_step) {
+  for (int64_t j = 0; j < blocks; j++)
     for (int64_t i = 0; i < rows; i += 32)
-      tile_gemm_32x32(a + i * a_row, a_row, b + j * 2, b_columns, depth, c + i * c_row + j, c_row, true);
+      tile_gemm_32x32(a + i * a_row, a_row, b + j * b_step, b_columns, depth, c + i * c_row + j * c_step, c_row, true);
 }
 
-// dquery^T [width][kHalfQueries] of each block of queries to rows of dquery_sums.
+// What the operands of the panels of `columns` add to the sums.
+MK_INLINE void add_products(const AttentionArgs& a, const AttentionPart& part, const HalfBackward& w, Range columns,
+                            int64_t slot, int64_t keys32) {
+  const int64_t depth = columns.last - columns.first, at = slot + columns.first;
+  if (part.dkv && a.dvalue)
+    add_tiles(w.weights + columns.first, w.kWeightRow, w.dout_down + at * w.value_width, w.value_width, 64, keys32,
+              w.value_width / 32, depth, w.dvalue, w.value_width, 32);
+  if (part.dkv && a.dkey)
+    add_tiles(w.gradients + columns.first, w.kWeightRow, w.query_down + at * w.width, w.width, 64, keys32, w.width / 32,
+              depth, w.dkey, w.width, 32);
+  if (part.dquery)
+    add_tiles(w.key_columns, kBackwardKeys, w.pairs + columns.first * kBackwardKeys, kPanelQueries,
+              kPanelQueries * kBackwardKeys, w.width, depth / kPanelQueries, keys32, w.dquery + at * w.width,
+              kPanelQueries, kPanelQueries * w.width);
+}
+
+// dquery^T [width][kPanelQueries] of each panel of queries to rows of dquery_sums.
 MK_INLINE void store_dquery(const AttentionArgs& a, const AttentionPart& part, const HalfBackward& w, int64_t h,
                             int64_t slot) {
   const int64_t row = padded<float>(a.width);
-  for (int64_t at = part.begin; at < part.end; at += kHalfQueries) {
+  for (int64_t at = part.begin; at < part.end; at += kPanelQueries) {
     const float* from = w.dquery + (slot * w.queries + at - part.begin) * w.width;
     float* to = static_cast<float*>(a.dquery_sums) +
                 (part.run * a.batch * a.heads * a.queries + row_index(a, part.b, h, at)) * row;
-    const int64_t rows = smaller(kHalfQueries, part.end - at);
+    const int64_t rows = smaller(kPanelQueries, part.end - at);
     for (int64_t i = 0; i < rows; i += 16)
       for (int64_t j = 0; j < row; j += 16) {
         Vec<float> block[16];
 #pragma GCC unroll 16
-        for (int k = 0; k < 16; k++) block[k] = Vec<float>::load(from + (j + k) * kHalfQueries + i);
+        for (int k = 0; k < 16; k++) block[k] = Vec<float>::load(from + (j + k) * kPanelQueries + i);
         transpose(block);
         for (int k = 0; k < smaller(16, rows - i); k++) block[k].store(to + (i + k) * row + j);
       }
@@ -230,6 +249,19 @@ MK_INLINE bool pack_keys(const AttentionArgs& a, const AttentionPart& part, cons
   return !broken;
 }
 
+// Columns of the panels of queries [begin, end) from the first to the last that sees one of the keys [first, last).
+MK_INLINE Range seeing_panels(const AttentionArgs& a, int64_t begin, int64_t end, int64_t first, int64_t last) {
+  const auto blind = [&](int64_t column) {
+    const int64_t at = begin + column;
+    const Range block = seen_by_block(a, at, smaller(at + kPanelQueries, end), first, last);
+    return block.first >= block.last;
+  };
+  Range columns = {0, padded32(end - begin)};
+  while (columns.first < columns.last && blind(columns.first)) columns.first += kPanelQueries;
+  while (columns.first < columns.last && blind(columns.last - kPanelQueries)) columns.last -= kPanelQueries;
+  return columns;
+}
+
 bool half_parts(const AttentionArgs& a, const AttentionPart& part, const HalfBackward& w) {
   const int64_t group = a.heads / a.key_heads, stop = smaller(part.last, a.seen_keys);
   const Tiles tiles;
@@ -243,18 +275,10 @@ bool half_parts(const AttentionArgs& a, const AttentionPart& part, const HalfBac
     for (int64_t g = 0; g < group; g++)
       for (int64_t at = part.begin; at < part.end; at += kHalfQueries) {
         const int64_t slot = g * w.queries + at - part.begin, end = smaller(at + kHalfQueries, part.end);
-        const Range block = seen_by_block(a, at, end, first, first + keys);
-        if (block.first == block.last) continue;
-        half_operands(a, w, at, end, slot, first, keys);
-        if (part.dkv && a.dvalue)
-          add_tiles(w.weights, kHalfQueries, w.dout_down + slot * w.value_width, w.value_width, keys32, w.value_width,
-                    kHalfQueries, w.dvalue, w.value_width);
-        if (part.dkv && a.dkey)
-          add_tiles(w.gradients, kHalfQueries, w.query_down + slot * w.width, w.width, keys32, w.width, kHalfQueries,
-                    w.dkey, w.width);
-        if (part.dquery)
-          add_tiles(w.key_columns, kBackwardKeys, w.pairs, kHalfQueries, w.width, kHalfQueries, keys32,
-                    w.dquery + slot * w.width, kHalfQueries);
+        const Range columns = seeing_panels(a, at, end, first, first + keys);
+        if (columns.first >= columns.last) continue;
+        half_operands(a, w, at, end, columns, slot, first, keys);
+        add_products(a, part, w, columns, slot, keys32);
       }
     const int64_t row = (part.b * a.key_heads + part.h) * a.keys + first;
     if (part.dkv && a.dkey)

@@ -314,12 +314,25 @@ struct Given {
   A weight, gradient;
 };
 
+// The inverse index of `rows` memory rows; I: what counts the retrievals of a key head.
+template <class A, class I>
+struct Inverse {
+  I* start;
+  Given<A>* given;
+  int64_t used;
+
+  Inverse(const RetrievalArgs& r, int64_t rows, void* memory) {
+    Carver carver(memory);
+    start = carver.take<I>(rows + 1);
+    given = carver.take<Given<A>>(r.heads / r.key_heads * r.queries * r.slots);
+    used = carver.used();
+  }
+};
+// Its starts are most of the scratch of few retrievals.
+MK_INLINE bool counts_fit(const RetrievalArgs& r) { return r.heads / r.key_heads * r.queries * r.slots <= INT32_MAX; }
 template <class A>
 int64_t retrieval_memory_scratch(const RetrievalArgs& r, int64_t rows) {
-  Carver carver(nullptr);
-  carver.take<int64_t>(rows + 1);
-  carver.take<Given<A>>(r.heads / r.key_heads * r.queries * r.slots);
-  return carver.used();
+  return counts_fit(r) ? Inverse<A, int32_t>(r, rows, nullptr).used : Inverse<A, int64_t>(r, rows, nullptr).used;
 }
 
 // A row that very many queries retrieved is summed in pieces: rounding errors stay near those of a blocked sum.
@@ -354,9 +367,8 @@ void write_memory_row(const AttentionTensor& rows, int64_t b, const Given<A>* gi
 
 // The inverse index of rows [first, last): given[start[i] .. start[i + 1]) belongs to row first + i, in the order of
 // heads, queries and slots. Retrievals of weight 0 are left out.
-template <class A>
-void invert(const RetrievalArgs& r, int64_t b, int64_t h, int64_t first, int64_t last, int64_t* start,
-            Given<A>* given) {
+template <class A, class I>
+void invert(const RetrievalArgs& r, int64_t b, int64_t h, int64_t first, int64_t last, const Inverse<A, I>& to) {
   const int64_t group = r.heads / r.key_heads, rows = last - first;
   const auto each = [&](const auto& body) {
     for (int64_t head = h * group; head < (h + 1) * group; head++)
@@ -369,33 +381,36 @@ void invert(const RetrievalArgs& r, int64_t b, int64_t h, int64_t first, int64_t
             body(index[i] - first, head, query, pairs + 2 * i);
       }
   };
-  for (int64_t i = 0; i <= rows; i++) start[i] = 0;
-  each([&](int64_t row, int64_t, int64_t, const A*) { start[row + 1]++; });
-  for (int64_t i = 1; i <= rows; i++) start[i] += start[i - 1];
+  for (int64_t i = 0; i <= rows; i++) to.start[i] = 0;
+  each([&](int64_t row, int64_t, int64_t, const A*) { to.start[row + 1]++; });
+  for (int64_t i = 1; i <= rows; i++) to.start[i] += to.start[i - 1];
   // start[row] moves to the end of its run, which is where the next one begins.
   each([&](int64_t row, int64_t head, int64_t query, const A* pair) {
-    given[start[row]++] = {int32_t(head), int32_t(query), pair[0], pair[1]};
+    to.given[to.start[row]++] = {int32_t(head), int32_t(query), pair[0], pair[1]};
   });
 }
 
-template <class A, class T>
-void retrieval_memory(const RetrievalArgs& r, int64_t b, int64_t h, int64_t first, int64_t last, void* memory) {
-  Carver carver(memory);
-  int64_t* start = carver.take<int64_t>(last - first + 1);
-  auto* given = carver.take<Given<A>>(r.heads / r.key_heads * r.queries * r.slots);
-  invert<A>(r, b, h, first, last, start, given);
+template <class A, class T, class I>
+void write_memory_rows(const RetrievalArgs& r, int64_t b, int64_t h, int64_t first, int64_t last, void* memory) {
+  const Inverse<A, I> inverse(r, last - first, memory);
+  invert(r, b, h, first, last, inverse);
   const int64_t offset = (b * r.key_heads + h) * r.rows + first;
   T *dkey = static_cast<T*>(r.dmemory_key) + offset * r.width,
     *dvalue = static_cast<T*>(r.dmemory_value) + offset * r.value_width;
   for (int64_t row = 0, from = 0; row < last - first; row++) {
-    const int64_t count = start[row] - from;
-    const Given<A>* own = given + from;
-    from = start[row];
+    const int64_t count = inverse.start[row] - from;
+    const Given<A>* own = inverse.given + from;
+    from = inverse.start[row];
     if (r.dmemory_key) write_memory_row<A, T, true>(r.query, b, own, count, r.width, A(r.scale), dkey + row * r.width);
     if (r.dmemory_value)
       write_memory_row<A, T, false>(r.dout, b, own, r.dout.data ? count : 0, r.value_width, A(1),
                                     dvalue + row * r.value_width);
   }
+}
+
+template <class A, class T>
+void retrieval_memory(const RetrievalArgs& r, int64_t b, int64_t h, int64_t first, int64_t last, void* memory) {
+  (counts_fit(r) ? write_memory_rows<A, T, int32_t> : write_memory_rows<A, T, int64_t>)(r, b, h, first, last, memory);
 }
 
 }  // namespace
