@@ -215,7 +215,7 @@ void backward(const TensorView& dquery, const TensorView& dkey, const TensorView
                   kernels.rejoin[type](r, a, b, h, begin, end, memory);
                 });
   if (a.dout.data) {
-    a.rows_moved = scratch.take<char>(rows * size);
+    a.rows_moved = scratch.take<char>(2 * rows * size);
     over_queries(a, attention, type, attention.center[type]);
   }
   retrieved_gradients(r, a, kernels, type);

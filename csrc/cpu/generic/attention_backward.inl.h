@@ -241,32 +241,38 @@ void restate(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_
   }
 }
 
-// What a delta that is off leaves of the ds of a query does not sum to dlse, but to what it is off besides (the weights
-// sum to 1). So delta is exact where a rounded `out` is not: where all that a query sees has nearly the same value.
+// Weights times (dout . value - delta - dlse) should sum to 0 over what a query sees; to what they sum instead, over
+// the sum of the weights, delta is off. Set right it is exact where a rounded `out` is not: where all values are nearly
+// equal.
 template <class A, class T>
 void center(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_t end, void* memory) {
   using V = Vec<A>;
   const BackwardScratch<A> w(a, memory);
   for (int64_t query = begin; query < end; query += kBackwardQueries) {
     const int64_t rows = smaller(kBackwardQueries, end - query), row = row_index(a, b, h, query);
-    V sum[kBackwardQueries];
-    for (int64_t i = 0; i < rows; i++) sum[i] = V::zero();
+    V moved[kBackwardQueries], total[kBackwardQueries];
+    for (int64_t i = 0; i < rows; i++) moved[i] = total[i] = V::zero();
     for (int64_t first = 0; first < a.seen_keys; first += kBackwardKeys) {
       const int64_t keys = smaller(kBackwardKeys, a.seen_keys - first);
       const Range block = seen_by_block(a, query, query + rows, first, first + keys);
       if (block.first == block.last) continue;
       load_keys<A, T>(a, w, b, h / (a.heads / a.key_heads), first, keys);
       gradient_block<A, T>(a, w, b, h, query, rows, first, keys, block);
-      for (int64_t i = 0; i < rows; i++)
-        for (int64_t k = block.first / kLanes<A> * kLanes<A>; k < block.last; k += kLanes<A>)
-          sum[i] = sum[i] + V::load(w.gradients + i * w.kScoreRow + k);
+      for (int64_t i = 0; i < rows; i++) {
+        const V dlse = V::set1(dlse_of<A>(a, b, h, query + i));
+        for (int64_t k = block.first / kLanes<A> * kLanes<A>; k < block.last; k += kLanes<A>) {
+          const V weight = V::load(w.scores + i * w.kScoreRow + k);
+          moved[i] = moved[i] + (V::load(w.gradients + i * w.kScoreRow + k) - weight * dlse);
+          total[i] = total[i] + weight;
+        }
+      }
     }
     for (int64_t i = 0; i < rows; i++) {
-      const A moved = reduce_add(sum[i]);
+      const A by = reduce_add(moved[i]), all = reduce_add(total[i]);
       if (a.joint)
-        static_cast<A*>(a.rows_moved)[row + i] = moved;
-      else if (!in_one_block(a, seen_by(a, query + i)))
-        static_cast<A*>(a.rows_delta)[row + i] += moved - dlse_of<A>(a, b, h, query + i);
+        static_cast<A*>(a.rows_moved)[2 * (row + i)] = by, static_cast<A*>(a.rows_moved)[2 * (row + i) + 1] = all;
+      else if (all != A(0) && !in_one_block(a, seen_by(a, query + i)))
+        static_cast<A*>(a.rows_delta)[row + i] += by / all;
     }
   }
 }

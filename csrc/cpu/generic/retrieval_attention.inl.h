@@ -205,9 +205,9 @@ void rejoin(const RetrievalArgs& r, const AttentionArgs& a, int64_t b, int64_t h
   }
 }
 
-// w.scores and w.products become weights and ds; returns the exact delta: `delta` and what these memories and the local
-// keys (*moved; null: it is exact already) move it by, see center(). One memory alone has weight 1 whatever its score:
-// no gradient but that of the log-sum-exp, exactly.
+// w.scores and w.products become weights and ds; returns the exact delta: `delta` and by how much these memories and
+// the local keys (moved: their two sums; null: it is exact already) say it is off, see center(). One memory alone has
+// weight 1 whatever its score: no gradient but that of the log-sum-exp, exactly.
 template <class A>
 A retrieved_gradients(const RetrievalScratch<A>& w, int64_t count, A base, A unit, A delta, const A* moved, A dlse,
                       bool whole) {
@@ -216,14 +216,14 @@ A retrieved_gradients(const RetrievalScratch<A>& w, int64_t count, A base, A uni
   for (int64_t i = 0; i < count; i += kLanes<A>)
     (power_of(V::load(w.scores + i), one, zero) * V::set1(unit)).store(w.scores + i);
   int64_t there = 0;
-  A sum = 0;
+  A sum = moved ? moved[0] : A(0), total = moved ? moved[1] : A(0);
   for (int64_t i = 0; i < count; i++) {
     if (w.scores[i] == A(0))
       w.products[i] = 0;
     else
-      there++, sum += w.scores[i] * (w.products[i] - delta);
+      there++, total += w.scores[i], sum += w.scores[i] * (w.products[i] - (delta + dlse));
   }
-  if (moved) delta += *moved + sum - dlse;
+  if (moved && total != A(0)) delta += sum / total;
   for (int64_t i = 0; i < count; i++)
     if (w.scores[i] != A(0)) w.products[i] = w.scores[i] * (whole && there == 1 ? dlse : w.products[i] - delta);
   return delta;
@@ -249,7 +249,7 @@ void retrieval_gradient(const RetrievalArgs& r, const AttentionArgs& a, int64_t 
     A* delta = static_cast<A*>(a.rows_delta) + row;
     *delta = retrieved_gradients<A>(w, found.count, static_cast<const A*>(a.rows_base)[row],
                                     static_cast<const A*>(a.rows_unit)[row], *delta,
-                                    a.rows_moved ? static_cast<const A*>(a.rows_moved) + row : nullptr,
+                                    a.rows_moved ? static_cast<const A*>(a.rows_moved) + 2 * row : nullptr,
                                     dlse_of<A>(a, b, h, query), local.first >= local.last);
     if (a.dquery) {
       A* sums = static_cast<A*>(a.dquery_sums) + (r.batch * r.heads * r.queries + row) * sums_row;

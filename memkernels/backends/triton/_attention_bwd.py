@@ -1,8 +1,8 @@
 """The backward of attention: see attention.py. With p = exp(s - maximum) / sum, delta = dout . out - dlse, ds = p * (dout . v - delta):
 dv = p^T dout, dq = scale * ds k, dk = scale * ds^T q, dmask = ds summed over what the mask broadcasts along. With a softcap the ds of
 query and key is multiplied by its slope; a sink of weight p gets -p * delta, summed over the rows of its head.
-A delta that is off, because `out` is rounded, shows in the sum of the ds of a query, which should be dlse: queries that see few keys, whose
-ds may be nothing but that, have theirs set right by one more pass over their keys (center()).
+A delta that is off, because `out` is rounded, shows in the sum of p * (dout . v - dout . out) over what a query sees, which should be 0:
+queries that see few keys, whose ds may be little but that, have theirs set right by one more pass over their keys (set_right()).
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def _attention_dquery_kernel(
 ):  # fmt: skip
     """dq of a block of queries; with dmask_ptr (a mask of the full shape) also ds, which is its gradient.
 
-    With moved_ptr only the sum of the ds of each query, of blocks that see at most `most` keys."""
+    With moved_ptr only the sums of ds and of p of each query, of blocks that see at most `most` keys."""
     blocks = tl.cdiv(Q, BLOCK_M)
     program = tl.program_id(0).to(tl.int64)
     block, split, row = blocks - 1 - program % blocks, (program // blocks) % splits, program // blocks // splits
@@ -208,7 +208,7 @@ def _attention_dquery_kernel(
     few = end - begin <= most
     if moved_ptr is not None:
         end = tl.where(few, end, begin)
-        moved = tl.zeros([BLOCK_M], tl.float32)
+        moved, summed = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     dquery, zero = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(begin, end, BLOCK_N):
         k = tl.cast(start, tl.int64) + lanes(BLOCK_N)
@@ -228,13 +228,15 @@ def _attention_dquery_kernel(
             store(dmask_ptr + (row * Q + i)[:, None] * all_keys + k[None, :], dlogit, mask=(i < Q)[:, None] & (k < all_keys)[None, :])
         if moved_ptr is not None:
             moved += tl.sum(dlogit, 1)
+            summed += tl.sum(tl.exp(logit - top[:, None]) * inverse_sum[:, None], 1)
         if CAPPED:
             dlogit = tl.where(logit == float("-inf"), 0.0, dlogit * slope)
         if mask_ptr is not None or WINDOWED:  # a key that is not finite must not reach a query that does not see it by 0 * NaN
             key = tl.where((key - key) != 0, 0.0, key)
         dquery = dot(rounded(dlogit, key.dtype), key, dquery, PRECISION)
     if moved_ptr is not None:
-        tl.store(moved_ptr + row * Q + i, moved, mask=i < tl.where(few, Q, 0))
+        tl.store(moved_ptr + (row * Q + i) * 2, moved, mask=i < tl.where(few, Q, 0))
+        tl.store(moved_ptr + ((row * Q + i) * 2 + 1), summed, mask=i < tl.where(few, Q, 0))
     if dquery_part_ptr is not None:
         at = (split * B * NH + row) * Q + i
         store(dquery_part_ptr + at[:, None] * D + d[None, :], dquery * scale, mask=queries)
@@ -244,7 +246,7 @@ FEW_KEYS = 128  # of queries that see more, a delta that is off by a rounding mo
 
 
 def first_delta(dout, dlse, out, stats):
-    """dout . out - dlse of contiguous outputs "B NH Q"."""
+    """dout . out (- dlse) of contiguous outputs "B NH Q"."""
     (_, heads, queries, width), delta = out.shape, stats.new_empty(stats.shape[:3])
     run(
         _attention_delta_kernel, (_launch.ceil_div(delta.numel(), 16),), delta, out, dout, dlse, heads, queries, width, delta.numel(),
@@ -287,20 +289,19 @@ class Call:
             *self.numbers, *self.layouts, **options,
         )  # fmt: skip
 
-    def few(self, lengths_k, left, right):
-        """Whether some queries may see few keys."""
-        return self.keys <= FEW_KEYS or left >= 0 or right >= 0 or lengths_k is not None
-
 
 def backward(
     dquery, dkey, dvalue, dmask, dsink, dout, dlse, query, key, value, attn_mask, sink, lengths_k, seed, out, stats, scale, softcap,
     dropout_p, left, right, causal,
 ):  # fmt: skip
-    dout, exact = (out.new_zeros(()).expand(out.shape), True) if dout is None else (dout, False)
-    delta = first_delta(dout, dlse, out, stats)
+    few = dout is not None and (key.shape[2] <= FEW_KEYS or left >= 0 or right >= 0 or lengths_k is not None)  # some may see few keys
+    dout = out.new_zeros(()).expand(out.shape) if dout is None else dout
+    delta = first_delta(dout, None if few else dlse, out, stats)
     call = Call(dout, query, key, value, attn_mask, lengths_k, seed, stats, delta, scale, softcap, dropout_p, left, right, causal)
-    if not exact and call.few(lengths_k, left, right):
-        center(call, delta, dlse, None if sink is None else _sink_rows(sink, stats, delta), FEW_KEYS)
+    if few:
+        moved = no_moves(delta)
+        call.dquery(None, None, moved, FEW_KEYS)
+        set_right(delta, moved, dlse, sink is not None)
     rest = None if sink is None else _sink_rows(sink, stats, delta)
     if dsink is not None:
         dsink.copy_(rest.sum((0, 2)))  # type: ignore[union-attr]
@@ -313,13 +314,20 @@ def backward(
     gradients(call, dquery, dkey, dvalue, dmask)
 
 
-def center(call, delta, dlse, rest, most):
-    """Sets delta right where a block of queries sees at most `most` keys: the ds of a query should sum to dlse, less its sink's."""
-    due = torch.zeros_like(delta) if dlse is None else dlse.contiguous()
-    due = due if rest is None else due - rest
-    moved = due.clone()
-    call.dquery(None, None, moved, most)
-    delta += moved.sub_(due)
+def no_moves(delta):
+    """For each query the sums that set_right() takes, as if its delta were exact."""
+    return torch.tensor((0.0, 1.0), device=delta.device).expand(*delta.shape, 2).contiguous()
+
+
+def set_right(delta, moved, dlse, sink=False):
+    """delta = exact delta, from that without dlse: by p * (dout . v - delta) and p, summed over what a query sees (a sink has value 0)."""
+    by, total = moved.unbind(-1)
+    if sink:
+        delta.mul_(total).add_(by)
+    else:
+        delta += by / total.masked_fill(total == 0, 1)
+    if dlse is not None:
+        delta -= dlse
 
 
 def gradients(call, dquery, dkey, dvalue, dmask):

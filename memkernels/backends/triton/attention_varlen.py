@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from memkernels.backends.triton import _launch
-from memkernels.backends.triton._attention_bwd import FEW_KEYS, _attention_delta_kernel
+from memkernels.backends.triton._attention_bwd import FEW_KEYS, _attention_delta_kernel, no_moves, set_right
 from memkernels.backends.triton._common import (
     AOT_DTYPES,
     INTERPRETED,
@@ -147,7 +147,7 @@ def _varlen_dquery_kernel(
     CAPPED: tl.constexpr, WINDOWED: tl.constexpr, AT_END: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """With moved_ptr only the sum of the ds of each query, of blocks that see at most `most` keys."""
+    """With moved_ptr only the sums of ds and of p of each query, of blocks that see at most `most` keys."""
     program = tl.program_id(0).to(tl.int64)
     head = program % NH
     sequence, start_q, Q, block = _sequence(starts_q_ptr, program // NH, S, steps, TQ, BLOCK_M)
@@ -166,7 +166,8 @@ def _varlen_dquery_kernel(
     few = end - begin <= most
     if moved_ptr is not None:
         end = tl.where(few, end, begin)
-    dquery, moved = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    dquery = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    moved, summed = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     for first in range(begin, end, BLOCK_N):
         k = tl.cast(first, tl.int64) + lanes(BLOCK_N)
         key = _tile(key_ptr, k, K, D, key_stride_t, key_stride_d, BLOCK_D)
@@ -177,14 +178,16 @@ def _varlen_dquery_kernel(
             seen = seen & (away >= -left) & (away <= right)
         dweights = dot(dout, tl.trans(value), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
         logit = _logits(query, key, scale, softcap, CAPPED, PRECISION)
-        _, plain, dlogit = _dlogits(logit, seen, top[:, None], total[:, None], dweights, delta[:, None], softcap, CAPPED)
+        weights, plain, dlogit = _dlogits(logit, seen, top[:, None], total[:, None], dweights, delta[:, None], softcap, CAPPED)
         moved += tl.sum(plain, 1)
+        summed += tl.sum(weights, 1)
         if WINDOWED:  # nor a key
             key = tl.where((key - key) != 0, 0.0, key)
         dquery = dot(rounded(dlogit, key.dtype), key, dquery, PRECISION)
     at = (start_q + i) * NH + head
     if moved_ptr is not None:
-        tl.store(moved_ptr + at, moved, mask=i < tl.where(few, Q, 0))
+        tl.store(moved_ptr + at * 2, moved, mask=i < tl.where(few, Q, 0))
+        tl.store(moved_ptr + (at * 2 + 1), summed, mask=i < tl.where(few, Q, 0))
     if dquery_ptr is not None:
         store(dquery_ptr + at[:, None] * D + d[None, :], dquery * scale, mask=(i < Q)[:, None] & (d < D)[None, :])
 
@@ -288,9 +291,10 @@ def backward(dquery, dkey, dvalue, dout, dlse, query, key, value, cu_seqlens_q, 
     dout = out.new_zeros(()).expand(out.shape) if zeros else dout
     starts = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     search, sizes, numbers = _numbers_of(query, key, value, starts[0], *options)
-    delta, dlse_strides = stats.new_empty(tokens, heads), strides(dlse, 2)
+    delta, before = stats.new_empty(tokens, heads), dlse if zeros else None
+    dlse_strides = strides(before, 2)
     run(
-        _attention_delta_kernel, (_launch.ceil_div(delta.numel(), 16),), delta, out, dout, dlse, 1, heads, value_width, delta.numel(),
+        _attention_delta_kernel, (_launch.ceil_div(delta.numel(), 16),), delta, out, dout, before, 1, heads, value_width, delta.numel(),
         dout.stride(0), 0, dout.stride(1), dout.stride(2), dlse_strides[0], 0, dlse_strides[1], BLOCK=16,
         BLOCK_V=_launch.power_of_two(value_width, 16),
     )  # fmt: skip
@@ -300,27 +304,13 @@ def backward(dquery, dkey, dvalue, dout, dlse, query, key, value, cu_seqlens_q, 
         launch = _launch_for("dquery", query.dtype, width, value_width, capability)
         grid = ((tokens // launch.block_m + search[0] + 1) * heads,)
         tile = _options(launch, query.dtype, *options[1:])
+        rest = *tensors, heads, tokens, *sizes[:2], FEW_KEYS, *sizes[2:], *numbers, *layouts
         if not zeros:  # queries that see few keys: see _attention_bwd.py
-            due = torch.zeros_like(delta) if dlse is None else dlse.contiguous()
-            moved = due.clone()
-            run(
-                _varlen_dquery_kernel,
-                grid,
-                None,
-                moved,
-                *tensors,
-                heads,
-                tokens,
-                *sizes[:2],
-                FEW_KEYS,
-                *sizes[2:],
-                *numbers,
-                *layouts,
-                **tile,
-            )
-            delta += moved.sub_(due)
+            moved = no_moves(delta)
+            run(_varlen_dquery_kernel, grid, None, moved, *rest, **tile)
+            set_right(delta, moved, dlse)
         if dquery is not None:
-            run(_varlen_dquery_kernel, grid, dquery, None, *tensors, heads, tokens, *sizes[:2], 0, *sizes[2:], *numbers, *layouts, **tile)
+            run(_varlen_dquery_kernel, grid, dquery, None, *rest, **tile)
     if dkey is not None or dvalue is not None:
         launch = _launch_for("dkey", query.dtype, width, value_width, capability)
         grid = ((key.shape[0] // launch.block_n + search[0] + 1) * key.shape[1],)

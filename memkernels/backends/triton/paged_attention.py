@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from memkernels.backends.triton import _launch
-from memkernels.backends.triton._attention_bwd import first_delta
+from memkernels.backends.triton._attention_bwd import first_delta, no_moves, set_right
 from memkernels.backends.triton._common import AOT_DTYPES, aot, dot, lanes, precision, refuse, rounded, run, store
 from memkernels.backends.triton.attention import _attention_combine_kernel
 
@@ -103,7 +103,7 @@ def _paged_dquery_kernel(
     dout_stride_b, dout_stride_h, dout_stride_q, dout_stride_v, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """With moved_ptr only the sum of the ds of each query."""
+    """With moved_ptr the sums of ds and of p of each query."""
     program, shared_heads = tl.program_id(0).to(tl.int64), NH // group
     block, shared, b = program % blocks, program // blocks % shared_heads, program // blocks // shared_heads
     row, d = block * BLOCK_M + lanes(BLOCK_M), lanes(BLOCK_D)
@@ -115,7 +115,7 @@ def _paged_dquery_kernel(
     dout = _group_rows(dout_ptr, row, group * Q, Q, V, dout_stride_h, dout_stride_q, dout_stride_v, BLOCK_V)
     top, total = tl.load(stats_ptr + at * 2, mask=here, other=0.0), tl.load(stats_ptr + (at * 2 + 1), mask=here, other=1.0)
     delta, dquery = tl.load(delta_ptr + at, mask=here, other=0.0), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    moved = tl.zeros([BLOCK_M], tl.float32)
+    moved, summed = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     for first in range(length * 0, length, BLOCK_N):
         k = tl.cast(first, tl.int64) + lanes(BLOCK_N)
         page, there = _page(table_ptr + b * M, k, length, P, S)
@@ -128,13 +128,15 @@ def _paged_dquery_kernel(
             seen = seen & (k[None, :] <= (length - Q + row % Q)[:, None])
         zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         logit, dweights = dot(query, tl.trans(key), zero, PRECISION) * scale, dot(dout, tl.trans(value), zero, PRECISION)
-        _, dlogit = _gradient_tile(logit, seen, top[:, None], total[:, None], dweights, delta[:, None])
+        weights, dlogit = _gradient_tile(logit, seen, top[:, None], total[:, None], dweights, delta[:, None])
         moved += tl.sum(dlogit, 1)
+        summed += tl.sum(weights, 1)
         if CAUSAL:  # nor a key
             key = tl.where((key - key) != 0, 0.0, key)
         dquery = dot(rounded(dlogit, key.dtype), key, dquery, PRECISION)
     if moved_ptr is not None:
-        tl.store(moved_ptr + at, moved, mask=here)
+        tl.store(moved_ptr + at * 2, moved, mask=here)
+        tl.store(moved_ptr + (at * 2 + 1), summed, mask=here)
     if dquery_ptr is not None:
         store(dquery_ptr + at[:, None] * D + d[None, :], dquery * scale, mask=here[:, None] & (d < D)[None, :])
 
@@ -240,7 +242,7 @@ def backward(dquery, dkey, dvalue, dout, dlse, query, key_pages, value_pages, pa
     (batch, _, _, width), value_width = query.shape, value_pages.shape[3]
     zeros = dout is None
     dout = out.new_zeros(()).expand(out.shape) if zeros else dout
-    rows, delta = _rows_of(query, key_pages), first_delta(dout, dlse, out, stats)
+    rows, delta = _rows_of(query, key_pages), first_delta(dout, dlse if zeros else None, out, stats)
     layouts = *query.stride(), *key_pages.stride(), *value_pages.stride(), *dout.stride()
     lengths, table = lengths.contiguous(), page_table.contiguous()
 
@@ -252,9 +254,9 @@ def backward(dquery, dkey, dvalue, dout, dlse, query, key_pages, value_pages, pa
         run(_paged_dquery_kernel, grid, dquery, moved, *tensors, *sizes, blocks, float(scale), *layouts, **tile)
 
     if not zeros:  # see _attention_bwd.py
-        moved = torch.zeros_like(delta)
+        moved = no_moves(delta)
         along_queries(None, moved)
-        delta += moved if dlse is None else moved - dlse
+        set_right(delta, moved, dlse)
     if dquery is not None:
         along_queries(dquery, None)
     if dkey is not None or dvalue is not None:

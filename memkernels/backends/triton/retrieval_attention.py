@@ -94,14 +94,14 @@ def _gradient(
 
 @triton.jit
 def _retrieval_bwd_kernel(
-    dquery_ptr, dbias_ptr, weights_ptr, dscores_ptr, stats_ptr, delta_ptr, moved_ptr, dout_ptr, query_ptr, memory_key_ptr, memory_value_ptr,
-    index_ptr, bias_ptr, NH, Q, K, N, D, V, group, scale,
+    dquery_ptr, dbias_ptr, weights_ptr, dscores_ptr, stats_ptr, delta_ptr, moved_ptr, dlse_ptr, dout_ptr, query_ptr,
+    memory_key_ptr, memory_value_ptr, index_ptr, bias_ptr, NH, Q, K, N, D, V, group, scale,
     query_stride_b, query_stride_h, query_stride_q, query_stride_d, key_stride_b, key_stride_h, key_stride_n, key_stride_d,
     value_stride_b, value_stride_h, value_stride_n, value_stride_v, index_stride_b, index_stride_h, index_stride_q, index_stride_k,
     bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, dout_stride_b, dout_stride_h, dout_stride_q, dout_stride_v,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dquery = scale ds key, dbias = ds; weights and ds for the memory's gradients; delta, which local keys moved already, is set right."""
+    """dquery = scale ds key, dbias = ds; weights and ds for the memory's gradients; and delta set right: see _attention_bwd.py."""
     at = tl.program_id(0).to(tl.int64)
     b, head, i = at // Q // NH, at // Q % NH, at % Q
     d, v = lanes(BLOCK_D), lanes(BLOCK_V)
@@ -117,14 +117,17 @@ def _retrieval_bwd_kernel(
     top, total, delta = tl.load(stats_ptr + at * 2), tl.load(stats_ptr + (at * 2 + 1)), tl.load(delta_ptr + at)
     top, total = tl.where(top == float("-inf"), 0.0, top), tl.where(total == 0, 1.0, total)
     if moved_ptr is not None:
-        moved = tl.load(moved_ptr + at)
+        moved, summed = tl.load(moved_ptr + at * 2), tl.load(moved_ptr + (at * 2 + 1))
         for first in range(0, K, BLOCK_K):
-            _, _, _, _, dscore = _gradient(
+            _, _, _, weights, dscore = _gradient(
                 query, dout, memory_key_ptr, memory_value_ptr, index_ptr, bias_ptr, first, K, N, D, V, d, v, scale, top, total, delta,
                 key_stride_n, key_stride_d, value_stride_n, value_stride_v, index_stride_k, bias_stride_k, BLOCK_K,
             )  # fmt: skip
             moved += tl.sum(dscore, 0)
-        delta += moved
+            summed += tl.sum(weights, 0)
+        delta += moved / tl.where(summed == 0, 1.0, summed)
+        if dlse_ptr is not None:
+            delta -= tl.load(dlse_ptr + at)
         tl.store(delta_ptr + at, delta)
     acc = tl.zeros([BLOCK_D], tl.float32)
     for first in range(0, K, BLOCK_K):
@@ -203,20 +206,20 @@ def backward(
 ):  # fmt: skip
     zeros = dout is None
     dout = out.new_zeros(()).expand(out.shape) if zeros else dout
-    delta = first_delta(dout, dlse, out, stats)
+    delta = first_delta(dout, dlse if zeros else None, out, stats)
     local = Call(dout, query, key, value, None, None, None, stats, delta, scale, 0.0, 0.0, left, right, "top-left")
     moved = None
     if not zeros:
-        moved = torch.zeros_like(delta)
+        moved = stats.new_zeros(stats.shape)
         local.dquery(None, None, moved, key.shape[2])
-        moved = moved if dlse is None else moved.sub_(dlse)
     wanted = dmemory_key is not None or dmemory_value is not None
     weights, dscores = (stats.new_empty(index.shape) if wanted else None for _ in range(2))
     retrieved = None if dquery is None else stats.new_empty(dquery.shape)
     grid, sizes, layouts = _call(query, value, memory_key, memory_value, index, memory_bias, scale)
     launch = _launch.retrieval(index.shape[3], query.shape[3], value.shape[3])
     run(
-        _retrieval_bwd_kernel, grid, retrieved, dmemory_bias, weights, dscores, stats, delta, moved, dout,
+        _retrieval_bwd_kernel, grid, retrieved, dmemory_bias, weights, dscores, stats, delta, moved,
+        None if dlse is None else dlse.contiguous(), dout,
         query, memory_key, memory_value, index, memory_bias, *sizes, *layouts, *dout.stride(), **_tiles(launch),
     )  # fmt: skip
     keys = None if dquery is None else torch.empty_like(retrieved)
@@ -244,7 +247,7 @@ def _aot(name, kernel, dtype, **constants):
     launch = _launch.retrieval(32, 64, 64)
     blocks = {k: v for k, v in _tiles(launch).items() if k in kernel.arg_names}
     ones = {a: 1 for a in kernel.arg_names if a.endswith(("stride_d", "stride_v", "stride_k")) or a == "group"}
-    types = {f"{a}_ptr": "*fp32" for a in ("lse", "stats", "local", "weights", "dscores", "delta", "moved")}
+    types = {f"{a}_ptr": "*fp32" for a in ("lse", "stats", "local", "weights", "dscores", "delta", "moved", "dlse")}
     types |= {"dquery_ptr": "*fp32"} if kernel is _retrieval_bwd_kernel else {}
     types |= dict(index_ptr="*i64", start_ptr="*i64", order_ptr="*i64", scale="fp32")
     warps = launch.num_warps if "BLOCK_K" in blocks else 1
