@@ -176,6 +176,17 @@ def check_dtype(op: str, argument: str, tensor: torch.Tensor | None, dtype: torc
         fail(op, argument, f"device {like.device}", f"device {tensor.device}")
 
 
+def as_index(op: str, argument: str, got: Any) -> Any:
+    """Indices, offsets or lengths as int64, from int64 or int32, on their own device: nothing waits."""
+    check_tensor(op, argument, got)
+    if got.dtype == torch.int64:
+        return got
+    if got.dtype != torch.int32:
+        fail(op, argument, "int64 or int32", _dtype(got.dtype), TypeError)
+    check_dense(op, argument, got)
+    return got.long()
+
+
 def check_number(op: str, argument: str, got: Any) -> Any:
     """A number (a symbolic one under torch.compile, NumPy's, a tensor of one element that needs no gradient), as one of Python's."""
     if isinstance(got, (int, float, torch.SymInt, torch.SymFloat)):

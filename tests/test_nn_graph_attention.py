@@ -108,7 +108,7 @@ def edge():
     "call, error, text",
     (
         (lambda: csr_from_edges(torch.zeros(3, 2, dtype=torch.int64), 1), ValueError, r"edge_index: expected \[2 E\], got shape \(3, 2\)"),
-        (lambda: csr_from_edges(torch.zeros(2, 2), 1), TypeError, "edge_index: expected int64, got float32"),
+        (lambda: csr_from_edges(torch.zeros(2, 2), 1), TypeError, "edge_index: expected int64 or int32, got float32"),
         (lambda: csr_from_edges(torch.tensor([[0], [3]]), 3), IndexError, r"edge_index: expected nodes in 0\.\.2, got 3\.\.3"),
         (lambda: GraphAttention(4, 2)(torch.ones(3, 4), 5 * edge()), IndexError, r"edge_index: expected nodes in 0\.\.2, got 5\.\.5"),
         (lambda: GraphAttention(4, 2)(torch.ones(1, 4), 0 * edge() + torch.tensor([[3], [0]])), IndexError, "segment_attention: index"),

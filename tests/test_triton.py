@@ -186,3 +186,36 @@ def test_refusals_name_their_reason():
             memkernels.memory_read(*(t.to(DEVICE) for t in draw((1, 2, 2), (1, 1, 2))))
         with pytest.raises(memkernels.BackendError, match="over the limit of 512"):
             memkernels.content_read(*(t.float().to(DEVICE) for t in draw((1, 2, 600), (1, 1, 600), (1, 1))))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+def test_attention_by_descriptors(monkeypatch):
+    """TMA, and the one loop that Blackwell's warps share, give the bits of loads by pointers; keys end amid a block, widths amid a tile."""
+    from memkernels.backends.triton import attention as module
+    from memkernels.backends.triton._launch import Device
+
+    query, key, value = torch.randn(1, 2, 70, 24).bfloat16(), torch.randn(1, 1, 90, 24).bfloat16(), torch.randn(1, 1, 90, 40).bfloat16()
+    plans, plan = [], module._plan
+
+    def call(capability, **options):
+        monkeypatch.setattr(module, "device_of", lambda device: Device(capability, 232448))
+        with memkernels.backend("triton"):
+            return memkernels.attention(query, key, value, enable_gqa=True, return_lse=True, **options)
+
+    monkeypatch.setattr(module, "_plan", lambda *a: plans.append(plan(*a)) or plans[-1])
+    for causal, special in ((False, True), (True, False)):
+        found = [call(capability, is_causal=causal) for capability in ((8, 0), (9, 0), (10, 0))]
+        assert [p[1] is not None for p in plans[-3:]] == [False, True, True] and [p[2] for p in plans[-3:]] == [False, False, special]
+        assert all(torch.equal(t, wanted) for other in found[1:] for t, wanted in zip(other, found[0], strict=True))
+
+
+def test_what_has_no_descriptor():
+    from memkernels.backends.triton.attention import _descriptor
+
+    rows = torch.zeros(2, 3, 8, 16, dtype=torch.bfloat16)
+    assert _descriptor(rows, 64, 16).strides == [384, 128, 16, 1]
+    assert _descriptor(rows.transpose(1, 2)[:, :1], 64, 16).strides == [384, 16, 128, 1]  # of one row any stride will do
+    odd = torch.zeros(2, 3, 8, 17, dtype=torch.bfloat16)
+    flat = torch.zeros(2 * 3 * 8 * 16 + 1, dtype=torch.bfloat16)[1:].reshape(rows.shape)
+    for wrong in (odd, flat, rows.mT, rows[:, :1].expand(2, 3, 8, 16), rows[:0]):
+        assert _descriptor(wrong, 64, 16) is None

@@ -46,8 +46,8 @@ struct AttentionArgs {
   void* partial;
   // Backward, of the accumulation type: what prepare() writes, [B][NH][Q] each, and sums of dquery
   // [run][B][NH][Q][width]. A weight is rows_unit exp(score - rows_base); base +inf, unit 0 where nothing is seen.
-  // rows_sink: with a sink, the gradient of its score in this row.
-  void *rows_base, *rows_unit, *rows_delta, *rows_sink, *dquery_sums;
+  // rows_sink: with a sink, the gradient of its score in this row. rows_moved: see AttentionKernels::center.
+  void *rows_base, *rows_unit, *rows_delta, *rows_sink, *rows_moved, *dquery_sums;
   double restate_beyond;  // of |rows_base|: see AttentionKernels::restate
   bool joint;             // backward: these keys are not all that the softmax of a row goes over
 };
@@ -86,6 +86,9 @@ struct AttentionKernels {
   // are computed again.
   double (*restate_beyond[kFloatTypes])(const AttentionArgs&);
   void (*restate[kFloatTypes])(const AttentionArgs&, int64_t b, int64_t h, int64_t begin, int64_t end, void* scratch);
+  // Exact rows_delta of queries [begin, end), by a pass over their keys; of joint keys rows_moved [rows][2]: the sums
+  // by whose quotient it is off.
+  void (*center[kFloatTypes])(const AttentionArgs&, int64_t b, int64_t h, int64_t begin, int64_t end, void* scratch);
   void (*backward[kFloatTypes])(const AttentionArgs&, const AttentionPart&, void* scratch);
   // Rows [begin, end) of [B][NH][Q]: dquery from its sums over the runs, in order.
   void (*finish[kFloatTypes])(const AttentionArgs&, int64_t begin, int64_t end, int64_t runs);

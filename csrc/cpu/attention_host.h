@@ -90,15 +90,20 @@ inline void keys_and_queries(const AttentionArgs& a, const AttentionKernels& ker
   });
 }
 
-inline void restate(AttentionArgs& a, const AttentionKernels& kernels, int type) {
-  a.restate_beyond = kernels.restate_beyond[type](a);
-  if (std::isinf(a.restate_beyond)) return;
+// A kernel that takes queries of one entry and head, over all of them.
+template <class Kernel>
+void over_queries(const AttentionArgs& a, const AttentionKernels& kernels, int type, const Kernel& kernel) {
   const int64_t step = kernels.query_block, steps = blocks_of(a.queries, step), rows = a.batch * a.heads;
-  run_tasks(rows * steps, 0.5 * work(a), kernels.backward_scratch[type](a), [&](int64_t task, void* scratch) {
+  run_tasks(rows * steps, work(a), kernels.backward_scratch[type](a), [&](int64_t task, void* scratch) {
     const int64_t row = task / steps, begin = task % steps * step, b = row / a.heads;
     AttentionArgs room;
-    kernels.restate[type](entry_of(a, b, room), b, row % a.heads, begin, std::min(begin + step, a.queries), scratch);
+    kernel(entry_of(a, b, room), b, row % a.heads, begin, std::min(begin + step, a.queries), scratch);
   });
+}
+
+inline void restate(AttentionArgs& a, const AttentionKernels& kernels, int type) {
+  a.restate_beyond = kernels.restate_beyond[type](a);
+  if (!std::isinf(a.restate_beyond)) over_queries(a, kernels, type, kernels.restate[type]);
 }
 
 }  // namespace mk::cpu

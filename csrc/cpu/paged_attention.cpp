@@ -179,7 +179,10 @@ class HeadBackward {
     void* memory = scratch.take<char>(kernels.backward_scratch[type](a));
     kernels.prepare[type](a, 0, rows);
     // Forward summed the products of large scores in another order.
-    for (int64_t i = 0; i < group_; i++) kernels.restate[type](a, 0, i, 0, a.queries, memory);
+    for (int64_t i = 0; i < group_; i++) {
+      kernels.restate[type](a, 0, i, 0, a.queries, memory);
+      if (a.dout.data) kernels.center[type](a, 0, i, 0, a.queries, memory);
+    }
     kernels.backward[type](a, {0, 0, 0, a.keys, 0, a.queries, 0, a.dquery != nullptr, a.dkey || a.dvalue, false, false},
                            memory);
     if (a.dquery) kernels.finish[type](a, 0, rows, 1);

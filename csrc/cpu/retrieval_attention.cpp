@@ -141,7 +141,7 @@ void for_queries(const RetrievalArgs& r, int64_t bytes, int64_t first, int64_t l
 // those, then what they give to the memory.
 void retrieved_gradients(RetrievalArgs r, const AttentionArgs& a, const RetrievalKernels& kernels, int type) {
   const bool memory = r.dmemory_key || r.dmemory_value;
-  if (!memory && !a.dquery && !r.dbias) return;
+  if (!memory && !a.dquery && !a.dkey && !r.dbias) return;
   const int64_t bytes = kernels.scratch[type](r), size = sum_size(DType(type)), group = r.heads / r.key_heads;
   const int64_t each = 2 * group * r.queries * r.slots * size, heads = r.batch * r.key_heads;
   const int64_t tasks = std::max<int64_t>(1, group * blocks_of(r.queries, kRetrievingQueries));
@@ -205,20 +205,24 @@ void backward(const TensorView& dquery, const TensorView& dkey, const TensorView
   Scratch scratch;
   a.rows_base = scratch.take<char>(rows * size), a.rows_unit = scratch.take<char>(rows * size);
   a.rows_delta = scratch.take<char>(rows * size);
-  if (a.dquery) a.dquery_sums = scratch.take<char>(rows * padded16(a.width) * size);
+  if (a.dquery) a.dquery_sums = scratch.take<char>(2 * rows * padded16(a.width) * size);  // local keys, memories
   parallel_for(rows, grain_for(2 * a.value_width * size),
                [&](int64_t begin, int64_t end) { attention.prepare[type](a, begin, end); });
   restate(a, attention, type);
-  for_queries(r, kernels.scratch[type](r), 0, a.batch * a.heads,
-              [&](int64_t b, int64_t h, int64_t begin, int64_t end, void* memory) {
-                if (!std::isinf(a.restate_beyond)) kernels.rejoin[type](r, a, b, h, begin, end, memory);
-                kernels.delta[type](r, a, b, h, begin, end, memory);
-              });
-  keys_and_queries(a, attention, type);
+  if (!std::isinf(a.restate_beyond))
+    for_queries(r, kernels.scratch[type](r), 0, a.batch * a.heads,
+                [&](int64_t b, int64_t h, int64_t begin, int64_t end, void* memory) {
+                  kernels.rejoin[type](r, a, b, h, begin, end, memory);
+                });
+  if (a.dout.data) {
+    a.rows_moved = scratch.take<char>(2 * rows * size);
+    over_queries(a, attention, type, attention.center[type]);
+  }
   retrieved_gradients(r, a, kernels, type);
+  keys_and_queries(a, attention, type);
   if (a.dquery)
     parallel_for(rows, grain_for(2 * a.width * size),
-                 [&](int64_t begin, int64_t end) { attention.finish[type](a, begin, end, 1); });
+                 [&](int64_t begin, int64_t end) { attention.finish[type](a, begin, end, 2); });
 }
 
 }  // namespace

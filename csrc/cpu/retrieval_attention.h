@@ -20,17 +20,14 @@ struct RetrievalArgs {
 };
 
 struct RetrievalKernels {
-  int64_t (*scratch[kFloatTypes])(const RetrievalArgs&);  // bytes, of the four below
+  int64_t (*scratch[kFloatTypes])(const RetrievalArgs&);  // bytes, of the three below
   // Queries [begin, end) of entry b, head h: the local part and the memories joined in one softmax.
   void (*forward[kFloatTypes])(const RetrievalArgs&, int64_t b, int64_t h, int64_t begin, int64_t end, void* scratch);
   // Base and unit of the rows that attention's restate() has computed again from the local keys alone: with the
   // memories.
   void (*rejoin[kFloatTypes])(const RetrievalArgs&, const AttentionArgs&, int64_t b, int64_t h, int64_t begin,
                               int64_t end, void* scratch);
-  // Delta of those of the queries that see few keys.
-  void (*delta[kFloatTypes])(const RetrievalArgs&, const AttentionArgs&, int64_t b, int64_t h, int64_t begin,
-                             int64_t end, void* scratch);
-  // Weights and ds of the memories of these queries, and what they add to dquery_sums.
+  // Weights and ds of the memories of these queries, their rows_delta, and the second run of dquery_sums.
   void (*gradient[kFloatTypes])(const RetrievalArgs&, const AttentionArgs&, int64_t b, int64_t h, int64_t begin,
                                 int64_t end, void* scratch);
   // Gradients of memory rows [first, last) of key head h: each row sums what its retrievals give, in the order of the

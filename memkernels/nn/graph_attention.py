@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memkernels._checks import check_tensor, fail
+from memkernels._checks import as_index, fail
 from memkernels._compat import plain_call
 from memkernels.nn._arguments import check_sizes
 from memkernels.ops.segment_attention import segment_attention
@@ -17,7 +17,7 @@ def csr_from_edges(edge_index: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, 
     """Groups edges by the node they end at, in the order of the list: what `segment_attention` takes.
 
     Args:
-        edge_index: int64 "2 E": row 0 the sources, row 1 the nodes they lead to, 0 to num_nodes - 1.
+        edge_index: int64 or int32 "2 E": row 0 the sources, row 1 the nodes they lead to, 0 to num_nodes - 1.
         num_nodes: nodes that attend.
 
     Returns:
@@ -25,15 +25,13 @@ def csr_from_edges(edge_index: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, 
         source index[e] and was edge order[e] of the list.
 
     Raises:
-        ValueError, TypeError: not int64 "2 E". IndexError: a node outside 0..num_nodes-1 (looked at on a CPU only).
+        ValueError, TypeError: not int64 or int32 "2 E". IndexError: a node outside 0..num_nodes-1 (looked at on a CPU only).
 
     Example:
         >>> csr_from_edges(torch.tensor([[4, 5, 6], [2, 0, 2]]), 3)
         (tensor([0, 1, 1, 3]), tensor([5, 4, 6]), tensor([1, 0, 2]))
     """
-    check_tensor("csr_from_edges", "edge_index", edge_index)
-    if edge_index.dtype != torch.int64:
-        fail("csr_from_edges", "edge_index", "int64", str(edge_index.dtype).removeprefix("torch."), TypeError)
+    edge_index = as_index("csr_from_edges", "edge_index", edge_index)
     if edge_index.dim() != 2 or edge_index.shape[0] != 2:
         fail("csr_from_edges", "edge_index", "[2 E]", f"shape {tuple(edge_index.shape)}")
     check_sizes("csr_from_edges", 0, num_nodes=num_nodes)
@@ -109,7 +107,7 @@ class GraphAttention(nn.Module):
 
         Args:
             x: "N in_channels", or a pair (of sources "Ns F", of nodes that attend "Nd F").
-            edge_index: int64 "2 E", (source, node) of each edge, which is sorted first; or sorted already, (ptr "Nd+1", index "E")
+            edge_index: int64 or int32 "2 E", (source, node) of each edge, which is sorted first; or sorted already, (ptr "Nd+1", index "E")
                 or what `csr_from_edges` returned: a graph that is used again need not be sorted again.
             edge_attr: "E edge_dim" if and only if the layer has an `edge_dim`, in the order of the edges as they are given (after
                 `csr_from_edges`: of the list that it was made of).

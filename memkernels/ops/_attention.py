@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from memkernels._checks import check_dense, check_dtype, check_tensor, fail
+from memkernels._checks import as_index, check_dense, check_dtype, check_number, fail
 from memkernels._compat import plain_call
 
 FAR = 2**40  # past the end of any sequence, and far from where int64 positions overflow
@@ -23,9 +23,22 @@ def window_limits(op: str, window: Any) -> tuple[int, int]:
     return left, right
 
 
+def softmax_scale(op: str, scale: Any, width: Any) -> Any:
+    """The factor of the scores, 1 / sqrt(width) unless it is given."""
+    if scale is None:
+        return max(width, 1) ** -0.5
+    scale = check_number(op, "scale", scale)
+    if not -float("inf") < scale < float("inf"):
+        fail(op, "scale", "a finite number", scale)
+    return scale
+
+
 def key_lengths(op: str, lengths: Any, query: torch.Tensor, lead: Any, keys: int) -> torch.Tensor:
-    """One a batch entry. Values are read only where that is free: on a CPU, outside of transforms and tracing; C++ looks in any case."""
-    check_tensor(op, "lengths_k", lengths)
+    """One a batch entry, as int64.
+
+    Values are read only where that is free: on a CPU, outside of transforms and tracing; C++ looks in any case.
+    """
+    lengths = as_index(op, "lengths_k", lengths)
     check_dense(op, "lengths_k", lengths)
     check_dtype(op, "lengths_k", lengths, torch.int64, query)
     if lengths.shape != lead:

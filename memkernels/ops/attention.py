@@ -6,7 +6,7 @@ import torch
 
 from memkernels._checks import Signature, check_choice, check_dense, check_flag, check_number, check_tensor, fail
 from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
-from memkernels.ops._attention import key_lengths, window_limits
+from memkernels.ops._attention import key_lengths, softmax_scale, window_limits
 
 CORNERS = ("top-left", "bottom-right")
 
@@ -49,8 +49,8 @@ def attention(
         window: (left, right): a query sees the keys from left before to right after where it stands; None or -1 = no limit on that side.
         softcap: > 0: scores are bounded to -softcap .. softcap by a tanh before the mask is added.
         sink: "NH", floating: one more score in the softmax of every row of a head, with a value of 0, so that a row may attend to nothing.
-        lengths_k: int64 with the query's dimensions before its heads ("B"), 0 to K: keys at and past lengths_k[b] are not seen, hold they
-            NaN, and cost nothing.
+        lengths_k: int64 or int32 with the query's dimensions before its heads ("B"), 0 to K: keys at and past lengths_k[b] are not seen,
+            hold they NaN, and cost nothing.
         return_lse: also return the log-sum-exp.
 
     Returns:
@@ -68,7 +68,8 @@ def attention(
         entry, come from torch's generator.
 
     Raises:
-        ValueError: a size does not fit, a head count without ``enable_gqa``, dropout_p outside 0..1, an unknown corner, a negative window,
+        ValueError: a size does not fit, a scale that is not finite, a head count without ``enable_gqa``, dropout_p outside 0..1, an
+            unknown corner, a negative window,
             a softcap that is not above 0, a length outside 0..K (CPU only: on a GPU lengths are clamped, to avoid a sync).
         TypeError: a dtype differs, is not a floating one, the mask is neither bool nor floating, or a flag is not True or False.
 
@@ -96,8 +97,7 @@ def attention(
         query, key, value, shape = _heads(query, key, value, shape, enable_gqa)
     if dropout_p.__class__ is not float or dropout_p != 0.0:
         dropout_p = _dropout(dropout_p)
-    if scale is not None:
-        scale = check_number("attention", "scale", scale)
+    scale = softmax_scale("attention", scale, dims["D"])
     if is_causal.__class__ is not bool:
         check_flag("attention", "is_causal", is_causal)
     if return_lse.__class__ is not bool:
@@ -111,7 +111,6 @@ def attention(
     if lengths_k is not None:
         lengths_k = key_lengths("attention", lengths_k, query, shape[:-3], dims["K"])
     seed = torch.randint(2**63 - 1, (dims["B"],), device=query.device) if dropout_p else None
-    scale = dims["D"] ** -0.5 if scale is None and dims["D"] else scale or 0.0
     right = 0 if is_causal else right
     out, lse, _ = OP(query, key, value, attn_mask, sink, lengths_k, seed, scale, softcap, dropout_p, left, right, causal)
     if len(shape) != 4:

@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import torch
 
-from memkernels._checks import Signature, check_choice, check_flag, check_number, check_tensor, fail
+from memkernels._checks import Signature, as_index, check_choice, check_flag, check_number, fail
 from memkernels._compat import plain_call
 from memkernels._registry import Arg, Out, define_op, new_empty
-from memkernels.ops._attention import window_limits
+from memkernels.ops._attention import softmax_scale, window_limits
 from memkernels.ops.attention import CORNERS
 
 
@@ -59,7 +59,8 @@ def attention_varlen(
         cu_seqlens are checked where they lie on the CPU; those of a CUDA tensor are never waited for.
 
     Raises:
-        ValueError: a size does not fit, cu_seqlens do not begin at 0, decrease or end past the tokens, an unknown corner, softcap <= 0.
+        ValueError: a size does not fit, a scale that is not finite, cu_seqlens do not begin at 0, decrease or end past the tokens, an
+            unknown corner, softcap <= 0.
         TypeError: a dtype differs, is not a floating one, or cu_seqlens are not int64 or int32.
 
     Source:
@@ -71,7 +72,8 @@ def attention_varlen(
         >>> mk.attention_varlen(x, x, x, ends, ends, is_causal=True)[:, 0, 0].round(decimals=3)
         tensor([1.0000, 1.8810, 5.0000])
     """
-    cu_seqlens_q, cu_seqlens_k = _starts("cu_seqlens_q", cu_seqlens_q), _starts("cu_seqlens_k", cu_seqlens_k)
+    cu_seqlens_q = as_index("attention_varlen", "cu_seqlens_q", cu_seqlens_q)
+    cu_seqlens_k = as_index("attention_varlen", "cu_seqlens_k", cu_seqlens_k)
     dims = SIGNATURE(query, key, value, cu_seqlens_q, cu_seqlens_k)
     if dims["S"] < 0:
         fail("attention_varlen", "cu_seqlens_q", "at least 1 element", f"shape {tuple(cu_seqlens_q.shape)}")
@@ -86,19 +88,11 @@ def attention_varlen(
     if not (is_causal.__class__ is return_lse.__class__ is bool):
         check_flag("attention_varlen", "is_causal", is_causal)
         check_flag("attention_varlen", "return_lse", return_lse)
-    scale = max(dims["D"], 1) ** -0.5 if scale is None else check_number("attention_varlen", "scale", scale)
+    scale = softmax_scale("attention_varlen", scale, dims["D"])
     softcap = 0.0 if softcap is None else _softcap(softcap)
     left, right = window_limits("attention_varlen", window)
     out, lse, _ = OP(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, softcap, left, 0 if is_causal else right, causal)
     return (out, lse) if return_lse else out
-
-
-def _starts(name, starts):
-    """As int64."""
-    check_tensor("attention_varlen", name, starts)
-    if starts.dtype not in (torch.int64, torch.int32):
-        fail("attention_varlen", name, "int64 or int32", str(starts.dtype).removeprefix("torch."), TypeError)
-    return starts if starts.dtype == torch.int64 else starts.long()
 
 
 def _check_values(name, starts, letter, dims):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from memkernels._checks import Signature, check_flag, check_number, check_tensor, fail
+from memkernels._checks import Signature, as_index, check_flag, fail
 from memkernels._compat import plain_call
 from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
+from memkernels.ops._attention import softmax_scale
 
 
 def paged_attention(
@@ -31,7 +32,7 @@ def paged_attention(
         key_pages: "P S NHk D", same dtype and device: P pages of S slots. NHk divides NH: query head h reads key head h // (NH // NHk).
         value_pages: "P S NHk V"; V may differ from D.
         page_table: int64 or int32 "B M": the pages of each row, in order. Entries behind its last page are not looked at.
-        lengths: int64 "B": how many keys each row has, 0 to M S.
+        lengths: int64 or int32 "B": how many keys each row has, 0 to M S.
         scale: factor of the scores, default 1 / sqrt(D).
         is_causal: the last query of row b stands at its last key, the one before it at the key before, and so on; none sees further.
         return_lse: also return the log-sum-exp.
@@ -50,8 +51,9 @@ def paged_attention(
         those of a CUDA tensor are never waited for, and a page that does not exist is then one that is not seen.
 
     Raises:
-        ValueError: a size does not fit, or a length is not in 0..M S. IndexError: a used entry of page_table is no page.
-        TypeError: a dtype differs or is not a floating one, page_table is not int64 or int32, lengths are not int64.
+        ValueError: a size does not fit, a scale that is not finite, or a length is not in 0..M S. IndexError: a used entry of page_table
+            is no page.
+        TypeError: a dtype differs or is not a floating one, or page_table or lengths are not int64 or int32.
 
     Source:
         Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention (2023).
@@ -63,19 +65,16 @@ def paged_attention(
         >>> mk.paged_attention(torch.zeros(2, 1, 1, 1), pages, pages, table, lengths).flatten()
         tensor([3., 2.])
     """
-    check_tensor("paged_attention", "page_table", page_table)
-    if page_table.dtype not in (torch.int64, torch.int32):
-        fail("paged_attention", "page_table", "int64 or int32", str(page_table.dtype).removeprefix("torch."), TypeError)
-    page_table = page_table if page_table.dtype == torch.int64 else page_table.long()
+    page_table, lengths = as_index(NAME, "page_table", page_table), as_index(NAME, "lengths", lengths)
     dims = SIGNATURE(query, key_pages, value_pages, page_table, lengths)
     heads, key_heads = dims["NH"], dims["NHk"]
     if heads % key_heads if key_heads else heads:
-        fail("paged_attention", "key_pages", f"a divisor of {heads} heads", f"shape {tuple(key_pages.shape)}")
+        fail(NAME, "key_pages", f"a divisor of {heads} heads", f"shape {tuple(key_pages.shape)}")
     _check_values(page_table, lengths, dims)
     if not (is_causal.__class__ is return_lse.__class__ is bool):
-        check_flag("paged_attention", "is_causal", is_causal)
-        check_flag("paged_attention", "return_lse", return_lse)
-    scale = max(dims["D"], 1) ** -0.5 if scale is None else check_number("paged_attention", "scale", scale)
+        check_flag(NAME, "is_causal", is_causal)
+        check_flag(NAME, "return_lse", return_lse)
+    scale = softmax_scale(NAME, scale, dims["D"])
     out, lse, _ = OP(query, key_pages, value_pages, page_table, lengths, scale, is_causal)
     return (out, lse) if return_lse else out
 
@@ -88,14 +87,14 @@ def _check_values(page_table, lengths, dims):
     if not found:
         return
     if min(found) < 0 or max(found) > most:
-        fail("paged_attention", "lengths", f"values in 0..M*S={most}", f"{min(found)}..{max(found)}")
+        fail(NAME, "lengths", f"values in 0..M*S={most}", f"{min(found)}..{max(found)}")
     longest = -(-max(found) // size) if size else 0
     table = page_table if longest == dims["M"] else page_table[:, :longest]
     for b, (row, length) in enumerate(zip(table.tolist(), found, strict=True)):
         used = row[: -(-length // size)] if length else ()
         if used and (min(used) < 0 or max(used) >= pages):
             bad = min(used) if min(used) < 0 else max(used)
-            fail("paged_attention", "page_table", f"pages in 0..{pages - 1}", f"{bad} in row {b}", IndexError)
+            fail(NAME, "page_table", f"pages in 0..{pages - 1}", f"{bad} in row {b}", IndexError)
 
 
 def _allocate(query, key_pages, value_pages, page_table, lengths, scale, is_causal):
@@ -105,12 +104,13 @@ def _allocate(query, key_pages, value_pages, page_table, lengths, scale, is_caus
     return out, new_empty(query, (batch, heads, queries), wide), new_empty(query, (batch, heads, queries, 2), wide)
 
 
+NAME = "paged_attention"
 SIGNATURE = Signature(
-    "paged_attention", query="B NH Q D", key_pages="P S NHk D", value_pages="P S NHk V", page_table=("B M", torch.int64),
+    NAME, query="B NH Q D", key_pages="P S NHk D", value_pages="P S NHk V", page_table=("B M", torch.int64),
     lengths=("B", torch.int64),
 )  # fmt: skip
 OP = define_op(
-    "paged_attention",
+    NAME,
     inputs=(
         Arg("query"),
         Arg("key_pages", batch=None),

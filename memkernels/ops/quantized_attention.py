@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from memkernels._checks import FLOATS, Signature, check_dense, check_flag, check_number, check_tensor, fail
+from memkernels._checks import FLOATS, Signature, as_index, check_dense, check_flag, check_tensor, fail
 from memkernels._registry import Arg, Out, define_op, new_empty
-from memkernels.ops._attention import key_lengths
+from memkernels.ops._attention import key_lengths, softmax_scale
 
 
 def quantize_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,7 +73,7 @@ def quantized_attention(
         key_scale: "B NHk K", float32 (float64 with a float64 query), finite.
         value_scale: "B NHk K", likewise.
         scale: factor of the scores, default 1 / sqrt(D).
-        lengths_k: int64 "B"; entry b sees its first lengths_k[b] keys, 0 to K of them (on a GPU, which would have to be
+        lengths_k: int64 or int32 "B"; entry b sees its first lengths_k[b] keys, 0 to K of them (on a GPU, which would have to be
             waited for, what is outside is clamped).
         return_lse: also return the log-sum-exp.
 
@@ -91,7 +91,8 @@ def quantized_attention(
         threads and of other batch entries.
 
     Raises:
-        ValueError: a size or a length does not fit, or NHk does not divide NH. TypeError: a dtype differs, or return_lse is not True or
+        ValueError: a size or a length does not fit, a scale that is not finite, or NHk does not divide NH. TypeError: a dtype differs, or
+            return_lse is not True or
         False.
 
     Source:
@@ -104,18 +105,18 @@ def quantized_attention(
         >>> mk.quantized_attention(torch.tensor([[[[1.0, 0.0]]]]), *memory)
         tensor([[[[5.]]]])
     """
+    if lengths_k is not None:
+        lengths_k = as_index("quantized_attention", "lengths_k", lengths_k)
     signature = WIDE_SIGNATURE if getattr(query, "dtype", None) == torch.float64 else SIGNATURE
     dims = signature(query, key, value, key_scale, value_scale, lengths_k)
     if dims["NHk"] == 0 or dims["NH"] % dims["NHk"]:
         if dims["NH"] or dims["NHk"]:
             fail("quantized_attention", "key", f"a divisor of {dims['NH']} heads", f"shape {tuple(key.shape)}")
-    if scale is not None:
-        scale = check_number("quantized_attention", "scale", scale)
+    scale = softmax_scale("quantized_attention", scale, dims["D"])
     if return_lse.__class__ is not bool:
         check_flag("quantized_attention", "return_lse", return_lse)
     if lengths_k is not None:
         lengths_k = key_lengths("quantized_attention", lengths_k, query, query.shape[:1], dims["K"])
-    scale = dims["D"] ** -0.5 if scale is None and dims["D"] else scale or 0.0
     out, lse, _, _ = OP(query, key, value, key_scale, value_scale, lengths_k, scale)
     return (out, lse) if return_lse else out
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from memkernels._checks import Signature, check_flag, check_number, fail
+from memkernels._checks import Signature, as_index, check_flag, fail
 from memkernels._compat import plain_call
 from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
-from memkernels.ops._attention import window_limits
+from memkernels.ops._attention import softmax_scale, window_limits
 
 
 def retrieval_attention(
@@ -37,7 +37,8 @@ def retrieval_attention(
         value: "B NHk K V", same dtype and device; V may differ from D.
         memory_key: "B NHk N D", same dtype and device; any strides, so that a memory expanded over the batch is not copied.
         memory_value: "B NHk N V", same dtype and device.
-        index: "B NH Q k", int64: rows of the memory, in 0 .. N - 1, or -1 = absent (weight exactly 0). A row named twice counts twice.
+        index: "B NH Q k", int64 or int32: rows of the memory, in 0 .. N - 1, or -1 = absent (weight exactly 0). A row named twice
+            counts twice.
         is_causal: query i sees the keys 0 to i only. The memories are not masked.
         scale: factor of the scores, default 1 / sqrt(D).
         memory_bias: "B NH Q k", same dtype and device: added to the scores of the memories; -inf = absent.
@@ -57,7 +58,7 @@ def retrieval_attention(
         outputs is O(Q k). Deterministic, also for rows that many queries retrieved; batch entries do not depend on each other.
 
     Raises:
-        ValueError: a size does not fit, NHk does not divide NH, a negative window.
+        ValueError: a size does not fit, a scale that is not finite, NHk does not divide NH, a negative window.
         TypeError: a dtype or device differs, or a flag is not True or False.
         IndexError: an index outside -1 .. N - 1, on a CPU. On a GPU, where looking would wait for the device, such a memory is absent.
 
@@ -71,13 +72,14 @@ def retrieval_attention(
         >>> mk.retrieval_attention(query, key, key + 1, memory, memory, torch.tensor([[[[1, -1]]]]))
         tensor([[[[0.5000, 5.0000]]]])
     """
+    index = as_index(NAME, "index", index)
     dims = SIGNATURE(query, key, value, memory_key, memory_value, index, memory_bias)
     if dims["NH"] % dims["NHk"] if dims["NHk"] else dims["NH"]:
         fail(NAME, "key", f"a head count that divides the query's {dims['NH']}", f"shape {tuple(key.shape)}")
     for name, flag in (("is_causal", is_causal), ("return_lse", return_lse)):
         if flag.__class__ is not bool:
             check_flag(NAME, name, flag)
-    scale = dims["D"] ** -0.5 if scale is None and dims["D"] else check_number(NAME, "scale", scale or 0.0)
+    scale = softmax_scale(NAME, scale, dims["D"])
     left, right = window_limits(NAME, window)
     _check_index(index, dims["N"])
     out, lse, _ = OP(query, key, value, memory_key, memory_value, index, memory_bias, scale, left, 0 if is_causal else right)

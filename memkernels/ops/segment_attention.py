@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from memkernels._checks import Signature, check_flag, check_number, fail
+from memkernels._checks import Signature, as_index, check_flag, fail
 from memkernels._compat import plain_call
 from memkernels._registry import Arg, Out, define_op, new_empty
+from memkernels.ops._attention import softmax_scale
 from memkernels.ops._recurrent import needs_gradients
 
 
@@ -32,8 +33,8 @@ def segment_attention(
         query: "Nd NH D", one row a node that attends; float64, float32, bfloat16 or float16, any strides.
         key: "Ns NH D", one row a source node, same dtype and device.
         value: "Ns NH V"; V may differ from D.
-        ptr: int64 "Nd+1", from 0 to E, not decreasing: the edges of node i are ptr[i] to ptr[i + 1] - 1.
-        index: int64 "E", the source node of each edge, 0 to Ns - 1. An edge that occurs twice counts twice.
+        ptr: int64 or int32 "Nd+1", from 0 to E, not decreasing: the edges of node i are ptr[i] to ptr[i + 1] - 1.
+        index: int64 or int32 "E", the source node of each edge, 0 to Ns - 1. An edge that occurs twice counts twice.
         edge_bias: "E NH", added to the scores, differentiable; -inf takes the edge away from that head.
         scale: factor of the scores, default 1 / sqrt(D).
         return_lse: also return the log-sum-exp.
@@ -52,7 +53,8 @@ def segment_attention(
         of threads changes nothing. Work is split by edges: a node of huge degree costs no more than as many edges elsewhere.
 
     Raises:
-        ValueError: a size does not fit, or ptr does not go from 0 to E without decreasing. IndexError: an index outside 0..Ns-1. Both look
+        ValueError: a size does not fit, a scale that is not finite, or ptr does not go from 0 to E without decreasing. IndexError: an
+            index outside 0..Ns-1. Both look
         at the values on a CPU only; on a GPU, which would have to be waited for, they are clamped. TypeError: a dtype differs.
 
     Source:
@@ -64,13 +66,12 @@ def segment_attention(
         >>> mk.segment_attention(x, x, x, torch.tensor([0, 2, 2, 3]), torch.tensor([1, 2, 2])).flatten()
         tensor([3., 0., 6.])
     """
+    ptr, index = as_index("segment_attention", "ptr", ptr), as_index("segment_attention", "index", index)
     dims = SIGNATURE(query, key, value, ptr, index, edge_bias)
-    if scale is not None:
-        scale = check_number("segment_attention", "scale", scale)
+    scale = softmax_scale("segment_attention", scale, dims["D"])
     if return_lse.__class__ is not bool:
         check_flag("segment_attention", "return_lse", return_lse)
     _check_graph(ptr, index, key)
-    scale = dims["D"] ** -0.5 if scale is None and dims["D"] else scale or 0.0
     saving = needs_gradients((query, key, value, edge_bias))
     out, lse, _, _ = OP(query, key, value, ptr, index, edge_bias, scale, saving)
     return (out, lse) if return_lse else out

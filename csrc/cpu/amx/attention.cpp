@@ -24,6 +24,7 @@ const AttentionKernels attention = {
     MK_ATTENTION_TYPES(prepare),
     {restate_beyond<double, double>, restate_beyond<float, float>, half_restate_beyond, restate_beyond<float, float16>},
     MK_ATTENTION_TYPES(restate),
+    MK_ATTENTION_TYPES(center),
     {backward<double, double>, backward<float, float>, half_backward, backward<float, float16>},
     MK_ATTENTION_TYPES(finish),
     MK_ATTENTION_TYPES(mask_backward),

@@ -52,6 +52,11 @@ MK_INLINE int64_t row_index(const AttentionArgs& a, int64_t b, int64_t h, int64_
   return (b * a.heads + h) * a.queries + query;
 }
 
+template <class A>
+MK_INLINE A dlse_of(const AttentionArgs& a, int64_t b, int64_t h, int64_t query) {
+  return a.dlse.data ? *rows_of<A>(a.dlse, b, h, query) : A(0);
+}
+
 // All keys of the query lie in one block: its delta is summed there, which is exact where a rounded `out` is not.
 MK_INLINE bool in_one_block(const AttentionArgs& a, Range seen) {
   return !a.joint && (seen.first ^ (seen.last - 1)) < kBackwardKeys;
@@ -70,8 +75,7 @@ void prepare(const AttentionArgs& a, int64_t begin, int64_t end) {
       for_each_vec<V>(a.value_width,
                       [&](int64_t j, auto part) { sum = fma(load<V>(dout + j, part), load<V>(out + j, part), sum); });
     }
-    const A dlse =
-        a.dlse.data ? *(static_cast<const A*>(a.dlse.data) + b * a.dlse.b + h * a.dlse.h + query * a.dlse.row) : A(0);
+    const A dlse = dlse_of<A>(a, b, h, query);
     const A* stats = static_cast<const A*>(a.stats) + 2 * row;
     const bool blind = stats[1] == A(0);
     const A product = reduce_add(sum);
@@ -233,6 +237,42 @@ void restate(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_
       if (a.sink) join_sink(sink_of<A, T>(a, h), base[i], total[i]);
       static_cast<A*>(a.rows_base)[row + i] = base[i];
       static_cast<A*>(a.rows_unit)[row + i] = A(1) / total[i];
+    }
+  }
+}
+
+// Weights times (dout . value - delta - dlse) should sum to 0 over what a query sees; to what they sum instead, over
+// the sum of the weights, delta is off. Set right it is exact where a rounded `out` is not: where all values are nearly
+// equal.
+template <class A, class T>
+void center(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_t end, void* memory) {
+  using V = Vec<A>;
+  const BackwardScratch<A> w(a, memory);
+  for (int64_t query = begin; query < end; query += kBackwardQueries) {
+    const int64_t rows = smaller(kBackwardQueries, end - query), row = row_index(a, b, h, query);
+    V moved[kBackwardQueries], total[kBackwardQueries];
+    for (int64_t i = 0; i < rows; i++) moved[i] = total[i] = V::zero();
+    for (int64_t first = 0; first < a.seen_keys; first += kBackwardKeys) {
+      const int64_t keys = smaller(kBackwardKeys, a.seen_keys - first);
+      const Range block = seen_by_block(a, query, query + rows, first, first + keys);
+      if (block.first == block.last) continue;
+      load_keys<A, T>(a, w, b, h / (a.heads / a.key_heads), first, keys);
+      gradient_block<A, T>(a, w, b, h, query, rows, first, keys, block);
+      for (int64_t i = 0; i < rows; i++) {
+        const V dlse = V::set1(dlse_of<A>(a, b, h, query + i));
+        for (int64_t k = block.first / kLanes<A> * kLanes<A>; k < block.last; k += kLanes<A>) {
+          const V weight = V::load(w.scores + i * w.kScoreRow + k);
+          moved[i] = moved[i] + (V::load(w.gradients + i * w.kScoreRow + k) - weight * dlse);
+          total[i] = total[i] + weight;
+        }
+      }
+    }
+    for (int64_t i = 0; i < rows; i++) {
+      const A by = reduce_add(moved[i]), all = reduce_add(total[i]);
+      if (a.joint)
+        static_cast<A*>(a.rows_moved)[2 * (row + i)] = by, static_cast<A*>(a.rows_moved)[2 * (row + i) + 1] = all;
+      else if (all != A(0) && !in_one_block(a, seen_by(a, query + i)))
+        static_cast<A*>(a.rows_delta)[row + i] += by / all;
     }
   }
 }

@@ -9,7 +9,7 @@
 // the cache): a query's own rows are worked on while those of the next one are on their way. Everything in the
 // accumulation type A.
 #pragma once
-#include "cpu/generic/attention_block.inl.h"
+#include "cpu/generic/attention_backward.inl.h"
 #include "cpu/retrieval_attention.h"
 
 namespace mk::cpu::MK_LEVEL {
@@ -205,68 +205,28 @@ void rejoin(const RetrievalArgs& r, const AttentionArgs& a, int64_t b, int64_t h
   }
 }
 
-template <class A, class T>
-MK_INLINE A dot_row(const A* vector, const T* row, int64_t width) {
-  using V = Vec<A>;
-  V sum = V::zero();
-  for_each_vec<V>(width,
-                  [&](int64_t j, auto part) { sum = fma(load<V>(vector + j, part), load<V>(row + j, part), sum); });
-  return reduce_add(sum);
-}
-
-// Delta of queries that see few keys, summed over all they see: there it is the difference that counts, and a rounded
-// `out` would not do.
-template <class A, class T>
-void exact_delta(const RetrievalArgs& r, const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_t end,
-                 void* memory) {
-  using V = Vec<A>;
-  constexpr int64_t kFewKeys = 8;
-  const RetrievalScratch<A> w(r, memory);
-  for (int64_t query = begin; query < end && r.dout.data; query++) {
-    const Range local = seen_by(a, query);
-    const int64_t row = (b * r.heads + h) * r.queries + query, shared = h / (r.heads / r.key_heads);
-    if (local.first >= local.last || local.last - local.first > kFewKeys) continue;
-    const Retrieved<T> found(r, w, b, h, query, query);
-    widen(row_at<T>(r.query, b, h, query), r.width, w.query);
-    widen(row_at<T>(r.dout, b, h, query), r.value_width, w.dout);
-    score_retrieved<A, T>(r, w, found, b, h, query);
-    dot_retrieved(r, w, found, found.values, r.memory_value.row, r.value_width, w.dout, w.products);
-    const V base = V::set1(static_cast<const A*>(a.rows_base)[row]);
-    A total = 0, sum = 0;
-    const auto add = [&](A score, A product) {
-      A weight[kLanes<A>];
-      power_of(V::set1(score), V::set1(A(1)), base).store(weight);
-      total += weight[0];
-      if (weight[0] != A(0)) sum += weight[0] * product;
-    };
-    for (int64_t k = local.first; k < local.last; k++)
-      add(dot_row(w.query, row_at<T>(a.key, b, shared, k), r.width) * A(r.scale),
-          dot_row(w.dout, row_at<T>(a.value, b, shared, k), r.value_width));
-    for (int64_t i = 0; i < found.count; i++) add(w.scores[i], w.products[i]);
-    const A dlse = r.dlse.data ? *row_at<A>(r.dlse, b, h, query) : A(0);
-    if (total != A(0)) static_cast<A*>(a.rows_delta)[row] = sum / total - dlse;
-  }
-}
-
-// w.scores and w.products become weights and ds. Without local keys the row is whole: its delta is summed here, and one
-// memory alone has weight 1 whatever its score: no gradient but that of the log-sum-exp, exactly.
+// w.scores and w.products become weights and ds; returns the exact delta: `delta` and by how much these memories and
+// the local keys (moved: their two sums; null: it is exact already) say it is off, see center(). One memory alone has
+// weight 1 whatever its score: no gradient but that of the log-sum-exp, exactly.
 template <class A>
-void retrieved_gradients(const RetrievalScratch<A>& w, int64_t count, A base, A unit, A delta, bool whole, A dlse) {
+A retrieved_gradients(const RetrievalScratch<A>& w, int64_t count, A base, A unit, A delta, const A* moved, A dlse,
+                      bool whole) {
   using V = Vec<A>;
   const V zero = V::set1(base), one = V::set1(A(1));
   for (int64_t i = 0; i < count; i += kLanes<A>)
     (power_of(V::load(w.scores + i), one, zero) * V::set1(unit)).store(w.scores + i);
   int64_t there = 0;
-  A sum = 0;
+  A sum = moved ? moved[0] : A(0), total = moved ? moved[1] : A(0);
   for (int64_t i = 0; i < count; i++) {
     if (w.scores[i] == A(0))
       w.products[i] = 0;
     else
-      there++, sum += w.scores[i] * w.products[i];
+      there++, total += w.scores[i], sum += w.scores[i] * (w.products[i] - (delta + dlse));
   }
-  if (whole) delta = sum - dlse;
+  if (moved && total != A(0)) delta += sum / total;
   for (int64_t i = 0; i < count; i++)
     if (w.scores[i] != A(0)) w.products[i] = w.scores[i] * (whole && there == 1 ? dlse : w.products[i] - delta);
+  return delta;
 }
 
 template <class A, class T>
@@ -286,12 +246,14 @@ void retrieval_gradient(const RetrievalArgs& r, const AttentionArgs& a, int64_t 
       for (int64_t i = 0; i < found.count; i++) w.products[i] = 0;
     }
     const Range local = seen_by(a, query);
-    const A dlse = r.dlse.data ? *row_at<A>(r.dlse, b, h, query) : A(0);
-    retrieved_gradients<A>(w, found.count, static_cast<const A*>(a.rows_base)[row],
-                           static_cast<const A*>(a.rows_unit)[row], static_cast<const A*>(a.rows_delta)[row],
-                           local.first >= local.last, dlse);
+    A* delta = static_cast<A*>(a.rows_delta) + row;
+    *delta = retrieved_gradients<A>(w, found.count, static_cast<const A*>(a.rows_base)[row],
+                                    static_cast<const A*>(a.rows_unit)[row], *delta,
+                                    a.rows_moved ? static_cast<const A*>(a.rows_moved) + 2 * row : nullptr,
+                                    dlse_of<A>(a, b, h, query), local.first >= local.last);
     if (a.dquery) {
-      A* sums = static_cast<A*>(a.dquery_sums) + row * sums_row;
+      A* sums = static_cast<A*>(a.dquery_sums) + (r.batch * r.heads * r.queries + row) * sums_row;
+      for (int64_t j = 0; j < sums_row; j++) sums[j] = 0;
       add_retrieved(r, w, found, found.keys, r.memory_key.row, r.width, w.products, false, sums);
     }
     if (r.retrieved) {
@@ -421,7 +383,6 @@ const RetrievalKernels retrieval_attention = {
     {retrieval_scratch<double>, retrieval_scratch<float>, retrieval_scratch<float>, retrieval_scratch<float>},
     MK_RETRIEVAL_TYPES(retrieval_forward),
     MK_RETRIEVAL_TYPES(rejoin),
-    MK_RETRIEVAL_TYPES(exact_delta),
     MK_RETRIEVAL_TYPES(retrieval_gradient),
     {retrieval_memory_scratch<double>, retrieval_memory_scratch<float>, retrieval_memory_scratch<float>,
      retrieval_memory_scratch<float>},

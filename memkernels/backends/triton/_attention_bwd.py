@@ -1,6 +1,8 @@
 """The backward of attention: see attention.py. With p = exp(s - maximum) / sum, delta = dout . out - dlse, ds = p * (dout . v - delta):
 dv = p^T dout, dq = scale * ds k, dk = scale * ds^T q, dmask = ds summed over what the mask broadcasts along. With a softcap the ds of
 query and key is multiplied by its slope; a sink of weight p gets -p * delta, summed over the rows of its head.
+A delta that is off, because `out` is rounded, shows in the sum of p * (dout . v - dout . out) over what a query sees, which should be 0:
+queries that see few keys, whose ds may be little but that, have theirs set right by one more pass over their keys (set_right()).
 """
 
 from __future__ import annotations
@@ -171,14 +173,16 @@ def _attention_dkey_kernel(
 
 @triton.jit
 def _attention_dquery_kernel(
-    dquery_part_ptr, dmask_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, lengths_ptr, seed_ptr, dout_ptr, stats_ptr, delta_ptr,
-    B, NH, Q, K, D, V, group, mask_group, splits, chunk, scale, softcap, threshold, inverse, low, high, pull,
+    dquery_part_ptr, dmask_ptr, moved_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, lengths_ptr, seed_ptr, dout_ptr, stats_ptr, delta_ptr,
+    B, NH, Q, K, D, V, most, group, mask_group, splits, chunk, scale, softcap, threshold, inverse, low, high, pull,
     query_stride_b, query_stride_h, query_stride_q, query_stride_d, key_stride_b, key_stride_h, key_stride_k, key_stride_d,
     value_stride_b, value_stride_h, value_stride_k, value_stride_v, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
     dout_stride_b, dout_stride_h, dout_stride_q, dout_stride_v, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of a block of queries; with dmask_ptr (a mask of the full shape) also ds, which is its gradient."""
+    """dq of a block of queries; with dmask_ptr (a mask of the full shape) also ds, which is its gradient.
+
+    With moved_ptr only the sums of ds and of p of each query, of blocks that see at most `most` keys."""
     blocks = tl.cdiv(Q, BLOCK_M)
     program = tl.program_id(0).to(tl.int64)
     block, split, row = blocks - 1 - program % blocks, (program // blocks) % splits, program // blocks // splits
@@ -201,6 +205,10 @@ def _attention_dquery_kernel(
     end = tl.minimum(tl.minimum((split + 1) * chunk, K), last + high + 1)
     if dmask_ptr is not None:
         begin, end = split * chunk, tl.minimum((split + 1) * chunk, all_keys)
+    few = end - begin <= most
+    if moved_ptr is not None:
+        end = tl.where(few, end, begin)
+        moved, summed = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     dquery, zero = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(begin, end, BLOCK_N):
         k = tl.cast(start, tl.int64) + lanes(BLOCK_N)
@@ -218,42 +226,82 @@ def _attention_dquery_kernel(
         dlogit = tl.where(logit == float("-inf"), 0.0, tl.exp(logit - top[:, None]) * (inverse_sum[:, None] * (dweights - delta[:, None])))
         if dmask_ptr is not None:
             store(dmask_ptr + (row * Q + i)[:, None] * all_keys + k[None, :], dlogit, mask=(i < Q)[:, None] & (k < all_keys)[None, :])
+        if moved_ptr is not None:
+            moved += tl.sum(dlogit, 1)
+            summed += tl.sum(tl.exp(logit - top[:, None]) * inverse_sum[:, None], 1)
         if CAPPED:
             dlogit = tl.where(logit == float("-inf"), 0.0, dlogit * slope)
         if mask_ptr is not None or WINDOWED:  # a key that is not finite must not reach a query that does not see it by 0 * NaN
             key = tl.where((key - key) != 0, 0.0, key)
         dquery = dot(rounded(dlogit, key.dtype), key, dquery, PRECISION)
+    if moved_ptr is not None:
+        tl.store(moved_ptr + (row * Q + i) * 2, moved, mask=i < tl.where(few, Q, 0))
+        tl.store(moved_ptr + ((row * Q + i) * 2 + 1), summed, mask=i < tl.where(few, Q, 0))
     if dquery_part_ptr is not None:
         at = (split * B * NH + row) * Q + i
         store(dquery_part_ptr + at[:, None] * D + d[None, :], dquery * scale, mask=queries)
+
+
+FEW_KEYS = 128  # of queries that see more, a delta that is off by a rounding moves little
+
+
+def first_delta(dout, dlse, out, stats):
+    """dout . out (- dlse) of contiguous outputs "B NH Q"."""
+    (_, heads, queries, width), delta = out.shape, stats.new_empty(stats.shape[:3])
+    run(
+        _attention_delta_kernel, (_launch.ceil_div(delta.numel(), 16),), delta, out, dout, dlse, heads, queries, width, delta.numel(),
+        *dout.stride(), *strides(dlse, 3), BLOCK=16, BLOCK_V=_launch.power_of_two(width, 16),
+    )  # fmt: skip
+    return delta
+
+
+class Call:
+    """What the kernels of one backward share; options as in backward()."""
+
+    def __init__(self, dout, query, key, value, attn_mask, lengths_k, seed, stats, delta, scale, softcap, dropout_p, left, right, causal):
+        (self.batch, heads, self.queries, width), self.keys, value_width = query.shape, key.shape[2], value.shape[3]
+        self.key, self.stats, self.windows = key, stats, (left, right, softcap)
+        self.widths, self.query = (width, value_width), query
+        mask_group, *mask_strides = mask_arguments(attn_mask, self.batch)
+        self.tensors = query, key, value, attn_mask, contiguous(lengths_k), seed, dout, stats, delta
+        limit = limits(self.queries, self.keys, left, right, causal)
+        self.numbers = float(scale), float(softcap), *dropout_arguments(dropout_p), *limit, pull(causal)
+        self.layouts = *query.stride(), *key.stride(), *value.stride(), *mask_strides, *dout.stride()
+        self.sizes, self.groups = (heads, self.queries, self.keys, *self.widths), (max(heads // max(key.shape[1], 1), 1), mask_group)
+
+    def launch(self, kernel):
+        """The tiles, as they are and as arguments."""
+        wide, capability = self.query.dtype == torch.float32, device_of(self.query.device).capability
+        launch = _launch.attention(self.queries, self.keys, *self.widths, wide, kernel, capability, INTERPRETED)
+        return launch, tiles(launch, self.query.dtype, *self.windows)
+
+    def dkey(self, dkey, dvalue):
+        launch, options = self.launch("dkey")
+        grid = (self.batch * self.key.shape[1] * _launch.ceil_div(self.keys, launch.block_n),)
+        run(_attention_dkey_kernel, grid, dkey, dvalue, *self.tensors, *self.sizes, *self.groups, *self.numbers, *self.layouts, **options)
+
+    def dquery(self, part, dmask, moved=None, most=0):
+        launch, options = self.launch("dquery")
+        splits, chunk = (launch.splits, launch.chunk) if moved is None else (1, max(self.keys, 1))
+        grid = (self.batch * self.sizes[0] * splits * _launch.ceil_div(self.queries, launch.block_m),)
+        run(
+            _attention_dquery_kernel, grid, part, dmask, moved, *self.tensors, self.batch, *self.sizes, most, *self.groups, splits, chunk,
+            *self.numbers, *self.layouts, **options,
+        )  # fmt: skip
 
 
 def backward(
     dquery, dkey, dvalue, dmask, dsink, dout, dlse, query, key, value, attn_mask, sink, lengths_k, seed, out, stats, scale, softcap,
     dropout_p, left, right, causal,
 ):  # fmt: skip
-    (batch, heads, queries, width), keys, value_width = query.shape, key.shape[2], value.shape[3]
+    few = dout is not None and (key.shape[2] <= FEW_KEYS or left >= 0 or right >= 0 or lengths_k is not None)  # some may see few keys
     dout = out.new_zeros(()).expand(out.shape) if dout is None else dout
-
-    def launch_for(kernel):
-        wide, capability = query.dtype == torch.float32, device_of(query.device).capability
-        return _launch.attention(queries, keys, width, value_width, wide, kernel, capability, INTERPRETED)
-
-    launch = launch_for("dkey")
-    delta, group = stats.new_empty(stats.shape[:3]), max(heads // max(key.shape[1], 1), 1)
-    run(
-        _attention_delta_kernel, (_launch.ceil_div(delta.numel(), 16),), delta, out, dout, dlse, heads, queries, value_width, delta.numel(),
-        *dout.stride(), *strides(dlse, 3), BLOCK=16, BLOCK_V=launch.block_v,
-    )  # fmt: skip
-    mask_group, *mask_strides = mask_arguments(attn_mask, batch)
-    tensors = query, key, value, attn_mask, contiguous(lengths_k), seed, dout, stats, delta
-    numbers = float(scale), float(softcap), *dropout_arguments(dropout_p), *limits(queries, keys, left, right, causal), pull(causal)
-    layouts = *query.stride(), *key.stride(), *value.stride(), *mask_strides, *dout.stride()
-    sizes = heads, queries, keys, width, value_width, group, mask_group
-    if dkey is not None or dvalue is not None:
-        grid = (batch * key.shape[1] * _launch.ceil_div(keys, launch.block_n),)
-        options = tiles(launch, query.dtype, left, right, softcap)
-        run(_attention_dkey_kernel, grid, dkey, dvalue, *tensors, *sizes, *numbers, *layouts, **options)
+    delta = first_delta(dout, None if few else dlse, out, stats)
+    call = Call(dout, query, key, value, attn_mask, lengths_k, seed, stats, delta, scale, softcap, dropout_p, left, right, causal)
+    if few:
+        moved = no_moves(delta)
+        call.dquery(None, None, moved, FEW_KEYS)
+        set_right(delta, moved, dlse, sink is not None)
     rest = None if sink is None else _sink_rows(sink, stats, delta)
     if dsink is not None:
         dsink.copy_(rest.sum((0, 2)))  # type: ignore[union-attr]
@@ -263,24 +311,42 @@ def backward(
         moved = torch.zeros_like(delta) if dlse is None else dlse.masked_fill(stats[..., 1] == 0, 0)
         _sum_to_mask(dmask, (moved if rest is None else moved - rest)[..., None])
         dmask = None
+    gradients(call, dquery, dkey, dvalue, dmask)
+
+
+def no_moves(delta):
+    """For each query the sums that set_right() takes, as if its delta were exact."""
+    return torch.tensor((0.0, 1.0), device=delta.device).expand(*delta.shape, 2).contiguous()
+
+
+def set_right(delta, moved, dlse, sink=False):
+    """delta = exact delta, from that without dlse: by p * (dout . v - delta) and p, summed over what a query sees (a sink has value 0)."""
+    by, total = moved.unbind(-1)
+    if sink:
+        delta.mul_(total).add_(by)
+    else:
+        delta += by / total.masked_fill(total == 0, 1)
+    if dlse is not None:
+        delta -= dlse
+
+
+def gradients(call, dquery, dkey, dvalue, dmask):
+    """Those of query, key, value and of a mask that has more than one element a query."""
+    if dkey is not None or dvalue is not None:
+        call.dkey(dkey, dvalue)
     if dquery is None and dmask is None:
-        return delta
-    launch, full = launch_for("dquery"), None
+        return
+    (launch, _), full, part = call.launch("dquery"), None, None
     if dmask is not None:
-        full = dmask if dmask.shape == (batch, heads, queries, keys) else stats.new_empty(batch, heads, queries, keys)
-    part = None
+        shape = call.batch, *call.sizes[:3]
+        full = dmask if dmask.shape == shape else call.stats.new_empty(shape)
     if dquery is not None:
-        part = dquery[None] if launch.splits == 1 else stats.new_empty(launch.splits, *dquery.shape)
-    grid = (batch * heads * launch.splits * _launch.ceil_div(queries, launch.block_m),)
-    run(
-        _attention_dquery_kernel, grid, part, full, *tensors, batch, *sizes, launch.splits, launch.chunk, *numbers, *layouts,
-        **tiles(launch, query.dtype, left, right, softcap),
-    )  # fmt: skip
+        part = dquery[None] if launch.splits == 1 else call.stats.new_empty(launch.splits, *dquery.shape)
+    call.dquery(part, full)
     if part is not None and launch.splits > 1:
         sum_splits(dquery, part)
     if full is not dmask:
         _sum_to_mask(dmask, full)
-    return delta
 
 
 def _sink_rows(sink, stats, delta):
@@ -311,7 +377,9 @@ def every(dtype):
 def _aot(dtype, width, causal, role, ampere, every=False):
     kernel = _attention_dkey_kernel if role == "dkey" else _attention_dquery_kernel
     launch = _launch.attention(4096, 4096, width, width, dtype == torch.float32, role, (8, 0) if ampere else (9, 0))
-    absent = dict.fromkeys(("mask_ptr", "seed_ptr", "dmask_ptr") + (() if every else ("lengths_ptr",))) | dict.fromkeys(MASK_STRIDES, 0)
+    absent = dict.fromkeys(("mask_ptr", "seed_ptr", "dmask_ptr", "moved_ptr") + (() if every else ("lengths_ptr",))) | dict.fromkeys(
+        MASK_STRIDES, 0
+    )
     ones = dict.fromkeys(("query_stride_d", "key_stride_d", "value_stride_v", "dout_stride_v", "group", "mask_group", "splits"), 1)
     constants = {k: v for k, v in tiles(launch, dtype, -1, 0 if causal else -1, float(every)).items() if k.isupper()} | absent | ones
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}

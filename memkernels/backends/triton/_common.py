@@ -152,7 +152,7 @@ class Aot:
     divisible: tuple[str, ...]  # multiples of 16: aligned pointers, SIZES, strides
     num_warps: int
     num_stages: int
-    expect: tuple[str, ...] = ()  # what must be in the PTX for sm_90, e.g. "wgmma"
+    expect: tuple[str, ...] = ()  # what must be in the PTX for sm_90 (or what comes after it alone), e.g. "wgmma"
     capabilities: tuple[int, ...] = (80, 90, 100)
 
 

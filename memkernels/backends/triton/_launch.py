@@ -154,6 +154,8 @@ KEYS_PER_SPLIT = 1024
 ATTENTION_TILES = {
     ("forward", 64): (128, 64, 8, 3),
     ("forward", 128): (128, 64, 8, 3),
+    ("special", 64): (128, 64, 4, 3),
+    ("special", 128): (128, 64, 8, 2),
     ("dkey", 64): (32, 64, 4, 2),
     ("dkey", 128): (64, 32, 8, 2),
     ("dquery", 64): (128, 64, 8, 2),
@@ -167,7 +169,8 @@ AMPERE_TILES = dict.fromkeys((("forward", 64), ("forward", 128), ("dquery", 128)
 def attention(
     queries: int, keys: int, width: int, value_width: int, wide: bool, kernel: str, capability: tuple[int, int], interpreted: bool = False
 ) -> Attention:
-    """For attention; `wide`: float32. `kernel`: "forward", "dkey" or "dquery". Few queries over many keys are split over the keys."""
+    """For attention; `wide`: float32. `kernel`: "forward", "special" (its warps differ), "dkey" or "dquery". Few queries over many keys
+    are split over the keys."""
     wide = wide and not interpreted
     block_d, block_v = power_of_two(width, 16), power_of_two(value_width, 16)
     largest = max(block_d, block_v)
@@ -188,6 +191,13 @@ def attention(
         chunk = ceil_div(max(KEYS_PER_SPLIT, ceil_div(keys, MAX_SPLITS)), block_n) * block_n
         splits = ceil_div(keys, chunk)
     return Attention(block_m, block_n, block_d, block_v, warps, stages, chunk, splits)
+
+
+def by_tma(launch: Attention, wide: bool, capability: tuple[int, int], queries: int) -> bool:
+    """Whether keys and values are worth descriptors: 16 bits, whole tiles of queries, no split; and rows that a descriptor can have."""
+    return (
+        not wide and capability >= (9, 0) and launch.splits == 1 and queries >= SPLIT_QUERIES and max(launch.block_d, launch.block_v) <= 128
+    )
 
 
 @dataclass(frozen=True)

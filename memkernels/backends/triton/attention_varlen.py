@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from memkernels.backends.triton import _launch
-from memkernels.backends.triton._attention_bwd import _attention_delta_kernel
+from memkernels.backends.triton._attention_bwd import FEW_KEYS, _attention_delta_kernel, no_moves, set_right
 from memkernels.backends.triton._common import (
     AOT_DTYPES,
     INTERPRETED,
@@ -119,14 +119,15 @@ def _varlen_fwd_kernel(
 
 @triton.jit
 def _dlogits(logit, seen, top, total, dweights, delta, softcap, CAPPED: tl.constexpr):
-    """(weights, gradient of the products) of a tile; the numbers of queries lie along its axis of queries."""
+    """(weights, gradients of the scores and of the products) of a tile; the numbers of queries lie along its axis of queries."""
     logit = tl.where(seen, logit, float("-inf"))
     weights = tl.exp(logit - tl.where(top == float("-inf"), 0.0, top)) / tl.where(total == 0, 1.0, total)
-    dlogit = weights * (dweights - delta)
+    plain = tl.where(seen, weights * (dweights - delta), 0.0)
+    dlogit = plain
     if CAPPED:
         bent = logit / softcap
-        dlogit *= 1 - bent * bent
-    return weights, tl.where(seen, dlogit, 0.0)
+        dlogit = tl.where(seen, plain * (1 - bent * bent), 0.0)
+    return weights, plain, dlogit
 
 
 @triton.jit
@@ -139,12 +140,14 @@ def _numbers(stats_ptr, delta_ptr, at, head, here, NH, TQ):
 
 @triton.jit
 def _varlen_dquery_kernel(
-    dquery_ptr, query_ptr, key_ptr, value_ptr, dout_ptr, stats_ptr, delta_ptr, starts_q_ptr, starts_k_ptr, S, steps, NH, TQ, D, V, group,
+    dquery_ptr, moved_ptr, query_ptr, key_ptr, value_ptr, dout_ptr, stats_ptr, delta_ptr, starts_q_ptr, starts_k_ptr, S, steps, NH, TQ, D,
+    V, most, group,
     scale, softcap, left, right, query_stride_t, query_stride_h, query_stride_d, key_stride_t, key_stride_h, key_stride_d,
     value_stride_t, value_stride_h, value_stride_v, dout_stride_t, dout_stride_h, dout_stride_v,
     CAPPED: tl.constexpr, WINDOWED: tl.constexpr, AT_END: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """With moved_ptr only the sums of ds and of p of each query, of blocks that see at most `most` keys."""
     program = tl.program_id(0).to(tl.int64)
     head = program % NH
     sequence, start_q, Q, block = _sequence(starts_q_ptr, program // NH, S, steps, TQ, BLOCK_M)
@@ -160,7 +163,11 @@ def _varlen_dquery_kernel(
     if WINDOWED:
         begin = tl.maximum(block * BLOCK_M + shift - left, 0) // BLOCK_N * BLOCK_N
         end = tl.minimum(end, tl.minimum((block + 1) * BLOCK_M, Q) + shift + right)
+    few = end - begin <= most
+    if moved_ptr is not None:
+        end = tl.where(few, end, begin)
     dquery = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    moved, summed = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     for first in range(begin, end, BLOCK_N):
         k = tl.cast(first, tl.int64) + lanes(BLOCK_N)
         key = _tile(key_ptr, k, K, D, key_stride_t, key_stride_d, BLOCK_D)
@@ -171,12 +178,18 @@ def _varlen_dquery_kernel(
             seen = seen & (away >= -left) & (away <= right)
         dweights = dot(dout, tl.trans(value), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
         logit = _logits(query, key, scale, softcap, CAPPED, PRECISION)
-        _, dlogit = _dlogits(logit, seen, top[:, None], total[:, None], dweights, delta[:, None], softcap, CAPPED)
+        weights, plain, dlogit = _dlogits(logit, seen, top[:, None], total[:, None], dweights, delta[:, None], softcap, CAPPED)
+        moved += tl.sum(plain, 1)
+        summed += tl.sum(weights, 1)
         if WINDOWED:  # nor a key
             key = tl.where((key - key) != 0, 0.0, key)
         dquery = dot(rounded(dlogit, key.dtype), key, dquery, PRECISION)
-    place = ((start_q + i) * NH + head)[:, None] * D + d[None, :]
-    store(dquery_ptr + place, dquery * scale, mask=(i < Q)[:, None] & (d < D)[None, :])
+    at = (start_q + i) * NH + head
+    if moved_ptr is not None:
+        tl.store(moved_ptr + at * 2, moved, mask=i < tl.where(few, Q, 0))
+        tl.store(moved_ptr + (at * 2 + 1), summed, mask=i < tl.where(few, Q, 0))
+    if dquery_ptr is not None:
+        store(dquery_ptr + at[:, None] * D + d[None, :], dquery * scale, mask=(i < Q)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -219,7 +232,7 @@ def _varlen_dkey_kernel(
                 seen = seen & (away >= -left) & (away <= right)
             dweights = dot(value, tl.trans(dout), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
             logit = _logits(key, query, scale, softcap, CAPPED, PRECISION)
-            weights, dlogit = _dlogits(logit, seen, top[None, :], total[None, :], dweights, delta[None, :], softcap, CAPPED)
+            weights, _, dlogit = _dlogits(logit, seen, top[None, :], total[None, :], dweights, delta[None, :], softcap, CAPPED)
             dvalue = dot(rounded(weights, dout.dtype), dout, dvalue, PRECISION)
             dkey = dot(rounded(dlogit, query.dtype), query, dkey, PRECISION)
     row = (start_k + k) * shared_heads + shared
@@ -274,22 +287,30 @@ def forward(out, lse, stats, query, key, value, cu_seqlens_q, cu_seqlens_k, *opt
 
 def backward(dquery, dkey, dvalue, dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, out, stats, *options):
     (tokens, heads, width), value_width, capability = query.shape, value.shape[2], device_of(query.device).capability
-    dout = out.new_zeros(()).expand(out.shape) if dout is None else dout
+    zeros = dout is None
+    dout = out.new_zeros(()).expand(out.shape) if zeros else dout
     starts = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     search, sizes, numbers = _numbers_of(query, key, value, starts[0], *options)
-    delta, dlse_strides = stats.new_empty(tokens, heads), strides(dlse, 2)
+    delta, before = stats.new_empty(tokens, heads), dlse if zeros else None
+    dlse_strides = strides(before, 2)
     run(
-        _attention_delta_kernel, (_launch.ceil_div(delta.numel(), 16),), delta, out, dout, dlse, 1, heads, value_width, delta.numel(),
+        _attention_delta_kernel, (_launch.ceil_div(delta.numel(), 16),), delta, out, dout, before, 1, heads, value_width, delta.numel(),
         dout.stride(0), 0, dout.stride(1), dout.stride(2), dlse_strides[0], 0, dlse_strides[1], BLOCK=16,
         BLOCK_V=_launch.power_of_two(value_width, 16),
     )  # fmt: skip
     tensors = query, key, value, dout, stats, delta, *starts, *search
     layouts = *query.stride(), *key.stride(), *value.stride(), *dout.stride()
-    if dquery is not None:
+    if dquery is not None or (dkey is not None and not zeros):
         launch = _launch_for("dquery", query.dtype, width, value_width, capability)
         grid = ((tokens // launch.block_m + search[0] + 1) * heads,)
         tile = _options(launch, query.dtype, *options[1:])
-        run(_varlen_dquery_kernel, grid, dquery, *tensors, heads, tokens, *sizes, *numbers, *layouts, **tile)
+        rest = *tensors, heads, tokens, *sizes[:2], FEW_KEYS, *sizes[2:], *numbers, *layouts
+        if not zeros:  # queries that see few keys: see _attention_bwd.py
+            moved = no_moves(delta)
+            run(_varlen_dquery_kernel, grid, None, moved, *rest, **tile)
+            set_right(delta, moved, dlse)
+        if dquery is not None:
+            run(_varlen_dquery_kernel, grid, dquery, None, *rest, **tile)
     if dkey is not None or dvalue is not None:
         launch = _launch_for("dkey", query.dtype, width, value_width, capability)
         grid = ((key.shape[0] // launch.block_n + search[0] + 1) * key.shape[1],)
@@ -302,6 +323,7 @@ def _aot(role, dtype, width, causal):
     launch = _launch_for(role, dtype, width, width, (9, 0), False)
     constants = {k: v for k, v in _options(launch, dtype, 0.0, -1, 0 if causal else -1, "bottom-right").items() if k.isupper()}
     constants |= {a: 1 for a in ("query_stride_d", "key_stride_d", "value_stride_v", "dout_stride_v", "group") if a in kernel.arg_names}
+    constants |= {"moved_ptr": None} if role == "dquery" else {}
     floats = dict.fromkeys(("lse_ptr", "stats_ptr", "delta_ptr"), "*fp32") | dict.fromkeys(("scale", "softcap"), "fp32")
     types = floats | dict.fromkeys(("starts_q_ptr", "starts_k_ptr"), "*i64")
     name = f"attention_varlen_{role}_D{width}" + ("_causal" if causal else "")

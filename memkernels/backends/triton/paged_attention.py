@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from memkernels.backends.triton import _launch
-from memkernels.backends.triton._attention_bwd import _attention_delta_kernel
-from memkernels.backends.triton._common import AOT_DTYPES, aot, dot, lanes, precision, refuse, rounded, run, store, strides
+from memkernels.backends.triton._attention_bwd import first_delta, no_moves, set_right
+from memkernels.backends.triton._common import AOT_DTYPES, aot, dot, lanes, precision, refuse, rounded, run, store
 from memkernels.backends.triton.attention import _attention_combine_kernel
 
 CHUNK = 1024  # keys of a run
@@ -97,12 +97,13 @@ def _gradient_tile(logit, seen, top, total, dweights, delta):
 
 @triton.jit
 def _paged_dquery_kernel(
-    dquery_ptr, query_ptr, key_ptr, value_ptr, table_ptr, lengths_ptr, dout_ptr, stats_ptr, delta_ptr,
+    dquery_ptr, moved_ptr, query_ptr, key_ptr, value_ptr, table_ptr, lengths_ptr, dout_ptr, stats_ptr, delta_ptr,
     NH, Q, P, S, M, D, V, group, blocks, scale, query_stride_b, query_stride_h, query_stride_q, query_stride_d,
     key_stride_p, key_stride_s, key_stride_h, key_stride_d, value_stride_p, value_stride_s, value_stride_h, value_stride_v,
     dout_stride_b, dout_stride_h, dout_stride_q, dout_stride_v, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """With moved_ptr the sums of ds and of p of each query."""
     program, shared_heads = tl.program_id(0).to(tl.int64), NH // group
     block, shared, b = program % blocks, program // blocks % shared_heads, program // blocks // shared_heads
     row, d = block * BLOCK_M + lanes(BLOCK_M), lanes(BLOCK_D)
@@ -114,6 +115,7 @@ def _paged_dquery_kernel(
     dout = _group_rows(dout_ptr, row, group * Q, Q, V, dout_stride_h, dout_stride_q, dout_stride_v, BLOCK_V)
     top, total = tl.load(stats_ptr + at * 2, mask=here, other=0.0), tl.load(stats_ptr + (at * 2 + 1), mask=here, other=1.0)
     delta, dquery = tl.load(delta_ptr + at, mask=here, other=0.0), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    moved, summed = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     for first in range(length * 0, length, BLOCK_N):
         k = tl.cast(first, tl.int64) + lanes(BLOCK_N)
         page, there = _page(table_ptr + b * M, k, length, P, S)
@@ -126,11 +128,17 @@ def _paged_dquery_kernel(
             seen = seen & (k[None, :] <= (length - Q + row % Q)[:, None])
         zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         logit, dweights = dot(query, tl.trans(key), zero, PRECISION) * scale, dot(dout, tl.trans(value), zero, PRECISION)
-        _, dlogit = _gradient_tile(logit, seen, top[:, None], total[:, None], dweights, delta[:, None])
+        weights, dlogit = _gradient_tile(logit, seen, top[:, None], total[:, None], dweights, delta[:, None])
+        moved += tl.sum(dlogit, 1)
+        summed += tl.sum(weights, 1)
         if CAUSAL:  # nor a key
             key = tl.where((key - key) != 0, 0.0, key)
         dquery = dot(rounded(dlogit, key.dtype), key, dquery, PRECISION)
-    store(dquery_ptr + at[:, None] * D + d[None, :], dquery * scale, mask=here[:, None] & (d < D)[None, :])
+    if moved_ptr is not None:
+        tl.store(moved_ptr + at * 2, moved, mask=here)
+        tl.store(moved_ptr + (at * 2 + 1), summed, mask=here)
+    if dquery_ptr is not None:
+        store(dquery_ptr + at[:, None] * D + d[None, :], dquery * scale, mask=here[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -231,21 +239,26 @@ def _places(page_table, lengths, pages, slots):
 
 
 def backward(dquery, dkey, dvalue, dout, dlse, query, key_pages, value_pages, page_table, lengths, out, stats, scale, is_causal):
-    (batch, heads, queries, width), value_width = query.shape, value_pages.shape[3]
-    dout = out.new_zeros(()).expand(out.shape) if dout is None else dout
-    rows, delta = _rows_of(query, key_pages), stats.new_empty(stats.shape[:3])
-    run(
-        _attention_delta_kernel, (_launch.ceil_div(delta.numel(), 16),), delta, out, dout, dlse, heads, queries, value_width, delta.numel(),
-        *dout.stride(), *strides(dlse, 3), BLOCK=16, BLOCK_V=_launch.power_of_two(value_width, 16),
-    )  # fmt: skip
+    (batch, _, _, width), value_width = query.shape, value_pages.shape[3]
+    zeros = dout is None
+    dout = out.new_zeros(()).expand(out.shape) if zeros else dout
+    rows, delta = _rows_of(query, key_pages), first_delta(dout, dlse if zeros else None, out, stats)
     layouts = *query.stride(), *key_pages.stride(), *value_pages.stride(), *dout.stride()
     lengths, table = lengths.contiguous(), page_table.contiguous()
-    if dquery is not None:
+
+    def along_queries(dquery, moved):
         tile = _tiles(rows, width, value_width, query.dtype, is_causal)
         sizes, blocks = _sizes(query, key_pages, value_pages, page_table, tile)
         tensors = query, key_pages, value_pages, table, lengths, dout, stats, delta
         grid = (blocks * key_pages.shape[2] * batch,)
-        run(_paged_dquery_kernel, grid, dquery, *tensors, *sizes, blocks, float(scale), *layouts, **tile)
+        run(_paged_dquery_kernel, grid, dquery, moved, *tensors, *sizes, blocks, float(scale), *layouts, **tile)
+
+    if not zeros:  # see _attention_bwd.py
+        moved = no_moves(delta)
+        along_queries(None, moved)
+        set_right(delta, moved, dlse)
+    if dquery is not None:
+        along_queries(dquery, None)
     if dkey is not None or dvalue is not None:
         pages, slots = key_pages.shape[:2]
         tile = _tiles(rows, width, value_width, query.dtype, is_causal, _launch.power_of_two(slots, 16))
@@ -260,8 +273,9 @@ def _aot(role, dtype, is_causal):
     kernel = {"forward": _paged_fwd_kernel, "dquery": _paged_dquery_kernel, "dkey": _paged_dkey_kernel}[role]
     tile = _tiles(16, 64, 64, dtype, is_causal, 16 if role == "dkey" else 64)
     constants = {k: v for k, v in tile.items() if k.isupper()}
+    constants |= {"moved_ptr": None} if role == "dquery" else {}
     constants |= {a: 1 for a in ("query_stride_d", "key_stride_d", "value_stride_v", "dout_stride_v") if a in kernel.arg_names}
-    types = dict.fromkeys(("out_part_ptr", "stats_part_ptr", "stats_ptr", "delta_ptr"), "*fp32") | {"scale": "fp32"}
+    types = dict.fromkeys(("out_part_ptr", "stats_part_ptr", "stats_ptr", "delta_ptr", "moved_ptr"), "*fp32") | {"scale": "fp32"}
     types |= dict.fromkeys(("table_ptr", "lengths_ptr", "place_ptr", "first_ptr"), "*i64")
     name = f"paged_attention_{role}" + ("_causal" if is_causal else "")
     return aot(name, kernel, dtype, constants, types, tile["num_warps"], tile["num_stages"], () if dtype == torch.float32 else ("mma",))

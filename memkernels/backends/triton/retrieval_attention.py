@@ -1,9 +1,10 @@
 """retrieval_attention on Triton: one softmax over the local context and each query's own memories.
 
 The local context goes through attention's kernels; its maxima and sums are then joined with the memories, backward goes back through them
-with the joint ones. A program here owns one query and gathers its rows by pointers, BLOCK_K of them at a time: 2 s k (D + V) bytes a query
-and pass. The memory's gradients go by an inverse index: retrievals sorted by row (stable, so in the order of the queries), and a program
-owns a row of the memory, which it writes once. Nothing waits for the device and nothing is summed by atomics; sums are float32.
+with the joint ones, and with a delta that the ds of all a query sees have set right (_attention_bwd.py). A program here owns one query and
+gathers its rows by pointers, BLOCK_K of them at a time: 2 s k (D + V) bytes a query and pass, twice in backward, the second time from the
+cache. The memory's gradients go by an inverse index: retrievals sorted by row (stable, so in the order of the queries), and a program owns
+a row of the memory, which it writes once. Nothing waits for the device and nothing is summed by atomics; sums are float32.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import triton.language as tl
 
 from memkernels.backends.triton import _launch
 from memkernels.backends.triton import attention as _local
+from memkernels.backends.triton._attention_bwd import Call, first_delta, gradients
 from memkernels.backends.triton._common import AOT_DTYPES, aot, lanes, refuse, run, store, strides
 
 
@@ -76,15 +78,30 @@ def _retrieval_fwd_kernel(
 
 
 @triton.jit
+def _gradient(
+    query, dout, memory_key_ptr, memory_value_ptr, index_ptr, bias_ptr, first, K, N, D, V, d, v, scale, top, total, delta,
+    key_stride_n, key_stride_d, value_stride_n, value_stride_v, index_stride_k, bias_stride_k, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(slots, which have a weight, their keys, weights, ds) of slots `first` and on."""
+    slot, row, there, bias = _slots(index_ptr, bias_ptr, first, K, N, index_stride_k, bias_stride_k, BLOCK_K)
+    keys = _rows(memory_key_ptr, row, there, d, D, key_stride_n, key_stride_d)
+    score = tl.sum(keys * query[None, :], 1) * scale + bias
+    weights = tl.where(there, tl.exp(score - top) / total, 0.0)
+    there = there & (weights != 0)
+    values = _rows(memory_value_ptr, row, there, v, V, value_stride_n, value_stride_v)
+    return slot, there, keys, weights, tl.where(there, weights * (tl.sum(values * dout[None, :], 1) - delta), 0.0)
+
+
+@triton.jit
 def _retrieval_bwd_kernel(
-    dquery_ptr, dbias_ptr, weights_ptr, dscores_ptr, local_ptr, stats_ptr, delta_ptr, dout_ptr, query_ptr, memory_key_ptr, memory_value_ptr,
-    index_ptr, bias_ptr, NH, Q, K, N, D, V, group, scale,
+    dquery_ptr, dbias_ptr, weights_ptr, dscores_ptr, stats_ptr, delta_ptr, moved_ptr, dlse_ptr, dout_ptr, query_ptr,
+    memory_key_ptr, memory_value_ptr, index_ptr, bias_ptr, NH, Q, K, N, D, V, group, scale,
     query_stride_b, query_stride_h, query_stride_q, query_stride_d, key_stride_b, key_stride_h, key_stride_n, key_stride_d,
     value_stride_b, value_stride_h, value_stride_n, value_stride_v, index_stride_b, index_stride_h, index_stride_q, index_stride_k,
     bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, dout_stride_b, dout_stride_h, dout_stride_q, dout_stride_v,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dquery = its local part + scale ds key, dbias = ds; weights and ds for the memory's gradients."""
+    """dquery = scale ds key, dbias = ds; weights and ds for the memory's gradients; and delta set right: see _attention_bwd.py."""
     at = tl.program_id(0).to(tl.int64)
     b, head, i = at // Q // NH, at // Q % NH, at % Q
     d, v = lanes(BLOCK_D), lanes(BLOCK_V)
@@ -99,15 +116,25 @@ def _retrieval_bwd_kernel(
         bias_ptr += b * bias_stride_b + head * bias_stride_h + i * bias_stride_q
     top, total, delta = tl.load(stats_ptr + at * 2), tl.load(stats_ptr + (at * 2 + 1)), tl.load(delta_ptr + at)
     top, total = tl.where(top == float("-inf"), 0.0, top), tl.where(total == 0, 1.0, total)
+    if moved_ptr is not None:
+        moved, summed = tl.load(moved_ptr + at * 2), tl.load(moved_ptr + (at * 2 + 1))
+        for first in range(0, K, BLOCK_K):
+            _, _, _, weights, dscore = _gradient(
+                query, dout, memory_key_ptr, memory_value_ptr, index_ptr, bias_ptr, first, K, N, D, V, d, v, scale, top, total, delta,
+                key_stride_n, key_stride_d, value_stride_n, value_stride_v, index_stride_k, bias_stride_k, BLOCK_K,
+            )  # fmt: skip
+            moved += tl.sum(dscore, 0)
+            summed += tl.sum(weights, 0)
+        delta += moved / tl.where(summed == 0, 1.0, summed)
+        if dlse_ptr is not None:
+            delta -= tl.load(dlse_ptr + at)
+        tl.store(delta_ptr + at, delta)
     acc = tl.zeros([BLOCK_D], tl.float32)
     for first in range(0, K, BLOCK_K):
-        slot, row, there, bias = _slots(index_ptr, bias_ptr, first, K, N, index_stride_k, bias_stride_k, BLOCK_K)
-        keys = _rows(memory_key_ptr, row, there, d, D, key_stride_n, key_stride_d)
-        score = tl.sum(keys * query[None, :], 1) * scale + bias
-        weights = tl.where(there, tl.exp(score - top) / total, 0.0)
-        there = there & (weights != 0)
-        values = _rows(memory_value_ptr, row, there, v, V, value_stride_n, value_stride_v)
-        dscore = tl.where(there, weights * (tl.sum(values * dout[None, :], 1) - delta), 0.0)
+        slot, there, keys, weights, dscore = _gradient(
+            query, dout, memory_key_ptr, memory_value_ptr, index_ptr, bias_ptr, first, K, N, D, V, d, v, scale, top, total, delta,
+            key_stride_n, key_stride_d, value_stride_n, value_stride_v, index_stride_k, bias_stride_k, BLOCK_K,
+        )  # fmt: skip
         acc += tl.sum(tl.where(there[:, None], keys, 0.0) * dscore[:, None], 0)
         if dbias_ptr is not None:
             store(dbias_ptr + at * K + slot, dscore, mask=slot < K)
@@ -115,8 +142,7 @@ def _retrieval_bwd_kernel(
             tl.store(weights_ptr + at * K + slot, weights, mask=slot < K)
             tl.store(dscores_ptr + at * K + slot, dscore, mask=slot < K)
     if dquery_ptr is not None:
-        local = tl.load(local_ptr + at * D + d, mask=d < D, other=0.0)
-        store(dquery_ptr + at * D + d, local + acc * scale, mask=d < D)
+        tl.store(dquery_ptr + at * D + d, acc * scale, mask=d < D)
 
 
 @triton.jit
@@ -178,22 +204,28 @@ def backward(
     dquery, dkey, dvalue, dmemory_key, dmemory_value, dmemory_bias, dout, dlse,
     query, key, value, memory_key, memory_value, index, memory_bias, out, stats, scale, left, right,
 ):  # fmt: skip
-    dout = out.new_zeros(()).expand(out.shape) if dout is None else dout
-    local = None if dquery is None else dquery if dquery.dtype == torch.float32 else stats.new_empty(dquery.shape)
-    delta = _local.backward(
-        local, dkey, dvalue, None, None, dout, dlse, query, key, value, None, None, None, None, out, stats, scale, 0.0, 0.0, left, right,
-        "top-left",
-    )  # fmt: skip
+    zeros = dout is None
+    dout = out.new_zeros(()).expand(out.shape) if zeros else dout
+    delta = first_delta(dout, dlse if zeros else None, out, stats)
+    local = Call(dout, query, key, value, None, None, None, stats, delta, scale, 0.0, 0.0, left, right, "top-left")
+    moved = None
+    if not zeros:
+        moved = stats.new_zeros(stats.shape)
+        local.dquery(None, None, moved, key.shape[2])
     wanted = dmemory_key is not None or dmemory_value is not None
-    if dquery is None and dmemory_bias is None and not wanted:
-        return
     weights, dscores = (stats.new_empty(index.shape) if wanted else None for _ in range(2))
+    retrieved = None if dquery is None else stats.new_empty(dquery.shape)
     grid, sizes, layouts = _call(query, value, memory_key, memory_value, index, memory_bias, scale)
     launch = _launch.retrieval(index.shape[3], query.shape[3], value.shape[3])
     run(
-        _retrieval_bwd_kernel, grid, dquery, dmemory_bias, weights, dscores, local, stats, delta, dout,
+        _retrieval_bwd_kernel, grid, retrieved, dmemory_bias, weights, dscores, stats, delta, moved,
+        None if dlse is None else dlse.contiguous(), dout,
         query, memory_key, memory_value, index, memory_bias, *sizes, *layouts, *dout.stride(), **_tiles(launch),
     )  # fmt: skip
+    keys = None if dquery is None else torch.empty_like(retrieved)
+    gradients(local, keys, dkey, dvalue, None)
+    if dquery is not None:
+        torch.add(keys, retrieved, out=dquery)
     if not wanted:
         return
     batch, shared, rows = memory_key.shape[:3]
@@ -215,7 +247,8 @@ def _aot(name, kernel, dtype, **constants):
     launch = _launch.retrieval(32, 64, 64)
     blocks = {k: v for k, v in _tiles(launch).items() if k in kernel.arg_names}
     ones = {a: 1 for a in kernel.arg_names if a.endswith(("stride_d", "stride_v", "stride_k")) or a == "group"}
-    types = {f"{a}_ptr": "*fp32" for a in ("lse", "stats", "local", "weights", "dscores", "delta")}
+    types = {f"{a}_ptr": "*fp32" for a in ("lse", "stats", "local", "weights", "dscores", "delta", "moved", "dlse")}
+    types |= {"dquery_ptr": "*fp32"} if kernel is _retrieval_bwd_kernel else {}
     types |= dict(index_ptr="*i64", start_ptr="*i64", order_ptr="*i64", scale="fp32")
     warps = launch.num_warps if "BLOCK_K" in blocks else 1
     return aot(name, kernel, dtype, blocks | ones | constants, types, warps)

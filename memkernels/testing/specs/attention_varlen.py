@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from memkernels.ops.attention_varlen import attention_varlen
 from memkernels.testing.spec import ErrorCase, Input, OpSpec, Sample
+from memkernels.testing.specs.attention import near_equal
 
 
 def _starts(shape, dtype, generator):
@@ -171,6 +172,7 @@ SPEC = OpSpec(
         Sample("one", _sizes(S=1, Tq=1, Tk=1, NH=1, D=1), {}, (), even),
         Sample("empty", _sizes(S=3), dict(return_lse=True)),
         Sample("peaked", _sizes(S=3, Tq=16, Tk=60, D=16), {}, (), _peaked, hard=True),
+        Sample("near_equal", _sizes(S=2, Tq=16, Tk=24, D=16), {}, (), near_equal("value", after=ragged), hard=True),
         Sample("lost", _sizes(), dict(return_lse=True), (), _lost, hard=True),
         Sample("no_sequences", _sizes(S=0), {}, (), even),
         Sample("no_keys", _sizes(Tk=0), dict(return_lse=True), (), even),
@@ -184,6 +186,7 @@ SPEC = OpSpec(
     bytes_backward=lambda d, s: 2 * s * _tokens(d),
     flops=lambda d: 2 * _pairs(d) * (d["D"] + d["V"]),
     errors=(
+        ErrorCase("scale", lambda i, o: o.update(scale=float("nan")), ValueError, r"scale: expected a finite number, got nan"),
         ErrorCase("heads", _wrong_heads, ValueError, r"attention_varlen: key: expected a divisor of 3 heads, got .*13, 2, 4"),
         ErrorCase("begin", _replaced("cu_seqlens_q", [1, 2, 3, 4, 5]), ValueError, r"cu_seqlens_q: expected .*from 0.*Tq=11, got 1 to 5"),
         ErrorCase("order", _replaced("cu_seqlens_k", [0, 4, 3, 5, 9]), ValueError, r"cu_seqlens_k: expected .*decrease.*got 4 before 3"),
@@ -193,4 +196,5 @@ SPEC = OpSpec(
         ErrorCase("dtype", _replaced("cu_seqlens_q", [0.0, 1.0]), TypeError, r"cu_seqlens_q: expected int64 or int32, got float32"),
         ErrorCase("softcap", lambda i, o: o.update(softcap=0), ValueError, r"attention_varlen: softcap: expected a positive number, got 0"),
     ),
+    gaps=("In half precision, a query that sees more than 128 keys of nearly equal values: as in attention.",),
 )  # fmt: skip

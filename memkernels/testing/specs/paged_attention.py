@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from memkernels.ops.paged_attention import paged_attention
 from memkernels.testing.spec import ErrorCase, Input, OpSpec, Sample
+from memkernels.testing.specs.attention import near_equal
 
 
 def _zeros(shape, dtype, generator):
@@ -132,6 +133,7 @@ SPEC = OpSpec(
         Sample("empty", _sizes(), dict(return_lse=True)),
         Sample("unseen", _sizes(B=4, Q=2), dict(return_lse=True), (), _unseen, hard=True),
         Sample("peaked", _sizes(B=1, P=9, M=9, D=16, Q=2), {}, (), _peaked, hard=True),
+        Sample("near_equal", _sizes(B=1, NH=1, P=6, S=32, M=5, D=16), {}, (), near_equal("value_pages", after=full), hard=True),
         Sample("no_pages", _sizes(P=0), {}, (), shared),
         Sample("no_table", _sizes(M=0), dict(return_lse=True), (), shared),
     ),
@@ -144,13 +146,14 @@ SPEC = OpSpec(
     bytes_backward=lambda d, s: 2 * s * _tokens(d),
     flops=lambda d: 2 * d["B"] * d["NH"] * d["Q"] * d["M"] * d["S"] * (d["D"] + d["V"]),
     errors=(
+        ErrorCase("scale", lambda i, o: o.update(scale=-float("inf")), ValueError, r"scale: expected a finite number, got -inf"),
         ErrorCase("heads", _wrong_heads, ValueError, r"paged_attention: key_pages: expected a divisor of 3 heads, got .*6, 4, 2, 4"),
         ErrorCase("lengths", _replaced("lengths", [1, 13, 2]), ValueError, r"lengths: expected .*0\.\.M\*S=12, got 1\.\.13"),
         ErrorCase("rows", _replaced("lengths", [1, 3]), ValueError, r"paged_attention: lengths: expected \[B\] with .*B=3"),
         ErrorCase("high", _pages(1, 6), IndexError, r"page_table: expected pages in 0\.\.5, got 6"),
         ErrorCase("low", _pages(0, -1), IndexError, r"page_table: expected pages.*got -1 in row 0"),
         ErrorCase("dtype", _replaced("page_table", [[0.5] * 3] * 3), TypeError, r"page_table: expected int64 or int32, got float32"),
-        ErrorCase("lengths_dtype", lambda i, o: i.update(lengths=i["lengths"].int()), TypeError, r"lengths: expected int64, got int32"),
+        ErrorCase("lengths_dtype", lambda i, o: i.update(lengths=i["lengths"].short()), TypeError, r"lengths: expected int64 or .*int16"),
     ),
     rows=(("query", 0),),
 )  # fmt: skip

@@ -136,6 +136,7 @@ SPEC = OpSpec(
     flops=lambda d: 2 * d["B"] * d["NH"] * d["Q"] * d["K"] * (d["D"] + d["V"]),
     call=_call,
     errors=(
+        ErrorCase("scale", lambda i, o: o.update(scale=float("nan")), ValueError, r"scale: expected a finite number, got nan"),
         ErrorCase("key", _change("key", lambda t: t[..., :3]), ValueError, r"quantized_attention: key: expected .*D=4.*got .*3\)"),
         ErrorCase("scale", _change("key_scale", lambda t: t[..., :3]), ValueError, r"quantized_attention: key_scale: expected .*got .*3\)"),
         ErrorCase("heads", _change("query", lambda t: t.new_zeros(2, 3, 3, 4)), ValueError, r"key: expected a divisor of 3 heads, got"),

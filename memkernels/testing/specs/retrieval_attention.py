@@ -6,6 +6,7 @@ import torch
 
 from memkernels.ops.retrieval_attention import retrieval_attention
 from memkernels.testing.spec import ErrorCase, Input, OpSpec, Sample
+from memkernels.testing.specs.attention import near_equal
 
 
 def _eager(query, key, value, memory_key, memory_value, index, is_causal=True, scale=None, memory_bias=None, window=None, return_lse=False):
@@ -108,7 +109,7 @@ def _negative_index(inputs, options):
 
 
 def _wrong_index_dtype(inputs, options):
-    inputs["index"] = inputs["index"].int()
+    inputs["index"] = inputs["index"].short()
 
 
 def _wrong_slots(inputs, options):
@@ -152,6 +153,7 @@ SPEC = OpSpec(
         _sample("blocks", _sizes(B=1, NH=2, NHk=1, Q=37, K=150, D=19, V=35, N=90, k=21), dict(is_causal=False, return_lse=True)),
         _sample("unread", _sizes(K=7), dict(return_lse=True), ("memory_bias",), _nan_nobody_reads, hard=True),
         _sample("peaked", _sizes(Q=6, K=40, D=16, k=9), dict(return_lse=True), (), _peaked, hard=True),
+        _sample("near_equal", _sizes(Q=12, K=12, D=16), dict(return_lse=True), (), near_equal("value", "memory_value"), hard=True),
         _sample("far", _sizes(B=1, Q=6, K=20, D=16, N=20, k=20), dict(is_causal=False), (), _far, hard=True),
         _sample("far_late", _sizes(B=1, Q=20, K=20, D=16, N=20, k=20), dict(is_causal=False), (), _far, hard=True),
         _sample("no_batch", _sizes(B=0)),
@@ -171,9 +173,10 @@ SPEC = OpSpec(
     bytes_backward=lambda d, s: _bytes(d, s, 2) + s * d["B"] * d["NHk"] * d["N"] * (d["D"] + d["V"]),
     flops=lambda d: 2 * d["B"] * d["NH"] * d["Q"] * (d["K"] + d["k"]) * (d["D"] + d["V"]),
     errors=(
+        ErrorCase("scale", lambda i, o: o.update(scale=float("nan")), ValueError, r"scale: expected a finite number, got nan"),
         ErrorCase("index", _wrong_index, IndexError, r"retrieval_attention: index: expected -1 or rows 0 to N-1=5, got .*6"),
         ErrorCase("negative", _negative_index, IndexError, r"retrieval_attention: index: expected -1 .*got -2"),
-        ErrorCase("index_dtype", _wrong_index_dtype, TypeError, r"retrieval_attention: index: expected int64, got int32"),
+        ErrorCase("index_dtype", _wrong_index_dtype, TypeError, r"retrieval_attention: index: expected int64 or int32, got int16"),
         ErrorCase("slots", _wrong_slots, ValueError, r"retrieval_attention: memory_bias: expected .*k=3.*got .*4\)"),
         ErrorCase("heads", _wrong_heads, ValueError, r"retrieval_attention: key: expected a head count that divides .*3, got .*2, 2, 5, 4"),
         ErrorCase("memory", _wrong_memory, ValueError, r"retrieval_attention: memory_value: expected .*N=6.*got .*7"),

@@ -6,6 +6,7 @@ import torch
 
 from memkernels.ops.segment_attention import segment_attention
 from memkernels.testing.spec import ErrorCase, Input, OpSpec, Sample
+from memkernels.testing.specs.attention import near_equal
 
 _HALF = 2**20  # an edge is drawn as one number: source * _HALF + node, each a fraction of _HALF
 
@@ -105,7 +106,7 @@ def _wrong_index(value):
 
 
 def _wrong_index_dtype(inputs, options):
-    inputs["index"] = inputs["index"].int()
+    inputs["index"] = inputs["index"].short()
 
 
 def _wrong_bias(inputs, options):
@@ -140,6 +141,7 @@ SPEC = OpSpec(
         Sample("odd", _sizes(Nd=4, Ns=70, E=100, NH=3, D=37, V=21), {}, BIAS, graph()),
         Sample("hub", _sizes(Nd=5, Ns=4, E=1100, NH=2, D=5, V=17), LSE, BIAS, graph(zipf, zipf)),
         Sample("far", _sizes(Nd=9, E=40, D=16), LSE, (), graph(change=_far), hard=True),
+        Sample("near_equal", _sizes(Nd=9, E=40, D=16, V=16), LSE, BIAS, graph(change=near_equal("value")), hard=True),
         Sample("no_nodes", _sizes(Nd=0), LSE, BIAS, graph()),
         Sample("no_sources", _sizes(Ns=0), LSE, BIAS, graph()),
         Sample("no_edges", _sizes(E=0), LSE, BIAS, graph()),
@@ -156,11 +158,12 @@ SPEC = OpSpec(
     bytes_backward=lambda d, s: 2 * s * d["NH"] * (d["D"] + d["V"]) * (d["Nd"] + d["Ns"]) + 8 * (d["E"] + d["Nd"]),
     flops=lambda d: 2 * d["E"] * d["NH"] * (d["D"] + d["V"]),
     errors=(
+        ErrorCase("scale", lambda i, o: o.update(scale=float("nan")), ValueError, r"scale: expected a finite number, got nan"),
         ErrorCase("ptr", _wrong_ptr, ValueError, r"segment_attention: ptr: expected offsets from 0 to E=17 .*, got 17 to 0, decreasing"),
         ErrorCase("end", _wrong_end, ValueError, r"segment_attention: ptr: expected offsets from 0 to E=17 .*, got 0 to 18"),
         ErrorCase("index", _wrong_index(6), IndexError, r"segment_attention: index: expected values in 0\.\.Ns-1=5, got \d+\.\.6"),
         ErrorCase("negative", _wrong_index(-1), IndexError, r"segment_attention: index: expected values in 0\.\.Ns-1=5, got -1\.\.\d"),
-        ErrorCase("index_dtype", _wrong_index_dtype, TypeError, r"segment_attention: index: expected int64, got int32"),
+        ErrorCase("index_dtype", _wrong_index_dtype, TypeError, r"segment_attention: index: expected int64 or int32, got int16"),
         ErrorCase("bias", _wrong_bias, ValueError, r"segment_attention: edge_bias: expected \[E NH\].*E=17.*got shape \(17, 3\)"),
     ),
     gaps=("On a GPU, ptr and index outside their range are clamped instead of refused.",),
