@@ -12,12 +12,16 @@ from memkernels._backends import backend, cpu_level
 from memkernels._checks import BackendError
 from memkernels._registry import explain
 from memkernels.ops import (
+    allocation,
     attention,
     attention_varlen,
     content_address,
     content_read,
     gru,
     gru_gates,
+    link_read,
+    link_step,
+    link_update,
     lstm,
     lstm_gates,
     memory_read,
@@ -30,6 +34,7 @@ from memkernels.ops import (
     retrieval_attention,
     rnn,
     segment_attention,
+    usage,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +46,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "allocation",
     "attention",
     "attention_varlen",
     "backend",
@@ -51,6 +57,9 @@ __all__ = [
     "explain",
     "gru",
     "gru_gates",
+    "link_read",
+    "link_step",
+    "link_update",
     "lstm",
     "lstm_gates",
     "memory_read",
@@ -63,6 +72,7 @@ __all__ = [
     "retrieval_attention",
     "rnn",
     "segment_attention",
+    "usage",
 ]
 
 _LAZY = ("bench", "distributed", "integrations", "models", "nn", "testing")

@@ -1,11 +1,14 @@
 """One file per op: the public function, its checks and its declaration."""
 
+from memkernels.ops.allocation import allocation
 from memkernels.ops.attention import attention
 from memkernels.ops.attention_varlen import attention_varlen
 from memkernels.ops.content_address import content_address
 from memkernels.ops.content_read import content_read
 from memkernels.ops.gru import gru
 from memkernels.ops.gru_gates import gru_gates
+from memkernels.ops.link_read import link_read
+from memkernels.ops.link_step import link_step, link_update
 from memkernels.ops.lstm import lstm
 from memkernels.ops.lstm_gates import lstm_gates
 from memkernels.ops.memory_read import memory_read
@@ -16,14 +19,19 @@ from memkernels.ops.quantized_attention import quantize_rows, quantized_attentio
 from memkernels.ops.retrieval_attention import retrieval_attention
 from memkernels.ops.rnn import rnn
 from memkernels.ops.segment_attention import segment_attention
+from memkernels.ops.usage import usage
 
 __all__ = [
+    "allocation",
     "attention",
     "attention_varlen",
     "content_address",
     "content_read",
     "gru",
     "gru_gates",
+    "link_read",
+    "link_step",
+    "link_update",
     "lstm",
     "lstm_gates",
     "memory_read",
@@ -36,4 +44,5 @@ __all__ = [
     "retrieval_attention",
     "rnn",
     "segment_attention",
+    "usage",
 ]
