@@ -12,11 +12,14 @@ from memkernels._backends import backend, cpu_level
 from memkernels._checks import BackendError
 from memkernels._registry import explain
 from memkernels.ops import (
+    DNCInterface,
+    DNCState,
     allocation,
     attention,
     attention_varlen,
     content_address,
     content_read,
+    dnc_step,
     gru,
     gru_gates,
     link_read,
@@ -46,6 +49,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "DNCInterface",
+    "DNCState",
     "allocation",
     "attention",
     "attention_varlen",
@@ -54,6 +59,7 @@ __all__ = [
     "content_address",
     "content_read",
     "cpu_level",
+    "dnc_step",
     "explain",
     "gru",
     "gru_gates",

@@ -1,5 +1,6 @@
 """Modules on top of the ops: drop-in where torch.nn has the module."""
 
+from memkernels.nn.dnc import DNC, DNCLayerState
 from memkernels.nn.external_memory import ExternalMemory, ExternalMemoryState
 from memkernels.nn.graph_attention import GraphAttention, csr_from_edges
 from memkernels.nn.gru import GRU
@@ -11,9 +12,11 @@ from memkernels.nn.rnn import RNN
 from memkernels.nn.rnn_cell import RNNCell
 
 __all__ = [
+    "DNC",
     "GRU",
     "LSTM",
     "RNN",
+    "DNCLayerState",
     "ExternalMemory",
     "ExternalMemoryState",
     "GRUCell",

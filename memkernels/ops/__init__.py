@@ -5,6 +5,7 @@ from memkernels.ops.attention import attention
 from memkernels.ops.attention_varlen import attention_varlen
 from memkernels.ops.content_address import content_address
 from memkernels.ops.content_read import content_read
+from memkernels.ops.dnc_step import DNCInterface, DNCState, dnc_step
 from memkernels.ops.gru import gru
 from memkernels.ops.gru_gates import gru_gates
 from memkernels.ops.link_read import link_read
@@ -22,11 +23,14 @@ from memkernels.ops.segment_attention import segment_attention
 from memkernels.ops.usage import usage
 
 __all__ = [
+    "DNCInterface",
+    "DNCState",
     "allocation",
     "attention",
     "attention_varlen",
     "content_address",
     "content_read",
+    "dnc_step",
     "gru",
     "gru_gates",
     "link_read",
