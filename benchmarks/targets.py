@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from attention import attention_targets
+from dnc import dnc_targets
 from graphs import graph_targets
 from memories import memory_targets
 from recurrent import recurrent_targets
@@ -51,6 +52,7 @@ def targets() -> Iterator[Target]:
     yield from attention_targets()
     yield from sequence_targets()
     yield from memory_targets()
+    yield from dnc_targets()
     yield from graph_targets()
     yield from recurrent_targets()
     for spec in specs().values():

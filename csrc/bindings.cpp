@@ -10,10 +10,12 @@
 namespace py = pybind11;
 
 #define MK_OPS(OP)        \
+  OP(allocation)          \
   OP(attention)           \
   OP(attention_varlen)    \
   OP(content)             \
   OP(gru_gates)           \
+  OP(link)                \
   OP(lstm_gates)          \
   OP(lstm_options)        \
   OP(memory_read)         \
@@ -24,6 +26,7 @@ namespace py = pybind11;
   OP(recurrent)           \
   OP(retrieval_attention) \
   OP(segment_attention)   \
+  OP(usage)               \
   OP(vec_math)
 
 namespace mk::cpu {

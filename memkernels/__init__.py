@@ -13,12 +13,19 @@ from memkernels._checks import BackendError
 from memkernels._registry import explain
 from memkernels.ops import (
     SparseMemory,
+    DNCInterface,
+    DNCState,
+    allocation,
     attention,
     attention_varlen,
     content_address,
     content_read,
+    dnc_step,
     gru,
     gru_gates,
+    link_read,
+    link_step,
+    link_update,
     lstm,
     lstm_gates,
     memory_read,
@@ -33,6 +40,7 @@ from memkernels.ops import (
     segment_attention,
     sparse_read,
     sparse_write,
+    usage,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +53,9 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "SparseMemory",
+    "DNCInterface",
+    "DNCState",
+    "allocation",
     "attention",
     "attention_varlen",
     "backend",
@@ -52,9 +63,13 @@ __all__ = [
     "content_address",
     "content_read",
     "cpu_level",
+    "dnc_step",
     "explain",
     "gru",
     "gru_gates",
+    "link_read",
+    "link_step",
+    "link_update",
     "lstm",
     "lstm_gates",
     "memory_read",
@@ -69,6 +84,7 @@ __all__ = [
     "segment_attention",
     "sparse_read",
     "sparse_write",
+    "usage",
 ]
 
 _LAZY = ("bench", "distributed", "integrations", "models", "nn", "testing")

@@ -200,7 +200,7 @@ def test_an_exported_layer_is_saved_with_its_state(mode):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: make("dream"), "mode: expected one of 'content', 'ntm', got 'dream'"),
+        (lambda: make("dream"), "mode: expected one of 'content', 'ntm', 'dnc', got 'dream'"),
         (lambda: make(similarity="euclid"), "similarity: expected one of"),
         (lambda: nn.ExternalMemory(4, 0, 3, 1), "slots: expected a positive integer, got 0"),
         (lambda: make(shift=-1), "shift: expected at least 0"),

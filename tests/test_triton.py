@@ -66,6 +66,7 @@ def test_launches_are_frozen_and_depend_on_no_batch():
         _launch.segment,
         _launch.retrieval,
         _launch.quantized_attention,
+        _launch.link,
         _launch.pointwise,
     ):
         assert "batch" not in function.__code__.co_varnames

@@ -18,6 +18,7 @@ MODULES = (
     "segment_attention", "merge_attention", "attention_varlen", "paged_attention",
     "retrieval_attention",
     "quantized_attention",
+    "usage", "allocation", "link_step", "link_read",
 )  # fmt: skip
 # ptxas sometimes parks a value or two on the stack to reach the next step of occupancy; a real spill is an order of magnitude more.
 STACK_BYTES = 32
@@ -53,6 +54,11 @@ QUICK = {
     "retrieval_memory_bf16",
     "quantized_attention_fwd_bf16",
     "quantized_attention_bwd_fp32",
+    "usage_bwd_fp32",
+    "allocation_bwd_fp32",
+    "link_step_fwd_fp32",
+    "link_step_bwd_bf16",
+    "link_read_bwd_fp32",
 }
 
 

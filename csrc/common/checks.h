@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/pages.h"
 #include "common/tensor_view.h"
 
 namespace mk {
@@ -73,6 +74,15 @@ inline void check_output(const char* op, const char* argument, const TensorView&
     stride *= t.size(axis);
   }
   if (!contiguous && t.numel() > 0) fail(op, argument, "a contiguous tensor", "a strided one");
+}
+
+// The memory of an output or gradient; null for one that nobody needs.
+inline void* written(const char* op, const char* name, const TensorView& t, std::initializer_list<int64_t> sizes,
+                     DType dtype) {
+  if (!t.defined()) return nullptr;
+  check_output(op, name, t, sizes, dtype);
+  prefer_huge_pages(t.data(), t.numel() * item_size(dtype));
+  return t.data();
 }
 
 }  // namespace mk

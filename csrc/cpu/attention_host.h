@@ -22,14 +22,6 @@ inline AttentionTensor checked(const char* op, const char* name, const TensorVie
   return {t.data(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-inline void* written(const char* op, const char* name, const TensorView& t, std::initializer_list<int64_t> sizes,
-                     DType dtype) {
-  if (!t.defined()) return nullptr;
-  check_output(op, name, t, sizes, dtype);
-  prefer_huge_pages(t.data(), t.numel() * item_size(dtype));
-  return t.data();
-}
-
 inline DType wide(DType dtype) { return dtype == DType::float64 ? dtype : DType::float32; }
 inline int64_t sum_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
 inline int64_t blocks_of(int64_t n, int64_t step) { return (n + step - 1) / step; }

@@ -1,5 +1,6 @@
 """Modules on top of the ops: drop-in where torch.nn has the module."""
 
+from memkernels.nn.dnc import DNC, DNCLayerState
 from memkernels.nn.external_memory import ExternalMemory, ExternalMemoryState
 from memkernels.nn.graph_attention import GraphAttention, csr_from_edges
 from memkernels.nn.gru import GRU
@@ -12,10 +13,12 @@ from memkernels.nn.rnn_cell import RNNCell
 from memkernels.nn.sam import SAM, SAMState
 
 __all__ = [
+    "DNC",
     "GRU",
     "LSTM",
     "RNN",
     "SAM",
+    "DNCLayerState",
     "ExternalMemory",
     "ExternalMemoryState",
     "GRUCell",

@@ -11,12 +11,14 @@ from torch.nn import functional as F
 from memkernels._checks import check_choice, check_flag, check_floating, check_tensor, fail
 from memkernels._compat import register_namedtuple
 from memkernels.nn._arguments import check_sizes
+from memkernels.nn._dnc_interface import Interface
 from memkernels.ops.content_address import content_address
 from memkernels.ops.content_read import content_read
+from memkernels.ops.dnc_step import DNCState, dnc_step
 from memkernels.ops.memory_read import memory_read
 from memkernels.ops.memory_write import memory_write
 
-MODES = ("content", "ntm")
+MODES = ("content", "ntm", "dnc")
 SIMILARITIES = ("cosine", "dot", "l2")
 
 
@@ -43,6 +45,8 @@ class ExternalMemory(nn.Module):
       ``r = softmax(b_r cos(k_r, M)) M``: addressed by content alone.
     - "ntm": the weights of all heads are made from M' and from the last weights as in the Neural Turing Machine: content weights are
       interpolated with the last ones, shifted by up to `shift` rows in a circle, and sharpened; then M is written and read with them.
+    - "dnc": a step of a Differentiable Neural Computer (`memkernels.dnc_step`), all of whose interface is linear in the input: rows are
+      chosen by content, by what is free and by the order of writes. The state is a `memkernels.DNCState`.
 
     and the output is ``W_o [x_t, r_t] + b_o``. A step sees only inputs up to its own: the layer is causal.
 
@@ -51,10 +55,10 @@ class ExternalMemory(nn.Module):
         slots: memory rows N.
         width: memory columns W.
         read_heads: read heads R.
-        mode: "content" or "ntm".
+        mode: "content", "ntm" or "dnc".
         write_heads: write heads H.
         output_size: features O of the output; `input_size` if None.
-        similarity: "cosine", "dot" or "l2".
+        similarity: "cosine", "dot" or "l2"; "dnc" knows "cosine" alone.
         shift: "ntm" only: the largest shift S in rows; any value, also beyond `slots`.
         batch_first: input and output are "B T I" and "B T O" (default), else "T B I" and "T B O".
         device, dtype: of the parameters.
@@ -62,7 +66,7 @@ class ExternalMemory(nn.Module):
     Numerics: sharpening is done in log space, so the weights keep their mass for any sharpness and never become NaN.
     Raises: ValueError for an unknown mode or similarity, a size that is not positive, and for an input or state of another size;
         TypeError for an argument of another type.
-    Source: Graves, Wayne and Danihelka 2014 (arXiv 1410.5401), equations 2 to 9.
+    Source: Graves, Wayne and Danihelka 2014 (arXiv 1410.5401), equations 2 to 9; Graves et al. 2016 for "dnc".
 
     Example:
         >>> layer = ExternalMemory(8, slots=16, width=4, read_heads=2)
@@ -91,6 +95,8 @@ class ExternalMemory(nn.Module):
         super().__init__()
         check_choice("ExternalMemory", "mode", mode, MODES)
         check_choice("ExternalMemory", "similarity", similarity, SIMILARITIES)
+        if mode == "dnc" and similarity != "cosine":
+            fail("ExternalMemory", "similarity", "'cosine' in mode 'dnc'", repr(similarity))
         output_size = input_size if output_size is None else output_size
         sizes = dict(input_size=input_size, slots=slots, width=width, read_heads=read_heads, write_heads=write_heads)
         check_sizes("ExternalMemory", **sizes, output_size=output_size)
@@ -104,6 +110,9 @@ class ExternalMemory(nn.Module):
         # Keys and strengths of all heads, erase and add of the write heads; then the write gates, or gate, shift and sharpness.
         self._sizes = [heads * width, heads, write_heads * width, write_heads * width]
         self._sizes += [write_heads] if mode == "content" else [heads, heads * (2 * shift + 1), heads]
+        self._asks = Interface(slots, width, read_heads, write_heads) if mode == "dnc" else None
+        if self._asks is not None:
+            self._sizes = [self._asks.features()]
         self.interface = nn.Linear(input_size, sum(self._sizes), **factory)
         self.output = nn.Linear(input_size + read_heads * width, self.output_size, **factory)
         self.initial_memory = nn.Parameter(torch.empty(slots, width, **factory))
@@ -124,12 +133,14 @@ class ExternalMemory(nn.Module):
         text = f"{self.input_size}, slots={self.slots}, width={self.width}, read_heads={self.read_heads}, mode={self.mode!r}"
         return text + ("" if self.write_heads == 1 else f", write_heads={self.write_heads}")
 
-    def initial_state(self, batch: int) -> ExternalMemoryState:
+    def initial_state(self, batch: int) -> ExternalMemoryState | DNCState:
         """The learned state before the first step, for `batch` sequences."""
+        if self._asks is not None:
+            return self._asks.nothing(self.initial_memory, batch)._replace(memory=self.initial_memory.expand(batch, -1, -1))
         weights = None if self.initial_weights is None else torch.softmax(self.initial_weights, -1).expand(batch, -1, -1)
         return ExternalMemoryState(self.initial_memory.expand(batch, -1, -1), weights)
 
-    def forward(self, input: Tensor, state: ExternalMemoryState | None = None) -> tuple[Tensor, ExternalMemoryState]:
+    def forward(self, input: Tensor, state: ExternalMemoryState | DNCState | None = None) -> tuple[Tensor, ExternalMemoryState | DNCState]:
         """Runs over all steps.
 
         Args:
@@ -151,13 +162,21 @@ class ExternalMemory(nn.Module):
         state = self.initial_state(batch) if state is None else self._checked(state, batch)
         # All that is linear in the input is computed for all steps at once; the parameters stay float32 under autocast.
         parts = self.interface(x).to(state.memory.dtype).split(self._sizes, -1)
-        reads, state = (self._content if self.mode == "content" else self._ntm)(parts, state)
+        run: Any = {"content": self._content, "ntm": self._ntm, "dnc": self._dnc}[self.mode]
+        reads, state = run(parts, state)
         stacked = torch.stack(reads).flatten(2) if reads else x.new_zeros(0, batch, self.read_heads * self.width)
         output = self.output(torch.cat([x, stacked.to(x.dtype)], -1))
         return output.transpose(0, 1) if self.batch_first else output, state
 
-    def _checked(self, state: Any, batch: int) -> ExternalMemoryState:
+    def _checked(self, state: Any, batch: int) -> ExternalMemoryState | DNCState:
         """The state that a caller passes, or one clear error."""
+        if self._asks is not None:
+            if not isinstance(state, (tuple, list)) or len(state) != len(DNCState._fields):
+                fail("ExternalMemory", "state", "a DNCState or None", type(state).__name__, TypeError)
+            check_tensor("ExternalMemory", "state.memory", state[0])
+            if state[0].shape != (batch, self.slots, self.width):
+                fail("ExternalMemory", "state", f"memory of shape {(batch, self.slots, self.width)}", tuple(state[0].shape))
+            return DNCState(*state)  # dnc_step checks the others against this one
         if not isinstance(state, (tuple, list)) or len(state) not in (1, 2):
             fail("ExternalMemory", "state", "an ExternalMemoryState or None", type(state).__name__, TypeError)
         found = ExternalMemoryState(*state)
@@ -190,6 +209,14 @@ class ExternalMemory(nn.Module):
             memory = memory_write(memory, weights, e, a)
             reads.append(content_read(memory, read_key, read_strength, similarity=self.similarity))
         return reads, ExternalMemoryState(memory)
+
+    def _dnc(self, parts: tuple[Tensor, ...], state: DNCState) -> tuple[list[Tensor], DNCState]:
+        assert self._asks is not None
+        reads = []
+        for ask in self._asks.steps(parts[0]):
+            read, state = dnc_step(state, ask)
+            reads.append(read)
+        return reads, state
 
     def _ntm(self, parts: tuple[Tensor, ...], state: ExternalMemoryState) -> tuple[list[Tensor], ExternalMemoryState]:
         heads = (self.read_heads, self.write_heads)

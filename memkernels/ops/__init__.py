@@ -1,11 +1,15 @@
 """One file per op: the public function, its checks and its declaration."""
 
+from memkernels.ops.allocation import allocation
 from memkernels.ops.attention import attention
 from memkernels.ops.attention_varlen import attention_varlen
 from memkernels.ops.content_address import content_address
 from memkernels.ops.content_read import content_read
+from memkernels.ops.dnc_step import DNCInterface, DNCState, dnc_step
 from memkernels.ops.gru import gru
 from memkernels.ops.gru_gates import gru_gates
+from memkernels.ops.link_read import link_read
+from memkernels.ops.link_step import link_step, link_update
 from memkernels.ops.lstm import lstm
 from memkernels.ops.lstm_gates import lstm_gates
 from memkernels.ops.memory_read import memory_read
@@ -20,12 +24,22 @@ from memkernels.ops.sparse_memory import SparseMemory, sparse_read, sparse_write
 
 __all__ = [
     "SparseMemory",
+from memkernels.ops.usage import usage
+
+__all__ = [
+    "DNCInterface",
+    "DNCState",
+    "allocation",
     "attention",
     "attention_varlen",
     "content_address",
     "content_read",
+    "dnc_step",
     "gru",
     "gru_gates",
+    "link_read",
+    "link_step",
+    "link_update",
     "lstm",
     "lstm_gates",
     "memory_read",
@@ -40,4 +54,5 @@ __all__ = [
     "segment_attention",
     "sparse_read",
     "sparse_write",
+    "usage",
 ]

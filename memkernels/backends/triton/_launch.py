@@ -245,3 +245,19 @@ def quantized_attention(rows: int, keys: int, width: int, value_width: int, wide
     block_m = min(power_of_two(rows, 16), 32 if largest <= 128 else 16)
     chunk = ceil_div(max(KEYS_PER_SPLIT, ceil_div(keys, MAX_SPLITS)), block_n) * block_n
     return Attention(block_m, block_n, block_d, block_v, 4, 2, chunk, max(ceil_div(keys, chunk), 1))
+
+
+@dataclass(frozen=True)
+class Link:
+    """Tiles of a link matrix: rows x columns, and the read heads; `splits` blocks of rows."""
+
+    block_m: int
+    block_n: int
+    block_r: int
+    splits: int
+    num_warps: int
+
+
+def link(rows: int, heads: int, backward: bool) -> Link:
+    block_m = 32 if backward else 64
+    return Link(block_m, 32 if backward else 64, power_of_two(heads, 16), ceil_div(rows, block_m), 4)
