@@ -6,6 +6,7 @@ from memkernels.ops.content_address import content_address
 from memkernels.ops.content_read import content_read
 from memkernels.ops.gru import gru
 from memkernels.ops.gru_gates import gru_gates
+from memkernels.ops.location_address import location_address
 from memkernels.ops.lstm import lstm
 from memkernels.ops.lstm_gates import lstm_gates
 from memkernels.ops.memory_read import memory_read
@@ -24,6 +25,7 @@ __all__ = [
     "content_read",
     "gru",
     "gru_gates",
+    "location_address",
     "lstm",
     "lstm_gates",
     "memory_read",
