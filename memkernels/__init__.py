@@ -12,6 +12,7 @@ from memkernels._backends import backend, cpu_level
 from memkernels._checks import BackendError
 from memkernels._registry import explain
 from memkernels.ops import (
+    NTMState,
     attention,
     attention_varlen,
     content_address,
@@ -25,6 +26,7 @@ from memkernels.ops import (
     memory_write,
     memory_write_,
     merge_attention,
+    ntm_sequence,
     paged_attention,
     quantize_rows,
     quantized_attention,
@@ -42,6 +44,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "NTMState",
     "attention",
     "attention_varlen",
     "backend",
@@ -59,6 +62,7 @@ __all__ = [
     "memory_write",
     "memory_write_",
     "merge_attention",
+    "ntm_sequence",
     "paged_attention",
     "quantize_rows",
     "quantized_attention",

@@ -7,12 +7,14 @@ from memkernels.nn.gru_cell import GRUCell
 from memkernels.nn.lstm import LSTM
 from memkernels.nn.lstm_cell import LSTMCell
 from memkernels.nn.multihead_attention import MultiheadAttention
+from memkernels.nn.ntm import NTM
 from memkernels.nn.rnn import RNN
 from memkernels.nn.rnn_cell import RNNCell
 
 __all__ = [
     "GRU",
     "LSTM",
+    "NTM",
     "RNN",
     "ExternalMemory",
     "ExternalMemoryState",

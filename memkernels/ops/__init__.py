@@ -12,6 +12,7 @@ from memkernels.ops.lstm_gates import lstm_gates
 from memkernels.ops.memory_read import memory_read
 from memkernels.ops.memory_write import memory_write, memory_write_
 from memkernels.ops.merge_attention import merge_attention
+from memkernels.ops.ntm_sequence import NTMState, ntm_sequence
 from memkernels.ops.paged_attention import paged_attention
 from memkernels.ops.quantized_attention import quantize_rows, quantized_attention
 from memkernels.ops.retrieval_attention import retrieval_attention
@@ -19,6 +20,7 @@ from memkernels.ops.rnn import rnn
 from memkernels.ops.segment_attention import segment_attention
 
 __all__ = [
+    "NTMState",
     "attention",
     "attention_varlen",
     "content_address",
@@ -32,6 +34,7 @@ __all__ = [
     "memory_write",
     "memory_write_",
     "merge_attention",
+    "ntm_sequence",
     "paged_attention",
     "quantize_rows",
     "quantized_attention",
