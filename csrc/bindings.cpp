@@ -16,6 +16,7 @@ namespace py = pybind11;
   OP(content)             \
   OP(gru_gates)           \
   OP(link)                \
+  OP(location_address)    \
   OP(lstm_gates)          \
   OP(lstm_options)        \
   OP(memory_read)         \

@@ -8,7 +8,6 @@ import torch
 from torch.nn import functional as F
 
 from memkernels import nn
-from memkernels.nn.external_memory import _location_address
 
 MODES = ("content", "ntm")
 
@@ -103,28 +102,6 @@ def test_batch_first_both_ways_and_causal(mode):
     changed[1] += 1
     assert torch.equal(layer(changed)[0][[0, 2]], output[[0, 2]])
     assert layer(x[:, :0])[0].shape == (3, 0, 6)
-
-
-def test_location_address_keeps_its_mass():
-    torch.manual_seed(0)
-    for slots, reach in ((128, 1), (7, 3), (3, 5), (1, 2)):
-        uniform = torch.full((2, 3, slots), 1 / slots)
-        sharp = torch.softmax(torch.randn(2, 3, slots) * 30, -1)
-        one_hot = F.one_hot(torch.zeros(2, 3, dtype=torch.int64), slots).float()
-        shift = torch.softmax(torch.randn(2, 3, 2 * reach + 1), -1)
-        for content in (uniform, sharp, one_hot):
-            for gamma in (1.0, 10.0, 1000.0):
-                args = [content, content, torch.rand(2, 3), shift, torch.full((2, 3), gamma)]
-                args = [a.clone().requires_grad_() for a in args]
-                weights = _location_address(*args)
-                assert (weights.sum(-1) - 1).abs().max() < 1e-5
-                gradients = torch.autograd.grad(weights.square().sum(), args)
-                assert all(g.isfinite().all() for g in gradients)
-    exact = torch.softmax(torch.randn(2, 3, 7, dtype=torch.float64), -1)
-    shift = torch.softmax(torch.randn(2, 3, 5, dtype=torch.float64), -1)
-    sharpen = 1 + torch.rand(2, 3, dtype=torch.float64)
-    got = _location_address(exact, exact, torch.rand(2, 3, dtype=torch.float64), shift, sharpen)
-    torch.testing.assert_close(got, location(exact, shift, sharpen))
 
 
 @pytest.mark.parametrize("mode", MODES)

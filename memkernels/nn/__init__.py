@@ -8,6 +8,7 @@ from memkernels.nn.gru_cell import GRUCell
 from memkernels.nn.lstm import LSTM
 from memkernels.nn.lstm_cell import LSTMCell
 from memkernels.nn.multihead_attention import MultiheadAttention
+from memkernels.nn.ntm import NTM
 from memkernels.nn.rnn import RNN
 from memkernels.nn.rnn_cell import RNNCell
 from memkernels.nn.sam import SAM, SAMState
@@ -16,6 +17,7 @@ __all__ = [
     "DNC",
     "GRU",
     "LSTM",
+    "NTM",
     "RNN",
     "SAM",
     "DNCLayerState",

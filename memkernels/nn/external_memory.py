@@ -15,6 +15,7 @@ from memkernels.nn._dnc_interface import Interface
 from memkernels.ops.content_address import content_address
 from memkernels.ops.content_read import content_read
 from memkernels.ops.dnc_step import DNCState, dnc_step
+from memkernels.ops.location_address import location_address
 from memkernels.ops.memory_read import memory_read
 from memkernels.ops.memory_write import memory_write
 
@@ -229,7 +230,7 @@ class ExternalMemory(nn.Module):
         assert weights is not None
         for key, e, a, shift, strength, gate, sharpen in _steps(keys, erase, add, shifts, *scalars):
             content = content_address(memory, key, strength, similarity=self.similarity)
-            weights = _location_address(content, weights, gate, shift, sharpen)
+            weights = location_address(content, weights, gate, shift, sharpen)
             read_weights, write_weights = weights.split(heads, 1)
             memory = memory_write(memory, write_weights, e, a)
             reads.append(memory_read(memory, read_weights))
@@ -239,23 +240,3 @@ class ExternalMemory(nn.Module):
 def _steps(*tensors: Tensor):
     """The tensors' slices at every step of their first dimension."""
     return zip(*(t.unbind(0) for t in tensors), strict=True)
-
-
-def _location_address(content: Tensor, previous: Tensor, gate: Tensor, shift: Tensor, sharpen: Tensor) -> Tensor:
-    """Interpolates, shifts in a circle and sharpens.
-
-    ``w_g = g content + (1 - g) previous``;  ``w_s[i] = sum_j shift[j] w_g[(i - j) mod N]``, j = -S..S;  ``w = w_s^sharpen / sum``.
-
-    Args:
-        content, previous: "B R N", rows sum to 1. gate, sharpen: "B R". shift: "B R 2S+1", rows sum to 1.
-    """
-    dtype, wide = content.dtype, torch.promote_types(content.dtype, torch.float32)
-    content, previous, gate, shift, sharpen = (t.to(wide) for t in (content, previous, gate, shift, sharpen))
-    gated = torch.lerp(previous, content, gate[..., None])
-    reach = shift.shape[-1] // 2
-    rolled = torch.stack([gated.roll(offset, -1) for offset in range(-reach, reach + 1)], -1)
-    shifted = (rolled @ shift[..., None]).squeeze(-1)
-    # log(0) is kept out of the graph: a row of weight 0 stays 0 and gets gradient 0, not NaN.
-    positive = shifted > 0
-    logits = torch.where(positive, sharpen[..., None] * torch.where(positive, shifted, 1).log(), -torch.inf)
-    return torch.softmax(logits, -1).to(dtype)

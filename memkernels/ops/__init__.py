@@ -10,11 +10,13 @@ from memkernels.ops.gru import gru
 from memkernels.ops.gru_gates import gru_gates
 from memkernels.ops.link_read import link_read
 from memkernels.ops.link_step import link_step, link_update
+from memkernels.ops.location_address import location_address
 from memkernels.ops.lstm import lstm
 from memkernels.ops.lstm_gates import lstm_gates
 from memkernels.ops.memory_read import memory_read
 from memkernels.ops.memory_write import memory_write, memory_write_
 from memkernels.ops.merge_attention import merge_attention
+from memkernels.ops.ntm_sequence import NTMState, ntm_sequence
 from memkernels.ops.paged_attention import paged_attention
 from memkernels.ops.quantized_attention import quantize_rows, quantized_attention
 from memkernels.ops.retrieval_attention import retrieval_attention
@@ -30,6 +32,7 @@ __all__ = [
     "DNCInterface",
     "DNCState",
     "allocation",
+    "NTMState",
     "attention",
     "attention_varlen",
     "content_address",
@@ -40,12 +43,14 @@ __all__ = [
     "link_read",
     "link_step",
     "link_update",
+    "location_address",
     "lstm",
     "lstm_gates",
     "memory_read",
     "memory_write",
     "memory_write_",
     "merge_attention",
+    "ntm_sequence",
     "paged_attention",
     "quantize_rows",
     "quantized_attention",

@@ -10,14 +10,14 @@ def hide(rows, mask):
     return rows if mask is None else rows.masked_fill(~mask[..., None], 0)
 
 
-def similarity_of(memory, key, similarity):
+def similarity_of(memory, key, similarity, eps=EPS):
     """`c` "B R N"."""
     if similarity == "l2":
         return -(key[:, :, None] - memory[:, None]).square().sum(-1)
     dot = key @ memory.mT
     if similarity == "dot":
         return dot
-    return dot / (_norm(key)[:, :, None] * _norm(memory)[:, None])
+    return dot / (_norm(key, eps)[:, :, None] * _norm(memory, eps)[:, None])
 
 
 def softmax(logit, mask):
@@ -37,7 +37,7 @@ def softmax_backward(dweights, weights):
     return weights * (dweights - (dweights * weights).sum(-1, keepdim=True))
 
 
-def similarity_backward(dlogit, similar, memory, key, strength, similarity):
+def similarity_backward(dlogit, similar, memory, key, strength, similarity, eps=EPS):
     """-> dmemory, dkey, dstrength, where logit = strength * similar."""
     dstrength = (dlogit * similar).sum(-1)
     d = dlogit * strength[..., None]
@@ -45,7 +45,7 @@ def similarity_backward(dlogit, similar, memory, key, strength, similarity):
         return d.mT @ key, d @ memory, dstrength
     if similarity == "l2":
         return 2 * (d.mT @ key - memory * d.sum(1)[..., None]), 2 * (d @ memory - key * d.sum(2)[..., None]), dstrength
-    norm_memory, norm_key = _norm(memory)[..., None], _norm(key)[..., None]
+    norm_memory, norm_key = _norm(memory, eps)[..., None], _norm(key, eps)[..., None]
     dot = d / (norm_key * norm_memory.mT)
     along = d * similar
     dmemory = dot.mT @ key - memory * (along.sum(1)[..., None] / norm_memory.square())
@@ -53,5 +53,5 @@ def similarity_backward(dlogit, similar, memory, key, strength, similarity):
     return dmemory, dkey, dstrength
 
 
-def _norm(rows):
-    return (rows.square().sum(-1) + EPS).sqrt()
+def _norm(rows, eps):
+    return (rows.square().sum(-1) + eps).sqrt()

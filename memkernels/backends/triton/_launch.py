@@ -83,6 +83,12 @@ def memory_write(rows: int, width: int) -> Rows:
     return Rows(1, block_n, block_w, block_w, block_n, ceil_div(rows, block_n), 4)
 
 
+def circle(rows: int) -> Rows:
+    """For location_address: blocks of the rows of one head."""
+    block_n = min(1024, power_of_two(rows, 32))
+    return Rows(1, block_n, 1, 1, block_n, 1, max(1, block_n // 256))
+
+
 def pointwise(hidden: int) -> Rows:
     """For lstm_gates: a tile of 1024 elements, wide rather than tall."""
     block_w = min(128, power_of_two(hidden))

@@ -1,0 +1,3 @@
+#include "cpu/baseline/vec.h"
+
+#include "cpu/generic/location_address.inl.h"
