@@ -235,3 +235,18 @@ def quantized_attention(rows: int, keys: int, width: int, value_width: int, wide
     block_m = min(power_of_two(rows, 16), 32 if largest <= 128 else 16)
     chunk = ceil_div(max(KEYS_PER_SPLIT, ceil_div(keys, MAX_SPLITS)), block_n) * block_n
     return Attention(block_m, block_n, block_d, block_v, 4, 2, chunk, max(ceil_div(keys, chunk), 1))
+
+
+@dataclass(frozen=True)
+class Bag:
+    """Tiles of weighted_bag: rows that are gathered at a time, and columns."""
+
+    block_j: int
+    block_d: int
+    num_warps: int
+
+
+def weighted_bag(width: int) -> Bag:
+    """For weighted_bag: columns are cut into strips, so the width has no limit."""
+    block_d = min(256, power_of_two(width, 16))
+    return Bag(max(16, 2048 // block_d) if block_d < 128 else 16, block_d, 4)
