@@ -6,6 +6,7 @@ from memkernels.ops.content_address import content_address
 from memkernels.ops.content_read import content_read
 from memkernels.ops.gru import gru
 from memkernels.ops.gru_gates import gru_gates
+from memkernels.ops.hopfield_retrieve import hopfield_retrieve
 from memkernels.ops.lstm import lstm
 from memkernels.ops.lstm_gates import lstm_gates
 from memkernels.ops.memory_read import memory_read
@@ -25,6 +26,7 @@ __all__ = [
     "content_read",
     "gru",
     "gru_gates",
+    "hopfield_retrieve",
     "lstm",
     "lstm_gates",
     "memory_read",
