@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from addressable import addressable_targets
 from attention import attention_targets
 from dnc import dnc_targets
 from graphs import graph_targets
@@ -52,6 +53,7 @@ def targets() -> Iterator[Target]:
     yield from attention_targets()
     yield from sequence_targets()
     yield from memory_targets()
+    yield from addressable_targets()
     yield from dnc_targets()
     yield from graph_targets()
     yield from recurrent_targets()

@@ -28,7 +28,8 @@ namespace py = pybind11;
   OP(retrieval_attention) \
   OP(segment_attention)   \
   OP(usage)               \
-  OP(vec_math)
+  OP(vec_math)            \
+  OP(weighted_bag)
 
 namespace mk::cpu {
 #define MK_DECLARE(name) void bind_##name(py::module_& m);

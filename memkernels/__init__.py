@@ -12,11 +12,11 @@ from memkernels._backends import backend, cpu_level
 from memkernels._checks import BackendError
 from memkernels._registry import explain
 from memkernels.ops import (
-    SparseMemory,
     DNCInterface,
     DNCState,
-    allocation,
     NTMState,
+    SparseMemory,
+    allocation,
     attention,
     attention_varlen,
     content_address,
@@ -24,6 +24,7 @@ from memkernels.ops import (
     dnc_step,
     gru,
     gru_gates,
+    hopfield_retrieve,
     link_read,
     link_step,
     link_update,
@@ -44,6 +45,7 @@ from memkernels.ops import (
     sparse_read,
     sparse_write,
     usage,
+    weighted_bag,
 )
 
 if TYPE_CHECKING:
@@ -55,11 +57,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
-    "SparseMemory",
     "DNCInterface",
     "DNCState",
-    "allocation",
     "NTMState",
+    "SparseMemory",
+    "allocation",
     "attention",
     "attention_varlen",
     "backend",
@@ -71,6 +73,7 @@ __all__ = [
     "explain",
     "gru",
     "gru_gates",
+    "hopfield_retrieve",
     "link_read",
     "link_step",
     "link_update",
@@ -91,6 +94,7 @@ __all__ = [
     "sparse_read",
     "sparse_write",
     "usage",
+    "weighted_bag",
 ]
 
 _LAZY = ("bench", "distributed", "integrations", "models", "nn", "testing")

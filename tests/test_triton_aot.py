@@ -19,6 +19,7 @@ MODULES = (
     "retrieval_attention",
     "quantized_attention",
     "usage", "allocation", "link_step", "link_read",
+    "weighted_bag",
 )  # fmt: skip
 # ptxas sometimes parks a value or two on the stack to reach the next step of occupancy; a real spill is an order of magnitude more.
 STACK_BYTES = 32
@@ -59,6 +60,7 @@ QUICK = {
     "link_step_fwd_fp32",
     "link_step_bwd_bf16",
     "link_read_bwd_fp32",
+    "weighted_bag_bwd_table_bf16",
 }
 
 

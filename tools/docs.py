@@ -32,6 +32,7 @@ PEERS = {
     "eager": "eager torch",
     "compile": "torch.compile of eager",
     "sdpa": "scaled_dot_product_attention",
+    "embedding_bag": "torch's embedding_bag",
     "without reset": "itself without resets",
     "without lengths": "itself, even batch of as many rows",
     "without recompute": "itself without recompute",

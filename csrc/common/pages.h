@@ -5,8 +5,10 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace mk {
@@ -20,6 +22,31 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
   if (bytes >= int64_t(2 * kPage) && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)data, (void)bytes;
+#endif
+}
+
+// True: the block reads as zero now, and its pages come, huge, when they are first written. What is left unwritten
+// costs no time and no memory. Memory that malloc has just mapped, as it does for any block of 32 MB or more, has
+// nothing to give back; elsewhere it is exchanged for fresh pages. False where that cannot be had: the block is as it
+// was, or holds anything.
+inline bool clear_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 4096;
+  constexpr int64_t kLeast = int64_t(32) << 20;
+  if (bytes < kLeast || sysconf(_SC_PAGESIZE) > int64_t(kPage)) return false;
+  char* const from = static_cast<char*>(data);
+  char* const begin = from + (kPage - reinterpret_cast<uintptr_t>(data) % kPage) % kPage;
+  char* const end = from + bytes - reinterpret_cast<uintptr_t>(from + bytes) % kPage;
+  // Memory shared with somebody would keep what it holds: two bytes tell.
+  volatile char *first = begin, *last = end - 1;
+  *first = 1, *last = 1;
+  if (madvise(begin, size_t(end - begin), MADV_DONTNEED) != 0 || *first || *last) return false;
+  std::memset(from, 0, size_t(begin - from));
+  std::memset(end, 0, size_t(from + bytes - end));
+  prefer_huge_pages(data, bytes);
+  return true;
+#else
+  return (void)data, (void)bytes, false;
 #endif
 }
 

@@ -8,6 +8,7 @@ from memkernels.ops.content_read import content_read
 from memkernels.ops.dnc_step import DNCInterface, DNCState, dnc_step
 from memkernels.ops.gru import gru
 from memkernels.ops.gru_gates import gru_gates
+from memkernels.ops.hopfield_retrieve import hopfield_retrieve
 from memkernels.ops.link_read import link_read
 from memkernels.ops.link_step import link_step, link_update
 from memkernels.ops.location_address import location_address
@@ -23,16 +24,15 @@ from memkernels.ops.retrieval_attention import retrieval_attention
 from memkernels.ops.rnn import rnn
 from memkernels.ops.segment_attention import segment_attention
 from memkernels.ops.sparse_memory import SparseMemory, sparse_read, sparse_write
-
-__all__ = [
-    "SparseMemory",
 from memkernels.ops.usage import usage
+from memkernels.ops.weighted_bag import weighted_bag
 
 __all__ = [
     "DNCInterface",
     "DNCState",
-    "allocation",
     "NTMState",
+    "SparseMemory",
+    "allocation",
     "attention",
     "attention_varlen",
     "content_address",
@@ -40,6 +40,7 @@ __all__ = [
     "dnc_step",
     "gru",
     "gru_gates",
+    "hopfield_retrieve",
     "link_read",
     "link_step",
     "link_update",
@@ -60,4 +61,5 @@ __all__ = [
     "sparse_read",
     "sparse_write",
     "usage",
+    "weighted_bag",
 ]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from memkernels._checks import Signature, as_index, check_flag, fail
-from memkernels._compat import plain_call
 from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
 from memkernels.ops._attention import softmax_scale, window_limits
+from memkernels.ops._index import check_index
 
 
 def retrieval_attention(
@@ -81,25 +81,9 @@ def retrieval_attention(
             check_flag(NAME, name, flag)
     scale = softmax_scale(NAME, scale, dims["D"])
     left, right = window_limits(NAME, window)
-    _check_index(index, dims["N"])
+    check_index(NAME, index, dims["N"], "N")
     out, lse, _ = OP(query, key, value, memory_key, memory_value, index, memory_bias, scale, left, 0 if is_causal else right)
     return (out, lse) if return_lse else out
-
-
-def _check_index(index, rows):
-    """Reads the values only where that is free: on a CPU, outside of transforms and tracing; the C++ kernel looks in any case.
-
-    In pieces that torch does not share among threads: in a forked child it would wait for threads that are not there.
-    """
-    if torch.compiler.is_compiling() or index.device.type != "cpu" or not plain_call((index,)) or not index.numel():
-        return
-    for piece in index.reshape(-1).split(_SERIAL):
-        low, high = (int(v) for v in torch.aminmax(piece))
-        if low < -1 or high >= rows:
-            fail(NAME, "index", f"-1 or rows 0 to N-1={rows - 1}", f"{low} to {high}", IndexError)
-
-
-_SERIAL = 1 << 14
 
 
 def _allocate(query, key, value, memory_key, memory_value, index, memory_bias, scale, left, right):

@@ -267,3 +267,18 @@ class Link:
 def link(rows: int, heads: int, backward: bool) -> Link:
     block_m = 32 if backward else 64
     return Link(block_m, 32 if backward else 64, power_of_two(heads, 16), ceil_div(rows, block_m), 4)
+
+
+@dataclass(frozen=True)
+class Bag:
+    """Tiles of weighted_bag: rows that are gathered at a time, and columns."""
+
+    block_j: int
+    block_d: int
+    num_warps: int
+
+
+def weighted_bag(width: int) -> Bag:
+    """For weighted_bag: columns are cut into strips, so the width has no limit."""
+    block_d = min(256, power_of_two(width, 16))
+    return Bag(max(16, 2048 // block_d) if block_d < 128 else 16, block_d, 4)
