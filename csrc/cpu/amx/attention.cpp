@@ -31,6 +31,6 @@ const AttentionKernels attention = {
     MK_ATTENTION_TYPES(sink_backward),
     {kQueryGroup, kQueryGroup, kHalfGroup, kQueryGroup},
     kBackwardKeys,
-    kHalfQueries};
+    kTaskQueries};
 
 }  // namespace mk::cpu::MK_LEVEL

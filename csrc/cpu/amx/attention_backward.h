@@ -13,6 +13,7 @@ namespace mk::cpu::MK_LEVEL {
 namespace {
 
 constexpr int64_t kHalfQueries = 256, kPanelQueries = 32;
+constexpr int64_t kTaskQueries = 128;  // least of a task that computes dquery alone, which gains nothing from depth
 
 struct HalfBackward {
   // query_across, dout_across: operand B of the scores, [head][panel][width / 2][32][2]; query_down, dout_down: operand
