@@ -30,7 +30,7 @@ def softmax_scale(op: str, scale: Any, width: Any) -> Any:
     scale = check_number(op, "scale", scale)
     if not -float("inf") < scale < float("inf"):
         fail(op, "scale", "a finite number", scale)
-    return scale
+    return scale if width else 0.0
 
 
 def key_lengths(op: str, lengths: Any, query: torch.Tensor, lead: Any, keys: int) -> torch.Tensor:
