@@ -24,13 +24,13 @@ def window_limits(op: str, window: Any) -> tuple[int, int]:
 
 
 def softmax_scale(op: str, scale: Any, width: Any) -> Any:
-    """The factor of the scores, 1 / sqrt(width) unless it is given."""
+    """The factor of the scores, 1 / sqrt(width) unless it is given; without a width there are no products, and it is 0."""
     if scale is None:
-        return max(width, 1) ** -0.5
+        return width**-0.5 if width else 0.0
     scale = check_number(op, "scale", scale)
     if not -float("inf") < scale < float("inf"):
         fail(op, "scale", "a finite number", scale)
-    return scale
+    return scale if width else 0.0
 
 
 def key_lengths(op: str, lengths: Any, query: torch.Tensor, lead: Any, keys: int) -> torch.Tensor:

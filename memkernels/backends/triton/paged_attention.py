@@ -198,7 +198,7 @@ def _tiles(rows, width, value_width, dtype, is_causal, keys=64):
     return dict(
         CAUSAL=is_causal, BLOCK_M=min(_launch.power_of_two(rows, 16), 32 if narrow else 16),
         BLOCK_N=min(keys, (64 if dtype != torch.float32 else 32) if narrow else 16), BLOCK_D=block_d, BLOCK_V=block_v,
-        PRECISION="ieee" if kind == "tf32x3" else kind, num_warps=4 if narrow else 8, num_stages=2,
+        PRECISION="ieee" if kind == "tf32x3" else kind, num_warps=4 if narrow and dtype != torch.float32 else 8, num_stages=2,
     )  # fmt: skip
 
 
