@@ -1,4 +1,4 @@
-"""The speeds promised for addressable memories, and for attention joined from parts and with retrieved memories (read by targets.py)."""
+"""The speeds promised for attention joined from parts and with retrieved memories (read by targets.py)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from memkernels.testing.spec import Sample, specs
 
 
 def memory_targets() -> Iterator[Target]:
-    """Rows of location_address, merge_attention and retrieval_attention."""
-    yield Target("location_address", specs()["location_address"].sample("B32_R4_N1024"), "fwd+bwd", dict(eager=6))
+    """Rows of merge_attention and retrieval_attention."""
     parts = dict(S=4, B=4, NH=8, Q=1024, V=64)
     yield Target("merge_attention", Sample("S4_B4_Q1024", parts), "fwd+bwd", dict(eager=3))
     yield Target("merge_attention", Sample("S4_B4_Q1024_list", parts, dict(form="sequences")), "fwd+bwd", dict(eager=1.5))

@@ -22,6 +22,7 @@ import torch
 from attention import attention_targets
 from graphs import graph_targets
 from memories import memory_targets
+from ntm import ntm_targets
 from recurrent import recurrent_targets
 from sequences import sequence_targets
 from target import Target, measure
@@ -44,6 +45,7 @@ def targets() -> Iterator[Target]:
     yield from attention_targets()
     yield from sequence_targets()
     yield from memory_targets()
+    yield from ntm_targets()
     yield from graph_targets()
     yield from recurrent_targets()
     for spec in specs().values():

@@ -39,6 +39,7 @@ PEERS = {
     "backward": "one backward",
     "saved": "bytes torch.nn.LSTM saves",
     "peak": "peak memory of eager torch",
+    "pytorch-ntm": "pytorch-ntm's step loop",
     "uniform degrees": "itself, degrees spread evenly",
     "us": "microseconds a call",
     "read": "read bandwidth",

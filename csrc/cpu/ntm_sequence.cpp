@@ -7,6 +7,7 @@
 
 #include "common/arena.h"
 #include "common/checks.h"
+#include "common/pages.h"
 #include "common/tasks.h"
 #include "cpu/select.h"
 
@@ -120,6 +121,7 @@ void forward(const std::vector<TensorView>& out, const Views& in, bool graves) {
   set_saved(a, type, saved);
   const auto& kernels = select(ntm_sequence_levels);
   pybind11::gil_scoped_release nogil;
+  for (const TensorView& t : saved) prefer_huge_pages(t.data(), t.numel() * wide_size(type));
   Scratch scratch;
   take_packed(a, type, scratch);
   kernels.pack[int(type)](a, false);
