@@ -24,6 +24,7 @@ from attention import attention_targets
 from dnc import dnc_targets
 from graphs import graph_targets
 from memories import memory_targets
+from ntm import ntm_targets
 from recurrent import recurrent_targets
 from sequences import sequence_targets
 from target import Target, measure
@@ -55,6 +56,7 @@ def targets() -> Iterator[Target]:
     yield from memory_targets()
     yield from addressable_targets()
     yield from dnc_targets()
+    yield from ntm_targets()
     yield from graph_targets()
     yield from recurrent_targets()
     for spec in specs().values():

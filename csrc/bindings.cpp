@@ -22,6 +22,7 @@ namespace py = pybind11;
   OP(memory_read)         \
   OP(memory_write)        \
   OP(merge_attention)     \
+  OP(ntm_sequence)        \
   OP(paged_attention)     \
   OP(quantized_attention) \
   OP(recurrent)           \

@@ -41,6 +41,7 @@ PEERS = {
     "saved": "bytes torch.nn.LSTM saves",
     "peak": "peak memory of eager torch",
     "local peak": "peak memory of attention alone",
+    "pytorch-ntm": "pytorch-ntm's step loop",
     "uniform degrees": "itself, degrees spread evenly",
     "us": "microseconds a call",
     "read": "read bandwidth",

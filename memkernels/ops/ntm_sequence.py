@@ -104,10 +104,11 @@ def ntm_sequence(
     tensors = (input, *state, weight_ih, weight_rh, weight_hh, bias, *heads)
     SIGNATURE(*tensors)
     hidden, reads, memory, weights, cell, *_ = OP(*tensors, form)
-    last = NTMState(memory, *state[1:5], cell)
+    last = state[1:5]
     if len(hidden):
-        split = weights[-1].to(memory.dtype).split((read_key.shape[0], write_key.shape[0]), 1)
-        last = NTMState(memory, *(w.contiguous() for w in split), reads[-1], hidden[-1], cell)
+        heads = weights[-1].to(memory.dtype).split((read_key.shape[0], write_key.shape[0]), 1)
+        last = (*heads, reads[-1], hidden[-1])
+    last = NTMState(memory, *(t.clone(memory_format=torch.contiguous_format) for t in last), cell)
     return (hidden, reads, last, weights.to(memory.dtype)) if return_weights else (hidden, reads, last)
 
 
@@ -116,7 +117,7 @@ def _allocate(input, memory, read_weights, write_weights, reads, h, c, weight_ih
     (steps, batch, features), (_, heads, width), hidden = input.shape, reads.shape, h.shape[1]
     read_scalars, writers = heads_and_form[1], write_weights.shape[1]
     every = heads + writers
-    projected = every * (width + read_scalars.shape[1]) + 2 * writers * width
+    projected = every * (width + read_scalars.shape[1] + 2) + 2 * writers * width
     shapes = (
         ((steps, batch, hidden), None),
         ((steps, batch, heads, width), None),
@@ -136,7 +137,8 @@ _HEADS = dict(read_key="R W H+1", read_scalars="R 2S+4 H+1", write_key="U W H+1"
 _STATE = dict(memory="B N W", read_weights="B R N", write_weights="B U N", reads="B R W", hidden="B H", cell="B H")
 SIGNATURE = Signature("ntm_sequence", input="T B I", **_STATE, **_WEIGHTS, **_HEADS)
 # Saved in the accumulation type: `rows` what enters the controller at each step, and after the last one, [x, reads', h']; `gates` and
-# `cells` of the controller; `heads` all that is linear in h after its activation: keys, scalars, erase, add.
+# `cells` of the controller; `heads` all that is linear in h after its activation: keys, scalars, erase, add; then the `stats` of
+# location_address.
 OP = define_op(
     "ntm_sequence",
     inputs=(Arg("input", batch=1), *map(Arg, _STATE), *(Arg(name, batch=None) for name in (*_WEIGHTS, *_HEADS))),

@@ -36,20 +36,21 @@ class Machine:
 
     def activated(self, raw):
         """key, strength, gate, sharpen, shift, erase, add of all heads."""
-        key, scalars, erase, add = (t.unflatten(-1, (-1, n)) for t, n in zip(raw.split(self.sizes, -1), self._inner))
+        key, scalars, erase, add = (t.unflatten(-1, shape) for t, shape in zip(raw.split(self.sizes, -1), self._shapes))
         strength, sharpen = F.softplus(scalars[..., 0]) + float(self.graves), 1 + F.softplus(scalars[..., 2])
         add = add.tanh() if self.graves else add
         return key, strength, scalars[..., 1].sigmoid(), sharpen, torch.softmax(scalars[..., 3:], -1), erase.sigmoid(), add
 
     @property
-    def _inner(self):
-        return self.width, self.scalars, self.width, self.width
+    def _shapes(self):
+        every, write = self.readers + self.writers, (self.writers, self.width)
+        return (every, self.width), (every, self.scalars), write, write
 
     def slopes(self, raw, activated, gradients):
         """The gradient of `raw` from those of what `activated` returns."""
         dkey, dstrength, dgate, dsharpen, dshift, derase, dadd = gradients
         _, _, gate, _, shift, erase, add = activated
-        scalars = raw.split(self.sizes, -1)[1].unflatten(-1, (-1, self.scalars))
+        scalars = raw.split(self.sizes, -1)[1].unflatten(-1, self._shapes[1])
         bent = scalars[..., ::2][..., :2].sigmoid()
         three = torch.stack([dstrength * bent[..., 0], dgate * gate * (1 - gate), dsharpen * bent[..., 1]], -1)
         dscalars = torch.cat([three, softmax_backward(dshift, shift)], -1)
@@ -67,15 +68,15 @@ class Machine:
         activated = key, strength, gate, sharpen, shift, erase, add = self.activated(raw)
         similar = similarity_of(before.memory, key, "cosine", self.eps)
         content = torch.softmax(strength[..., None] * similar, -1)
-        weights, _ = location_address.forward(content, before.weights, gate, shift, sharpen)
+        weights, stats = location_address.forward(content, before.weights, gate, shift, sharpen)
         (memory,) = memory_write.forward(before.memory, weights[:, self.readers :], erase, add)
         reads = weights[:, : self.readers] @ (memory if self.graves else before.memory)
         after = State(memory, weights, reads, h, c)
-        return after, (row, (i, f, g, o), raw, activated, similar, content)
+        return after, (row, (i, f, g, o), raw, activated, similar, content, stats)
 
     def step_backward(self, d, before, after, kept):
         """From the gradients of the state after: of the input, of the state before, of the controller's gates and of the heads."""
-        _, (i, f, g, o), raw, activated, similar, content = kept
+        _, (i, f, g, o), raw, activated, similar, content, _ = kept
         key, strength, gate, sharpen, shift, erase, add = activated
         source, dsource = (after if self.graves else before).memory, after.weights[:, : self.readers].mT @ d.reads
         dwritten = d.memory + dsource if self.graves else d.memory

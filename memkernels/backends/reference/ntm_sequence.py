@@ -37,15 +37,15 @@ def forward(*flat):
     rows = torch.stack([*(k[0] for k in kept), torch.cat([nothing, last.reads.flatten(1), last.h], 1)])
     gates = _stack([torch.cat(k[1], -1) for k in kept], last.h, len(last.h), 4 * last.h.shape[1])
     cells = _stack([s.c for s in after], last.c, *last.c.shape)
-    heads = _stack([_packed(k[3]) for k in kept], last.h, len(last.h), sum(machine.sizes))
+    heads = _stack([_packed(k[3], k[-1]) for k in kept], last.h, len(last.h), sum(machine.sizes) + 2 * last.weights.shape[1])
     public = tuple(t.to(dtype) for t in (hidden, reads, last.memory))
     return *public, weights, last.c.to(dtype), *(t.detach().clone() for t in (rows, gates, cells, heads))
 
 
-def _packed(activated):
+def _packed(activated, stats):
     key, strength, gate, sharpen, shift, erase, add = activated
     scalars = torch.cat([torch.stack([strength, gate, sharpen], -1), shift], -1)
-    return torch.cat([t.flatten(1) for t in (key, scalars, erase, add)], -1)
+    return torch.cat([t.flatten(1) for t in (key, scalars, erase, add, stats)], -1)
 
 
 def backward(dhidden, dreads, dmemory, dweights, dcell, *rest):

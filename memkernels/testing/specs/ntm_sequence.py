@@ -27,7 +27,10 @@ def _step(x, state, controller, bias, heads, form, sizes):
     raw = h @ heads[:, :-1].mT + heads[:, -1]
     every, own = readers + writers, form == "graves"
     key, s, erase, add = raw.split([every * width, every * scalars, writers * width, writers * width], -1)
-    key, s, erase, add = (t.unflatten(-1, (-1, n)) for t, n in zip((key, s, erase, add), (width, scalars, width, width)))
+    key, s, erase, add = (
+        t.unflatten(-1, shape)
+        for t, shape in zip((key, s, erase, add), ((every, width), (every, scalars), (writers, width), (writers, width)))
+    )
     eps = 1e-6 if own else 1e-16
     norms = (key.square().sum(-1, keepdim=True) + eps).sqrt() * (memory.square().sum(-1) + eps).sqrt()[:, None]
     content = torch.softmax((F.softplus(s[..., 0:1]) + own) * (key @ memory.mT) / norms, -1)
@@ -56,7 +59,8 @@ def _eager(
         reads.append(now[2])
         hidden.append(now[3])
     read_weights, write_weights = now[1].split(sizes[:2], 1)
-    return torch.stack(hidden), torch.stack(reads), NTMState(now[0], read_weights, write_weights, *now[2:])
+    steps = [torch.stack(all) if all else now[i][None][:0] for all, i in ((hidden, 3), (reads, 2))]
+    return *steps, NTMState(now[0], read_weights, write_weights, *now[2:])
 
 
 def _zero_rows(inputs):
@@ -95,11 +99,11 @@ SPEC = OpSpec(
         "weight_rh": Input("4H R W", weight),
         "weight_hh": Input("4H H", weight),
         "bias": Input("4H", bounded),
-        "read_key": Input("R W H+1", bounded),
-        "read_scalars": Input("R 2S+4 H+1", bounded),
-        "write_key": Input("U W H+1", bounded),
-        "write_scalars": Input("U 2S+4 H+1", bounded),
-        "write_vectors": Input("2 U W H+1", bounded),
+        "read_key": Input("R W H+1", weight),
+        "read_scalars": Input("R 2S+4 H+1", weight),
+        "write_key": Input("U W H+1", weight),
+        "write_scalars": Input("U 2S+4 H+1", weight),
+        "write_vectors": Input("2 U W H+1", weight),
     },
     call=_call,
     samples=(

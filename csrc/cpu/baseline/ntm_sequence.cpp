@@ -1,0 +1,3 @@
+#include "cpu/baseline/vec.h"
+
+#include "cpu/generic/ntm_sequence.inl.h"
