@@ -11,7 +11,7 @@ from memkernels.testing.spec import Sample, specs
 
 
 def memory_targets() -> Iterator[Target]:
-    """Rows of merge_attention, retrieval_attention and weighted_bag."""
+    """Rows of merge_attention, retrieval_attention, weighted_bag and hopfield_retrieve."""
     parts = dict(S=4, B=4, NH=8, Q=1024, V=64)
     yield Target("merge_attention", Sample("S4_B4_Q1024", parts), "fwd+bwd", dict(eager=3))
     yield Target("merge_attention", Sample("S4_B4_Q1024_list", parts, dict(form="sequences")), "fwd+bwd", dict(eager=1.5))
@@ -23,3 +23,6 @@ def memory_targets() -> Iterator[Target]:
     yield Target("weighted_bag", bag, "forward", dict(embedding_bag=2))
     sparse = dataclasses.replace(bag, name=f"{bag.name}_sparse", options=dict(sparse=True))
     yield Target("weighted_bag", sparse, "fwd+bwd", dict(embedding_bag=1))
+    hopfield = specs()["hopfield_retrieve"].bench[0]
+    yield Target("hopfield_retrieve", hopfield, "fwd+bwd", dict(eager=1.5, compile=1))
+    yield Target("hopfield_retrieve", hopfield, "forward", dict(eager=1.5, compile=1))

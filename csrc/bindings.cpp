@@ -14,6 +14,7 @@ namespace py = pybind11;
   OP(attention_varlen)    \
   OP(content)             \
   OP(gru_gates)           \
+  OP(hopfield_retrieve)   \
   OP(lstm_gates)          \
   OP(lstm_options)        \
   OP(memory_read)         \

@@ -18,7 +18,7 @@ MODULES = (
     "segment_attention", "merge_attention", "attention_varlen", "paged_attention",
     "retrieval_attention",
     "quantized_attention",
-    "weighted_bag",
+    "weighted_bag", "hopfield_retrieve",
 )  # fmt: skip
 # ptxas sometimes parks a value or two on the stack to reach the next step of occupancy; a real spill is an order of magnitude more.
 STACK_BYTES = 32
@@ -53,6 +53,7 @@ QUICK = {
     "quantized_attention_fwd_bf16",
     "quantized_attention_bwd_fp32",
     "weighted_bag_bwd_table_bf16",
+    "hopfield_fwd_bf16",
 }
 
 
