@@ -22,6 +22,7 @@ from memkernels.testing.spec import Sample, specs
 def memory_targets() -> Iterator[Target]:
     """Rows of merge_attention, retrieval_attention and quantized_attention."""
     """Rows of merge_attention and retrieval_attention."""
+    """Rows of merge_attention, retrieval_attention, weighted_bag and hopfield_retrieve."""
     parts = dict(S=4, B=4, NH=8, Q=1024, V=64)
     yield Target("merge_attention", Sample("S4_B4_Q1024", parts), "fwd+bwd", dict(eager=3))
     yield Target("merge_attention", Sample("S4_B4_Q1024_list", parts, dict(form="sequences")), "fwd+bwd", dict(eager=1.5))
@@ -69,3 +70,11 @@ def _against_local(case: Case, seconds: float) -> Iterable[Row]:
     ratio = None if mine is None or not theirs else mine / theirs
     row = case.row("fwd+bwd peak", mine or 0.0, "", theirs, "MB, not ms")
     yield dataclasses.replace(row, ms=mine or 0.0, peer_ms=theirs, ratio=ratio, gb_s=None, floor=None)
+    bag = specs()["weighted_bag"].bench[0]
+    yield Target("weighted_bag", bag, "fwd+bwd", dict(embedding_bag=3))
+    yield Target("weighted_bag", bag, "forward", dict(embedding_bag=2))
+    sparse = dataclasses.replace(bag, name=f"{bag.name}_sparse", options=dict(sparse=True))
+    yield Target("weighted_bag", sparse, "fwd+bwd", dict(embedding_bag=1))
+    hopfield = specs()["hopfield_retrieve"].bench[0]
+    yield Target("hopfield_retrieve", hopfield, "fwd+bwd", dict(eager=1.5, compile=1))
+    yield Target("hopfield_retrieve", hopfield, "forward", dict(eager=1.5, compile=1))

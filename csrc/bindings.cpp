@@ -17,6 +17,7 @@ namespace py = pybind11;
   OP(gru_gates)           \
   OP(link)                \
   OP(location_address)    \
+  OP(hopfield_retrieve)   \
   OP(lstm_gates)          \
   OP(lstm_options)        \
   OP(memory_read)         \

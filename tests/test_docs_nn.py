@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
     "nn.graph_attention", "nn.gru", "nn.gru_cell", "nn.lstm", "nn.lstm_cell", "nn.rnn", "nn.rnn_cell", "nn.multihead_attention",
-    "nn.external_memory", "nn.ntm", "models.vocabulary", "models.memory_lm",
+    "nn.external_memory", "nn.ntm", "nn.dnc", "nn.sam", "nn.hopfield_retrieval", "models.vocabulary", "models.memory_lm",
 )  # fmt: skip
 
 

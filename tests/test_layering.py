@@ -20,8 +20,8 @@ ALLOWED = {
     "models": ("memkernels.models", "memkernels.nn", "memkernels.ops", *HELPERS),
     "ops": ("memkernels.ops", "memkernels._registry", *HELPERS),
     "backends/reference": ("memkernels.backends.reference",),
-    "backends/triton": ("memkernels.backends.triton", "memkernels.backends._layout", *HELPERS),
-    "backends/cpp": ("memkernels.backends.cpp", "memkernels.backends._layout", "memkernels._C", *HELPERS),
+    "backends/triton": ("memkernels.backends.triton", "memkernels.backends._hopfield", "memkernels.backends._layout", *HELPERS),
+    "backends/cpp": ("memkernels.backends.cpp", "memkernels.backends._hopfield", "memkernels.backends._layout", "memkernels._C", *HELPERS),
     "backends/cuda": ("memkernels.backends.cuda", "memkernels.backends._layout", "memkernels._C_cuda", *HELPERS),
 }
 # (files below, soft limit, hard limit) in lines.

@@ -20,6 +20,7 @@ MODULES = (
     "quantized_attention",
     "usage", "allocation", "link_step", "link_read",
     "weighted_bag",
+    "weighted_bag", "hopfield_retrieve",
 )  # fmt: skip
 # ptxas sometimes parks a value or two on the stack to reach the next step of occupancy; a real spill is an order of magnitude more.
 STACK_BYTES = 32
@@ -61,6 +62,7 @@ QUICK = {
     "link_step_bwd_bf16",
     "link_read_bwd_fp32",
     "weighted_bag_bwd_table_bf16",
+    "hopfield_fwd_bf16",
 }
 
 

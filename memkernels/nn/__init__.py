@@ -5,6 +5,7 @@ from memkernels.nn.external_memory import ExternalMemory, ExternalMemoryState
 from memkernels.nn.graph_attention import GraphAttention, csr_from_edges
 from memkernels.nn.gru import GRU
 from memkernels.nn.gru_cell import GRUCell
+from memkernels.nn.hopfield_retrieval import HopfieldRetrieval
 from memkernels.nn.lstm import LSTM
 from memkernels.nn.lstm_cell import LSTMCell
 from memkernels.nn.multihead_attention import MultiheadAttention
@@ -25,6 +26,7 @@ __all__ = [
     "ExternalMemoryState",
     "GRUCell",
     "GraphAttention",
+    "HopfieldRetrieval",
     "LSTMCell",
     "MultiheadAttention",
     "RNNCell",

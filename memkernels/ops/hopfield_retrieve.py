@@ -23,7 +23,8 @@ def hopfield_retrieve(
     """Associate each query with the stored patterns `steps` times and read with the last weights.
 
     Formula:
-        ``xi[0] = query``; ``weights[s] = softmax(beta * xi[s] key^T)``; ``xi[s + 1] = weights[s] key``; ``read = weights[steps - 1] value``.
+        ``xi[0] = query``; ``weights[s] = softmax(beta * xi[s] key^T)``; ``xi[s + 1] = weights[s] key``;
+        ``read = weights[steps - 1] value``.
         With a tolerance a row stays where it is once a step has moved it by less: ``|xi[s + 1] - xi[s]| < tolerance``.
 
     Args:

@@ -282,3 +282,23 @@ def weighted_bag(width: int) -> Bag:
     """For weighted_bag: columns are cut into strips, so the width has no limit."""
     block_d = min(256, power_of_two(width, 16))
     return Bag(max(16, 2048 // block_d) if block_d < 128 else 16, block_d, 4)
+
+
+@dataclass(frozen=True)
+class Hopfield:
+    """Tiles of hopfield_retrieve: queries, patterns, and whole rows of patterns and values."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    block_v: int
+    num_warps: int
+    num_stages: int
+
+
+def hopfield(queries: int, width: int, value_width: int, wide: bool) -> Hopfield:
+    """For hopfield_retrieve, whose states are float32; `wide`: the patterns too. Tiles that compile without spills."""
+    block_d, block_v = power_of_two(width, 16), power_of_two(value_width, 16)
+    largest = max(block_d, block_v)
+    block_m, block_n = (32, 16 if wide else 32) if largest <= 64 else (16, 16)
+    return Hopfield(min(block_m, power_of_two(queries, 16)), block_n, block_d, block_v, 4 if largest <= 64 else 8, 2)
