@@ -23,6 +23,7 @@ from attention import attention_targets
 from graphs import graph_targets
 from memories import memory_targets
 from recurrent import recurrent_targets
+from search import search_targets
 from sequences import sequence_targets
 from target import Target, measure
 
@@ -45,6 +46,7 @@ def targets() -> Iterator[Target]:
     yield from sequence_targets()
     yield from memory_targets()
     yield from graph_targets()
+    yield from search_targets()
     yield from recurrent_targets()
     for spec in specs().values():
         tiny = dataclasses.replace(spec.samples[0], name="tiny")

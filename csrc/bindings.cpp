@@ -24,6 +24,7 @@ namespace py = pybind11;
   OP(recurrent)           \
   OP(retrieval_attention) \
   OP(segment_attention)   \
+  OP(topk_read)           \
   OP(vec_math)
 
 namespace mk::cpu {

@@ -30,6 +30,7 @@ from memkernels.ops import (
     retrieval_attention,
     rnn,
     segment_attention,
+    topk_read,
 )
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ __all__ = [
     "retrieval_attention",
     "rnn",
     "segment_attention",
+    "topk_read",
 ]
 
 _LAZY = ("bench", "distributed", "integrations", "models", "nn", "testing")

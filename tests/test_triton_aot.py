@@ -18,6 +18,7 @@ MODULES = (
     "segment_attention", "merge_attention", "attention_varlen", "paged_attention",
     "retrieval_attention",
     "quantized_attention",
+    "topk_read",
 )  # fmt: skip
 # ptxas sometimes parks a value or two on the stack to reach the next step of occupancy; a real spill is an order of magnitude more.
 STACK_BYTES = 32
@@ -51,6 +52,8 @@ QUICK = {
     "retrieval_memory_bf16",
     "quantized_attention_fwd_bf16",
     "quantized_attention_bwd_fp32",
+    "topk_search_bf16",
+    "topk_gradient_cosine_fp32",
 }
 
 

@@ -42,6 +42,7 @@ PEERS = {
     "uniform degrees": "itself, degrees spread evenly",
     "us": "microseconds a call",
     "read": "read bandwidth",
+    "faiss": "faiss-cpu IndexFlatIP",
 }
 
 

@@ -27,7 +27,15 @@ from memkernels.cli.trainer import Limit, Settings, Trainer
 from memkernels.testing.spec import specs
 
 # Their eager forms loop, or gather hundreds of megabytes: with torch.compile each takes a minute or more.
-LONG = ("attention_varlen", "merge_attention", "paged_attention", "quantized_attention", "retrieval_attention", "segment_attention")
+LONG = (
+    "attention_varlen",
+    "merge_attention",
+    "paged_attention",
+    "quantized_attention",
+    "retrieval_attention",
+    "segment_attention",
+    "topk_read",
+)
 
 # Sizes that learn most in a minute on two cores (docs/cli.md has the measurement).
 CONFIG = dict(embedding=64, hidden=256, slots=32, width=32, read_heads=2, mode="content")

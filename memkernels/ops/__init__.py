@@ -16,6 +16,7 @@ from memkernels.ops.quantized_attention import quantize_rows, quantized_attentio
 from memkernels.ops.retrieval_attention import retrieval_attention
 from memkernels.ops.rnn import rnn
 from memkernels.ops.segment_attention import segment_attention
+from memkernels.ops.topk_read import topk_read
 
 __all__ = [
     "attention",
@@ -36,4 +37,5 @@ __all__ = [
     "retrieval_attention",
     "rnn",
     "segment_attention",
+    "topk_read",
 ]
