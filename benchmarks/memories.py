@@ -1,5 +1,4 @@
 """The speeds promised for attention joined from parts, with retrieved memories and over an int8 memory (read by targets.py)."""
-"""The speeds promised for attention joined from parts and with retrieved memories (read by targets.py)."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ from graphs import graph_targets
 from memories import memory_targets
 from ntm import ntm_targets
 from recurrent import recurrent_targets
+from search import search_targets
 from sequences import sequence_targets
 from target import Target, measure
 
@@ -58,6 +59,7 @@ def targets() -> Iterator[Target]:
     yield from dnc_targets()
     yield from ntm_targets()
     yield from graph_targets()
+    yield from search_targets()
     yield from recurrent_targets()
     for spec in specs().values():
         tiny = dataclasses.replace(spec.samples[0], name="tiny")

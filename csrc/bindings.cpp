@@ -15,9 +15,9 @@ namespace py = pybind11;
   OP(attention_varlen)    \
   OP(content)             \
   OP(gru_gates)           \
+  OP(hopfield_retrieve)   \
   OP(link)                \
   OP(location_address)    \
-  OP(hopfield_retrieve)   \
   OP(lstm_gates)          \
   OP(lstm_options)        \
   OP(memory_read)         \
@@ -29,6 +29,7 @@ namespace py = pybind11;
   OP(recurrent)           \
   OP(retrieval_attention) \
   OP(segment_attention)   \
+  OP(topk_read)           \
   OP(usage)               \
   OP(vec_math)            \
   OP(weighted_bag)

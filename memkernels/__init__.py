@@ -44,6 +44,7 @@ from memkernels.ops import (
     segment_attention,
     sparse_read,
     sparse_write,
+    topk_read,
     usage,
     weighted_bag,
 )
@@ -93,6 +94,7 @@ __all__ = [
     "segment_attention",
     "sparse_read",
     "sparse_write",
+    "topk_read",
     "usage",
     "weighted_bag",
 ]

@@ -22,8 +22,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SHORT = INTERPRETED and os.environ.get("MEMKERNELS_INTERPRET_ALL") != "1"
 # Their programs are many and small, one a query, a row or a page: a short run of the interpreter checks their accuracy alone.
 MANY_PROGRAMS = (
-    "attention_varlen", "hopfield_retrieve", "paged_attention", "quantized_attention", "retrieval_attention", "segment_attention",
-    "weighted_bag",
+    "attention_varlen", "hopfield_retrieve", "paged_attention", "product_key_search", "quantized_attention", "retrieval_attention",
+    "segment_attention", "topk_read", "weighted_bag",
 )  # fmt: skip
 DTYPES = compare.DTYPES
 

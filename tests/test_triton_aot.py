@@ -21,6 +21,7 @@ MODULES = (
     "usage", "allocation", "link_step", "link_read",
     "weighted_bag",
     "weighted_bag", "hopfield_retrieve",
+    "topk_read",
 )  # fmt: skip
 # ptxas sometimes parks a value or two on the stack to reach the next step of occupancy; a real spill is an order of magnitude more.
 STACK_BYTES = 32
@@ -63,6 +64,8 @@ QUICK = {
     "link_read_bwd_fp32",
     "weighted_bag_bwd_table_bf16",
     "hopfield_fwd_bf16",
+    "topk_search_bf16",
+    "topk_gradient_cosine_fp32",
 }
 
 

@@ -45,6 +45,7 @@ PEERS = {
     "uniform degrees": "itself, degrees spread evenly",
     "us": "microseconds a call",
     "read": "read bandwidth",
+    "faiss": "faiss-cpu IndexFlatIP",
 }
 
 

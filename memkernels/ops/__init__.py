@@ -24,6 +24,7 @@ from memkernels.ops.retrieval_attention import retrieval_attention
 from memkernels.ops.rnn import rnn
 from memkernels.ops.segment_attention import segment_attention
 from memkernels.ops.sparse_memory import SparseMemory, sparse_read, sparse_write
+from memkernels.ops.topk_read import topk_read
 from memkernels.ops.usage import usage
 from memkernels.ops.weighted_bag import weighted_bag
 
@@ -60,6 +61,7 @@ __all__ = [
     "segment_attention",
     "sparse_read",
     "sparse_write",
+    "topk_read",
     "usage",
     "weighted_bag",
 ]

@@ -16,7 +16,21 @@ constexpr int64_t tile_rows(int n) {
 
 constexpr int64_t kSumBlock = 128;  // longest chain of additions: blocks of k are summed from zero, then added in order
 
-template <class A, int M, int N, bool kColumns>
+// sum + x w, or sum + (x - w)^2: what a tile sums.
+struct Products {
+  template <class V>
+  static MK_INLINE V add(V x, V w, V sum) {
+    return fma(x, w, sum);
+  }
+};
+struct Distances {
+  template <class V>
+  static MK_INLINE V add(V x, V w, V sum) {
+    return fma(x - w, x - w, sum);
+  }
+};
+
+template <class A, int M, int N, bool kColumns, class Term>
 void gemm_tile(int64_t count, const A* a, int64_t lda, const A* b, const A* init, int64_t ldi, A* c, int64_t ldc) {
   using V = Vec<A>;
   // Three rows share a base pointer: base, base + lda and base + 2 lda are addressing modes, so 14 rows need 5
@@ -42,7 +56,7 @@ void gemm_tile(int64_t count, const A* a, int64_t lda, const A* b, const A* init
       for (int m = 0; m < M; m++) {
         const V x = V::set1(kColumns ? row[0][m] : row[m / 3][m % 3 * lda]);
 #pragma GCC unroll 4
-        for (int n = 0; n < N; n++) sum[m][n] = fma(x, w[n], sum[m][n]);
+        for (int n = 0; n < N; n++) sum[m][n] = Term::add(x, w[n], sum[m][n]);
       }
       for (int i = 0; i < (kColumns ? 1 : (M + 2) / 3); i++) row[i] += kColumns ? lda : 1;
       b += N * V::kLanes;
@@ -63,12 +77,12 @@ void gemm_tile(int64_t count, const A* a, int64_t lda, const A* b, const A* init
 template <class A>
 using GemmTile = void (*)(int64_t, const A*, int64_t, const A*, const A*, int64_t, A*, int64_t);
 
-template <class A, int N, bool kColumns>
+template <class A, int N, bool kColumns, class Term = Products>
 MK_INLINE GemmTile<A> gemm_tile_for(int64_t rows) {
   switch (rows) {
 #define MK_TILE(M) \
   case M:          \
-    return gemm_tile<A, (M <= tile_rows(N) ? M : 1), N, kColumns>
+    return gemm_tile<A, (M <= tile_rows(N) ? M : 1), N, kColumns, Term>
     MK_TILE(1);
     MK_TILE(2);
     MK_TILE(3);
@@ -84,7 +98,7 @@ MK_INLINE GemmTile<A> gemm_tile_for(int64_t rows) {
     MK_TILE(13);
 #undef MK_TILE
     default:
-      return gemm_tile<A, tile_rows(N), N, kColumns>;
+      return gemm_tile<A, tile_rows(N), N, kColumns, Term>;
   }
 }
 

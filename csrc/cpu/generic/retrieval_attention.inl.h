@@ -10,6 +10,7 @@
 // accumulation type A.
 #pragma once
 #include "cpu/generic/attention_backward.inl.h"
+#include "cpu/generic/inverse_index.inl.h"
 #include "cpu/retrieval_attention.h"
 
 namespace mk::cpu::MK_LEVEL {
@@ -38,16 +39,6 @@ int64_t retrieval_scratch(const RetrievalArgs& r) {
   return RetrievalScratch<A>(r, nullptr).used;
 }
 
-template <int N>
-struct Vectors {
-  static constexpr int value = N;
-};
-
-template <class T>
-MK_INLINE const T* row_at(const AttentionTensor& t, int64_t b, int64_t h, int64_t row) {
-  return static_cast<const T*>(t.data) + b * t.b + h * t.h + row * t.row;
-}
-
 // The memories of one query, and where the rows of the next one lie.
 template <class T>
 struct Retrieved {
@@ -72,12 +63,6 @@ struct Retrieved {
     for (int64_t byte = 0; byte < width * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(row + byte, 0, 2);
   }
 };
-
-template <class A, class T>
-MK_INLINE void widen(const T* from, int64_t n, A* to) {
-  using V = Vec<A>;
-  for_each_vec<V>(n, [&](int64_t j, auto part) { store(load<V>(from + j, part), to + j, part); });
-}
 
 // out[i] = vector . row w.row[i]; whole vectors of `out` are written.
 template <class A, class T>
@@ -269,24 +254,17 @@ void retrieval_gradient(const RetrievalArgs& r, const AttentionArgs& a, int64_t 
   }
 }
 
-// What one retrieval gives to its memory row.
-template <class A>
-struct Given {
-  int32_t head, query;
-  A weight, gradient;
-};
-
-// The inverse index of `rows` memory rows; I: what counts the retrievals of a key head.
-template <class A, class I>
+// The inverse index of `rows` memory rows; C: what counts the retrievals of a key head.
+template <class A, class C>
 struct Inverse {
-  I* start;
-  Given<A>* given;
+  C* start;
+  Given<A, 2>* given;
   int64_t used;
 
   Inverse(const RetrievalArgs& r, int64_t rows, void* memory) {
     Carver carver(memory);
-    start = carver.take<I>(rows + 1);
-    given = carver.take<Given<A>>(r.heads / r.key_heads * r.queries * r.slots);
+    start = carver.take<C>(rows + 1);
+    given = carver.take<Given<A, 2>>(r.heads / r.key_heads * r.queries * r.slots);
     used = carver.used();
   }
 };
@@ -297,76 +275,24 @@ int64_t retrieval_memory_scratch(const RetrievalArgs& r, int64_t rows) {
   return counts_fit(r) ? Inverse<A, int32_t>(r, rows, nullptr).used : Inverse<A, int64_t>(r, rows, nullptr).used;
 }
 
-// A row that very many queries retrieved is summed in pieces: rounding errors stay near those of a blocked sum.
-constexpr int64_t kGivenPiece = 64;
-
-// out = factor sum_i (weight or gradient of given[i]) times its dout or query, rounded once.
-template <class A, class T, bool keys>
-void write_memory_row(const AttentionTensor& rows, int64_t b, const Given<A>* given, int64_t count, int64_t width,
-                      A factor, T* out) {
-  using V = Vec<A>;
-  const auto columns = [&](int64_t j, auto part, auto vectors) {
-    constexpr int N = decltype(vectors)::value;
-    V total[N];
-    for (int l = 0; l < N; l++) total[l] = V::zero();
-    for (int64_t begin = 0; begin < count; begin += kGivenPiece) {
-      V sum[N];
-      for (int l = 0; l < N; l++) sum[l] = V::zero();
-      for (int64_t i = begin; i < smaller(begin + kGivenPiece, count); i++) {
-        const V weight = V::set1(keys ? given[i].gradient : given[i].weight);
-        const T* row = row_at<T>(rows, b, given[i].head, given[i].query) + j;
-        for (int l = 0; l < N; l++) sum[l] = fma(weight, load<V>(row + l * V::kLanes, part), sum[l]);
-      }
-      for (int l = 0; l < N; l++) total[l] = total[l] + sum[l];
-    }
-    for (int l = 0; l < N; l++) store(total[l] * V::set1(factor), out + j + l * V::kLanes, part);
-  };
-  int64_t j = 0;
-  for (; j + 4 * V::kLanes <= width; j += 4 * V::kLanes) columns(j, Full{}, Vectors<4>{});
-  for (; j + V::kLanes <= width; j += V::kLanes) columns(j, Full{}, Vectors<1>{});
-  if (j < width) columns(j, Tail{width - j}, Vectors<1>{});
-}
-
-// The inverse index of rows [first, last): given[start[i] .. start[i + 1]) belongs to row first + i, in the order of
-// heads, queries and slots. Retrievals of weight 0 are left out.
-template <class A, class I>
-void invert(const RetrievalArgs& r, int64_t b, int64_t h, int64_t first, int64_t last, const Inverse<A, I>& to) {
-  const int64_t group = r.heads / r.key_heads, rows = last - first;
-  const auto each = [&](const auto& body) {
-    for (int64_t head = h * group; head < (h + 1) * group; head++)
-      for (int64_t query = 0; query < r.queries; query++) {
-        const int64_t* index = row_at<int64_t>(r.index, b, head, query);
-        const A* pairs = static_cast<const A*>(r.retrieved) +
-                         ((b * r.heads + head - r.first_head) * r.queries + query) * r.slots * 2;
-        for (int64_t i = 0; i < r.slots; i++)
-          if (uint64_t(index[i] - first) < uint64_t(rows) && pairs[2 * i] != A(0))
-            body(index[i] - first, head, query, pairs + 2 * i);
-      }
-  };
-  for (int64_t i = 0; i <= rows; i++) to.start[i] = 0;
-  each([&](int64_t row, int64_t, int64_t, const A*) { to.start[row + 1]++; });
-  for (int64_t i = 1; i <= rows; i++) to.start[i] += to.start[i - 1];
-  // start[row] moves to the end of its run, which is where the next one begins.
-  each([&](int64_t row, int64_t head, int64_t query, const A* pair) {
-    to.given[to.start[row]++] = {int32_t(head), int32_t(query), pair[0], pair[1]};
-  });
-}
-
-template <class A, class T, class I>
+template <class A, class T, class C>
 void write_memory_rows(const RetrievalArgs& r, int64_t b, int64_t h, int64_t first, int64_t last, void* memory) {
-  const Inverse<A, I> inverse(r, last - first, memory);
-  invert(r, b, h, first, last, inverse);
+  const int64_t group = r.heads / r.key_heads;
+  const Inverse<A, C> inverse(r, last - first, memory);
+  const A* pairs = static_cast<const A*>(r.retrieved) + (b * r.heads - r.first_head) * r.queries * r.slots * 2;
+  invert<A, 2>({r.index, b, h * group, (h + 1) * group, r.queries, r.slots, pairs}, first, last, inverse.start,
+               inverse.given);
   const int64_t offset = (b * r.key_heads + h) * r.rows + first;
   T *dkey = static_cast<T*>(r.dmemory_key) + offset * r.width,
     *dvalue = static_cast<T*>(r.dmemory_value) + offset * r.value_width;
   for (int64_t row = 0, from = 0; row < last - first; row++) {
     const int64_t count = inverse.start[row] - from;
-    const Given<A>* own = inverse.given + from;
+    const Given<A, 2>* own = inverse.given + from;
     from = inverse.start[row];
-    if (r.dmemory_key) write_memory_row<A, T, true>(r.query, b, own, count, r.width, A(r.scale), dkey + row * r.width);
+    if (r.dmemory_key) write_memory_row<A, T, 1>(r.query, b, own, count, r.width, A(r.scale), dkey + row * r.width);
     if (r.dmemory_value)
-      write_memory_row<A, T, false>(r.dout, b, own, r.dout.data ? count : 0, r.value_width, A(1),
-                                    dvalue + row * r.value_width);
+      write_memory_row<A, T, 0>(r.dout, b, own, r.dout.data ? count : 0, r.value_width, A(1),
+                                dvalue + row * r.value_width);
   }
 }
 

@@ -302,3 +302,32 @@ def hopfield(queries: int, width: int, value_width: int, wide: bool) -> Hopfield
     largest = max(block_d, block_v)
     block_m, block_n = (32, 16 if wide else 32) if largest <= 64 else (16, 16)
     return Hopfield(min(block_m, power_of_two(queries, 16)), block_n, block_d, block_v, 4 if largest <= 64 else 8, 2)
+
+
+MAX_SLOTS = 64  # of a running top-k: two sets of so many pairs a query lie in registers
+MAX_TOPK_WIDTH = 256
+
+
+@dataclass(frozen=True)
+class TopkRead:
+    """Tiles of topk_read: queries x rows that are scored at a time, whole rows; the rows are split to fill the device."""
+
+    block_q: int
+    block_n: int
+    block_d: int
+    block_v: int
+    slots: int
+    splits: int
+    rows_per_split: int
+    num_warps: int
+
+
+def topk_read(queries: int, rows: int, k: int, width: int, value_width: int, interpreted: bool) -> TopkRead:
+    """`queries`: of all entries."""
+    block_d, block_v = power_of_two(width, 16), power_of_two(value_width, 16)
+    slots = max(power_of_two(k), 2)
+    block_n = max(64 if interpreted or block_d <= 128 else 32, slots)
+    splits = min(3, ceil_div(rows, 64)) if interpreted else min(64, ceil_div(rows, 4096), ceil_div(512, ceil_div(max(queries, 1), 16)))
+    splits = max(splits, 1)
+    rows_per_split = max(ceil_div(ceil_div(rows, splits), block_n) * block_n, block_n)
+    return TopkRead(16, block_n, block_d, block_v, slots, max(ceil_div(rows, rows_per_split), 1), rows_per_split, 4)

@@ -1,0 +1,44 @@
+"""The speeds promised for the ops that search a memory (read by targets.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from target import Target
+
+from memkernels.bench.row import Row
+from memkernels.bench.runner import Case
+from memkernels.testing.spec import specs
+
+_index: dict[str, Any] = {}
+
+
+def _faiss(query, key, value, k):
+    """faiss.IndexFlatIP in place of matmul and topk; the index of the memory seen last is kept, so that only the search is timed."""
+    import faiss
+
+    if _index.get("key") is not key:
+        _index.update(key=key, index=faiss.IndexFlatIP(key.shape[2]))
+        _index["index"].add(key[0].numpy())
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    score, index = (torch.from_numpy(t) for t in _index["index"].search(query[0].numpy(), k))
+    weights = torch.softmax(query.shape[-1] ** -0.5 * score, -1)
+    return (weights[:, None] @ value[0][index]).transpose(0, 1), weights[None], index[None]
+
+
+def _with_faiss(case: Case, seconds: float) -> Iterable[Row]:
+    """Rows against matmul and topk, and against faiss-cpu where it is installed (a note says where it is not)."""
+    spec = dataclasses.replace(case.spec, peers={**case.spec.peers, "faiss": _faiss})
+    return dataclasses.replace(case, spec=spec).rows(["forward"], ["eager", "faiss"], seconds)
+
+
+def search_targets() -> Iterator[Target]:
+    """Rows of topk_read."""
+    topk = specs()["topk_read"]
+    many, one = (topk.sample(name) for name in ("Q256_N65536", "Q1_N1048576"))
+    yield Target("topk_read", many, "forward", dict(eager=2.5))
+    yield Target("topk_read", many, "fwd+bwd", dict(eager=3))
+    yield Target("topk_read", one, "forward", dict(eager=1, faiss=1), rows=_with_faiss)

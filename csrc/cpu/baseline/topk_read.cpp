@@ -1,0 +1,3 @@
+#include "cpu/baseline/vec.h"
+
+#include "cpu/generic/topk_read.inl.h"
