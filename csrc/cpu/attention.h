@@ -86,8 +86,8 @@ struct AttentionKernels {
   // are computed again.
   double (*restate_beyond[kFloatTypes])(const AttentionArgs&);
   void (*restate[kFloatTypes])(const AttentionArgs&, int64_t b, int64_t h, int64_t begin, int64_t end, void* scratch);
-  // Exact rows_delta of queries [begin, end), by a pass over their keys; of joint keys rows_moved [rows][2]: the sums
-  // by whose quotient it is off.
+  // Exact rows_delta of queries [begin, end), by a pass over their keys. Of joint keys rows_moved [rows][2]: the sums
+  // by whose quotient it is off, the second one -1 where `out` is not rounded and keys are many: that is exact enough.
   void (*center[kFloatTypes])(const AttentionArgs&, int64_t b, int64_t h, int64_t begin, int64_t end, void* scratch);
   void (*backward[kFloatTypes])(const AttentionArgs&, const AttentionPart&, void* scratch);
   // Rows [begin, end) of [B][NH][Q]: dquery from its sums over the runs, in order.

@@ -54,7 +54,7 @@ struct HalfBackward {
 // must be exactly 0.
 MK_INLINE bool tiles_cover(const AttentionArgs& a) {
   const bool one_key = a.left >= 0 && a.right >= 0 && a.left + a.right < 1;
-  return !a.mask && !a.seed && a.dout.data && a.seen_keys > kBackwardKeys && a.queries > kFewHalves &&
+  return a.width && !a.mask && !a.seed && a.dout.data && a.seen_keys > kBackwardKeys && a.queries > kFewHalves &&
          (a.scale > 0 || a.softcap > 0) && !one_key;
 }
 

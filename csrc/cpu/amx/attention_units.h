@@ -387,7 +387,7 @@ MK_INLINE float natural_base(float shift, float& base) {
 
 void half_forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t split,
                   void* memory) {
-  if (a.queries <= kFewHalves) return forward<float, bfloat16>(a, b, h, begin, end, split, memory);
+  if (a.queries <= kFewHalves || !a.width) return forward<float, bfloat16>(a, b, h, begin, end, split, memory);
   if (needs_bias(a) || a.seed) return half_forward_biased(a, b, h, begin, end, split, memory);
   HalfUnits w(a, memory);
   const int64_t start = split * a.split_keys, stop = smaller(start + a.split_keys, a.seen_keys), rows = end - begin;

@@ -250,6 +250,11 @@ void center(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_t
   const BackwardScratch<A> w(a, memory);
   for (int64_t query = begin; query < end; query += kBackwardQueries) {
     const int64_t rows = smaller(kBackwardQueries, end - query), row = row_index(a, b, h, query);
+    const Range all_keys = seen_by_block(a, query, query + rows, 0, a.seen_keys);
+    if (a.joint && sizeof(T) == sizeof(A) && all_keys.last - all_keys.first > kBackwardKeys) {
+      for (int64_t i = 0; i < rows; i++) static_cast<A*>(a.rows_moved)[2 * (row + i) + 1] = -1;
+      continue;
+    }
     V moved[kBackwardQueries], total[kBackwardQueries];
     for (int64_t i = 0; i < rows; i++) moved[i] = total[i] = V::zero();
     for (int64_t first = 0; first < a.seen_keys; first += kBackwardKeys) {

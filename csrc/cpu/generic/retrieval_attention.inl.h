@@ -9,7 +9,6 @@
 // the cache): a query's own rows are worked on while those of the next one are on their way. Everything in the
 // accumulation type A.
 #pragma once
-#include "cpu/generic/attention_backward.inl.h"
 #include "cpu/generic/inverse_index.inl.h"
 #include "cpu/retrieval_attention.h"
 
@@ -232,10 +231,11 @@ void retrieval_gradient(const RetrievalArgs& r, const AttentionArgs& a, int64_t 
     }
     const Range local = seen_by(a, query);
     A* delta = static_cast<A*>(a.rows_delta) + row;
+    const A* moved = a.rows_moved ? static_cast<const A*>(a.rows_moved) + 2 * row : nullptr;
     *delta = retrieved_gradients<A>(w, found.count, static_cast<const A*>(a.rows_base)[row],
                                     static_cast<const A*>(a.rows_unit)[row], *delta,
-                                    a.rows_moved ? static_cast<const A*>(a.rows_moved) + 2 * row : nullptr,
-                                    dlse_of<A>(a, b, h, query), local.first >= local.last);
+                                    moved && moved[1] >= A(0) ? moved : nullptr,
+                                    r.dlse.data ? *row_at<A>(r.dlse, b, h, query) : A(0), local.first >= local.last);
     if (a.dquery) {
       A* sums = static_cast<A*>(a.dquery_sums) + (r.batch * r.heads * r.queries + row) * sums_row;
       for (int64_t j = 0; j < sums_row; j++) sums[j] = 0;
