@@ -131,9 +131,8 @@ def dnc_step(
         if ask.link_sharpness is not None:
             forward, backward = (_sharpened(d, s) for d, s in zip((forward, backward), ask.link_sharpness.unbind(-1)))
         content = _content(memory, ask.read_keys, ask.read_strengths, ask.read_mask, cosine)
-        modes = ask.read_modes[..., None]
-        followed = (modes[:, :, :heads] * backward).sum(2) + (modes[:, :, heads:-1] * forward).sum(2)
-        read = followed + modes[:, :, -1] * content
+        back, forth, by_content = ask.read_modes.split((heads, heads, 1), 2)
+        read = by_content * content + _over_heads(back, backward) + _over_heads(forth, forward)
         return read @ memory, DNCState(memory, used, link, precedence, write, read)
 
 
@@ -141,6 +140,9 @@ def _content(memory: Tensor, keys: Tensor, strengths: Tensor, mask: Tensor | Non
     """Content weights, "B R N"."""
     if mask is None and cosine == "roots":
         return content_address(memory, keys, strengths)
+    if mask is None and cosine == "product":
+        norms = torch.linalg.vector_norm(keys, dim=-1)[..., None] * torch.linalg.vector_norm(memory, dim=-1)[:, None] + EPS
+        return torch.softmax(strengths[..., None] * (keys @ memory.mT) / norms, -1)
     if mask is None:
         dot, rows = keys @ memory.mT, memory.square().sum(-1)[:, None]
     else:  # |memory * mask|^2 for every head is a product of squares: no "B R N W" is made
@@ -152,6 +154,11 @@ def _content(memory: Tensor, keys: Tensor, strengths: Tensor, mask: Tensor | Non
     else:
         norms = (of_key + EPS).sqrt() * (rows + EPS).sqrt() + (EPS if cosine == "roots_and_product" else 0)
     return torch.softmax(strengths[..., None] * dot / norms, -1)
+
+
+def _over_heads(modes: Tensor, weights: Tensor) -> Tensor:
+    """sum_h modes "B R H" * weights "B R H N"."""
+    return modes * weights.squeeze(2) if modes.shape[2] == 1 else (modes[..., None] * weights).sum(2)
 
 
 def _root(square: Tensor) -> Tensor:

@@ -81,8 +81,8 @@ MK_INLINE V without_lane(V v, int64_t at) {
   return select(V::first_lanes(at + 1) & !V::first_lanes(at), V::zero(), v);
 }
 
-// The I rows to be read into the L2 cache meanwhile, two groups on: rows of 2 kB are too short for the hardware's
-// prefetcher to follow I of them at once.
+// The I rows, two groups on, that are fetched into the L2 cache meanwhile, those to be written too: rows of 2 kB are
+// too short for the hardware's prefetcher to follow I of them at once.
 template <int I, class S>
 MK_INLINE const S* next_rows(const S* rows, int64_t first, int64_t count, int64_t stride) {
   return first + 3 * I <= count ? rows + 2 * I * stride : rows;
@@ -106,6 +106,7 @@ void link_products(const LinkTask<S>& t, int64_t first, const acc_t<S>* x, const
   constexpr bool kFetch = kStore || !kUpdate;  // in backward of link_step the rows are in the cache
   const S* next = next_rows<I>(link, first, a.rows, a.link_n);
   S* out = kStore ? static_cast<S*>(a.link_new) + ((t.b * a.heads + t.h) * a.rows + first) * a.rows : nullptr;
+  const S* next_out = kStore ? next_rows<I>(out, first, a.rows, a.rows) : nullptr;
   A keep[I], write[I];
   V sum[I][R + 1];
   for (int i = 0; i < I; i++) {
@@ -124,7 +125,10 @@ void link_products(const LinkTask<S>& t, int64_t first, const acc_t<S>* x, const
         v = fma(V::set1(keep[i]) - w, v, V::set1(write[i]) * p);
         if constexpr (decltype(diagonal)::value) v = without_lane(v, first + i - j);
       }
-      if constexpr (kStore) store(v, out + i * a.rows + j, part);
+      if constexpr (kStore) {
+        store(v, out + i * a.rows + j, part);
+        __builtin_prefetch(next_out + i * a.rows + j, 1, 2);
+      }
       for (int r = 0; r < R; r++) {
         sum[i][r] = fma(v, right[r], sum[i][r]);
         column[r] = fma(V::set1(y[r * t.padded + first + i]), v, column[r]);
@@ -252,6 +256,7 @@ void link_gradient(const LinkTask<S>& t, int64_t first, acc_t<S>* dwrite, acc_t<
   }
   S* dlink = static_cast<S*>(a.dlink);
   if (dlink) dlink += ((t.b * a.heads + t.h) * a.rows + first) * a.rows;
+  const S* next_out = dlink ? next_rows<I>(dlink, first, a.rows, a.rows) : nullptr;
   A keep[I], write[I];
   V sum[I];
   for (int i = 0; i < I; i++) {
@@ -278,7 +283,10 @@ void link_gradient(const LinkTask<S>& t, int64_t first, acc_t<S>* dwrite, acc_t<
         __builtin_prefetch(next + i * a.link_n + j, 0, 2);
         if constexpr (decltype(diagonal)::value)
           g[i] = without_lane(g[i], first + i - j), old = without_lane(old, first + i - j);
-        if (dlink) store((V::set1(keep[i]) - w) * g[i], dlink + i * a.rows + j, part);
+        if (dlink) {
+          store((V::set1(keep[i]) - w) * g[i], dlink + i * a.rows + j, part);
+          __builtin_prefetch(next_out + i * a.rows + j, 1, 2);
+        }
         sum[i] = fma(g[i], old - p, sum[i]);
         dw = fma(g[i], old, dw);
         dp = fma(V::set1(write[i]), g[i], dp);

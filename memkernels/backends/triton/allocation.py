@@ -93,7 +93,7 @@ def supports(usage, write_gates, eps):
 
 
 def _tiles(rows):
-    return dict(BLOCK_N=_launch.power_of_two(rows, 32), num_warps=4 if rows <= 1024 else 8)
+    return dict(BLOCK_N=_launch.power_of_two(rows, 2), num_warps=4 if rows <= 1024 else 8)
 
 
 def _heads(found, usage, gates, eps):
