@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(1200)
 MODULES = (
     "memory_read", "memory_write", "content_address", "content_read", "lstm_gates", "lstm", "gru_gates", "gru", "rnn", "attention",
     "segment_attention", "merge_attention", "attention_varlen", "paged_attention",
-    "retrieval_attention",
+    "retrieval_attention", "location_address",
     "quantized_attention",
     "usage", "allocation", "link_step", "link_read",
     "weighted_bag",
