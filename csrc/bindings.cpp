@@ -20,6 +20,7 @@ namespace py = pybind11;
   OP(memory_write)        \
   OP(merge_attention)     \
   OP(paged_attention)     \
+  OP(product_key_search)  \
   OP(quantized_attention) \
   OP(recurrent)           \
   OP(retrieval_attention) \

@@ -19,6 +19,7 @@ MODULES = (
     "retrieval_attention",
     "quantized_attention",
     "topk_read",
+    "product_key_search",
 )  # fmt: skip
 # ptxas sometimes parks a value or two on the stack to reach the next step of occupancy; a real spill is an order of magnitude more.
 STACK_BYTES = 32
@@ -54,6 +55,7 @@ QUICK = {
     "quantized_attention_bwd_fp32",
     "topk_search_bf16",
     "topk_gradient_cosine_fp32",
+    "product_key_search_bf16",
 }
 
 
