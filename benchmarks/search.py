@@ -36,9 +36,12 @@ def _with_faiss(case: Case, seconds: float) -> Iterable[Row]:
 
 
 def search_targets() -> Iterator[Target]:
-    """Rows of topk_read."""
+    """Rows of topk_read and product_key_search."""
     topk = specs()["topk_read"]
     many, one = (topk.sample(name) for name in ("Q256_N65536", "Q1_N1048576"))
     yield Target("topk_read", many, "forward", dict(eager=2.5))
     yield Target("topk_read", many, "fwd+bwd", dict(eager=3))
     yield Target("topk_read", one, "forward", dict(eager=1, faiss=1), rows=_with_faiss)
+    product = specs()["product_key_search"].sample("B1024_S512_k32")
+    yield Target("product_key_search", product, "fwd+bwd", dict(eager=8))
+    yield Target("product_key_search", product, "forward", dict(eager=8))

@@ -25,6 +25,7 @@ namespace py = pybind11;
   OP(merge_attention)     \
   OP(ntm_sequence)        \
   OP(paged_attention)     \
+  OP(product_key_search)  \
   OP(quantized_attention) \
   OP(recurrent)           \
   OP(retrieval_attention) \

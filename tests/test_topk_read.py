@@ -20,16 +20,17 @@ def ranked(score, k):
     return torch.sort(score, dim=-1, descending=True, stable=True).indices[..., :k]
 
 
-@pytest.mark.parametrize("queries", [1, 5, 20, 300])
+@pytest.mark.parametrize("queries", [3, 12, 260])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_exact_among_many_equal_scores(backend, queries):
-    query, key, value = whole(2, queries, 6), whole(2, 9000, 6, seed=1), whole(2, 9000, 3, seed=2)
+    query, key = whole(1, queries, 6), whole(1, 2500, 6, seed=1)
+    value, k = key[..., :3], 300
+    best, nearest = ranked(query @ key.mT, k), ranked(-(query[:, :, None] - key[:, None]).square().sum(-1), k)
     with using(backend):
-        for k in (1, 40, 700):
-            index = mk.topk_read(query, key, value, k)[2]
-            assert torch.equal(index, ranked(query @ key.mT, k))
-            assert torch.equal(index, mk.topk_read(query.bfloat16(), key.bfloat16(), value.bfloat16(), k)[2])
-        assert torch.equal(mk.topk_read(query, key, value, 40, similarity="l2")[2], ranked(-torch.cdist(query, key).square().round(), 40))
+        assert torch.equal(mk.topk_read(query, key, value, k)[2], best)
+        assert torch.equal(mk.topk_read(query, key, value, 40)[2], best[..., :40])
+        assert torch.equal(mk.topk_read(query.bfloat16(), key.bfloat16(), value.bfloat16(), k)[2], best)
+        assert torch.equal(mk.topk_read(query, key, value, k, similarity="l2")[2], nearest)
 
 
 @pytest.mark.parametrize("order", ["rising", "falling"])

@@ -22,6 +22,7 @@ MODULES = (
     "weighted_bag",
     "weighted_bag", "hopfield_retrieve",
     "topk_read",
+    "product_key_search",
 )  # fmt: skip
 # ptxas sometimes parks a value or two on the stack to reach the next step of occupancy; a real spill is an order of magnitude more.
 STACK_BYTES = 32
@@ -66,6 +67,7 @@ QUICK = {
     "hopfield_fwd_bf16",
     "topk_search_bf16",
     "topk_gradient_cosine_fp32",
+    "product_key_search_bf16",
 }
 
 

@@ -19,6 +19,7 @@ from memkernels.ops.memory_write import memory_write, memory_write_
 from memkernels.ops.merge_attention import merge_attention
 from memkernels.ops.ntm_sequence import NTMState, ntm_sequence
 from memkernels.ops.paged_attention import paged_attention
+from memkernels.ops.product_key_search import product_key_search
 from memkernels.ops.quantized_attention import quantize_rows, quantized_attention
 from memkernels.ops.retrieval_attention import retrieval_attention
 from memkernels.ops.rnn import rnn
@@ -54,6 +55,7 @@ __all__ = [
     "merge_attention",
     "ntm_sequence",
     "paged_attention",
+    "product_key_search",
     "quantize_rows",
     "quantized_attention",
     "retrieval_attention",

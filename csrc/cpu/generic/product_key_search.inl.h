@@ -1,0 +1,239 @@
+// product_key_search: scores of both halves, the k best subkeys of each, the k best of their sums.
+//
+// A task owns kProductKeyQueries queries of a head. Its scores [half][query][S] stay in the L2 cache: register tiles of
+// queries x packed panels of subkeys, then rank_best per query and half. With both halves sorted, the pair (a, b),
+// counted from 1, has a b - 1 others that are at least as good, so that only pairs with a b <= k compete: k (1 + ln k)
+// instead of k^2. Bytes: the subkeys of a head once a task, from the cache. Precision: everything in the accumulation
+// type A. Identifiers of pairs are whole numbers in A: S up to 4096 in float; beyond, and for NaN, sorted as integers.
+//
+// Backward: dquery sums the chosen subkeys, a subkey sums the queries that chose it (inverse_index.inl.h).
+#include "cpu/generic/gemm_tile.inl.h"
+#include "cpu/generic/inverse_index.inl.h"
+#include "cpu/generic/rank_best.inl.h"
+#include "cpu/generic/rows.inl.h"
+#include "cpu/product_key_search.h"
+
+namespace mk::cpu::MK_LEVEL {
+namespace {
+
+template <class A>
+constexpr int64_t kColumns = 2 * kLanes<A>;
+
+MK_INLINE int64_t panels_of(int64_t count, int64_t columns) { return (count + columns - 1) / columns; }
+
+template <class A>
+int64_t product_key_packed_bytes(const ProductKeyArgs& a) {
+  return panels_of(a.count, kColumns<A>) * kColumns<A> * a.width * int64_t(sizeof(A));
+}
+
+// Panels of one half of a head: [panel][D][columns], zero past the last subkey.
+template <class A, class T>
+void product_key_pack(const ProductKeyArgs& a, int64_t half) {
+  const int64_t panels = panels_of(a.count, kColumns<A>);
+  A* to = static_cast<A*>(a.packed) + half * panels * kColumns<A> * a.width;
+  for (int64_t s = 0; s < panels * kColumns<A>; s++) {
+    A* column = to + s / kColumns<A> * kColumns<A> * a.width + s % kColumns<A>;
+    const T* row = row_at<T>(a.subkeys, half / 2, half % 2, s);
+    for (int64_t j = 0; j < a.width; j++) column[j * kColumns<A>] = s < a.count ? A(to_float(row[j])) : A(0);
+  }
+}
+
+MK_INLINE int64_t staircase(int64_t k, int64_t count) {
+  int64_t pairs = 0;
+  for (int64_t i = 1; i <= smaller(k, count); i++) pairs += smaller(k / i, count);
+  return pairs;
+}
+
+template <class A>
+struct ProductKeyScratch {
+  A *query, *scores;
+  A* best[2][2];  // of each half: scores, identifiers
+  int64_t step;   // of the scores of one query
+  RankBest<A> halves, pairs;
+  int64_t used;
+
+  ProductKeyScratch(const ProductKeyArgs& a, Carver carver)
+      : query(carver.take<A>(kProductKeyQueries * a.width)),
+        scores(carver.take<A>(2 * kProductKeyQueries * panels_of(a.count, kColumns<A>) * kColumns<A>)),
+        step(panels_of(a.count, kColumns<A>) * kColumns<A>),
+        halves(carver, a.count),
+        pairs(carver, larger(staircase(a.slots, a.count), a.slots)) {
+    for (auto& half : best)
+      for (A*& x : half) x = carver.take<A>(RankBest<A>::room(a.slots) + kLanes<A>);
+    used = carver.used();
+  }
+};
+template <class A>
+int64_t product_key_scratch(const ProductKeyArgs& a) {
+  return ProductKeyScratch<A>(a, Carver(nullptr)).used;
+}
+
+// scores[query][S] of one half.
+template <class A, class T>
+void score_half(const ProductKeyArgs& a, const ProductKeyScratch<A>& w, int64_t h, int64_t p, int64_t begin,
+                int64_t queries, A* scores) {
+  const T* from = row_at<T>(a.query, begin, h, p);
+  const A* rows = w.query;
+  int64_t stride = a.width;
+  if constexpr (sizeof(T) == sizeof(A))
+    rows = from, stride = a.query.b;
+  else
+    for (int64_t q = 0; q < queries; q++) widen(from + q * a.query.b, a.width, w.query + q * a.width);
+  const A* packed = static_cast<const A*>(a.packed) + (h * 2 + p) * w.step * a.width;
+  for (int64_t column = 0; column < w.step; column += kColumns<A>)
+    for (int64_t q = 0; q < queries; q += tile_rows(2))
+      gemm_tile_for<A, 2, false>(smaller(tile_rows(2), queries - q))(a.width, rows + q * stride, stride,
+                                                                     packed + column * a.width, nullptr, 0,
+                                                                     scores + q * w.step + column, w.step);
+}
+
+// The outputs of one query from the best of both halves.
+template <class A, class T>
+void best_pairs(const ProductKeyArgs& a, const ProductKeyScratch<A>& w, const int64_t* count, int64_t at) {
+  using V = Vec<A>;
+  int64_t pairs = 0;
+  const bool exact = double(a.count) * double(a.count) <= (sizeof(A) == 4 ? 0x1p24 : 0x1p53);
+  for (int64_t i = 0; i < count[0]; i++) {
+    const int64_t others = smaller(a.slots / (i + 1), count[1]);
+    const V score = V::set1(w.best[0][0][i]), id = V::set1(exact ? w.best[0][1][i] * A(a.count) : A(i * a.slots));
+    for (int64_t j = 0; j < others; j += V::kLanes) {
+      (score + V::load(w.best[1][0] + j)).store(w.pairs.scores + pairs + j);
+      if (exact) (id + V::load(w.best[1][1] + j)).store(w.pairs.ids + pairs + j);
+    }
+    pairs += others;
+  }
+  int64_t* chosen = a.chosen + at * a.slots;
+  T* scores = static_cast<T*>(a.scores) + at * a.slots;
+  int64_t found;
+  if (exact) {
+    found = w.pairs.find(pairs, a.slots, w.best[0][0], w.best[0][1]);
+    for (int64_t i = 0; i < found; i++) chosen[i] = int64_t(w.best[0][1][i]);
+  } else {
+    found = 0;
+    for (int64_t i = 0, n = 0; i < count[0]; i++)
+      for (int64_t j = 0; j < smaller(a.slots / (i + 1), count[1]); j++, n++) {
+        const int64_t index = int64_t(w.best[0][1][i]) * a.count + int64_t(w.best[1][1][j]);
+        if (!(w.pairs.scores[n] <= -kInfinity<A>)) w.pairs.pairs[found++] = pair_of(w.pairs.scores[n], index);
+      }
+    if (found > a.slots) select_best(w.pairs.pairs, found, a.slots);
+    found = smaller(found, a.slots);
+    sort_best(w.pairs.pairs, found);
+    for (int64_t i = 0; i < found; i++)
+      w.best[0][0][i] = score_of<A>(w.pairs.pairs[i]), chosen[i] = index_of<A>(w.pairs.pairs[i]);
+  }
+  for (int64_t i = found; i < a.slots; i++) w.best[0][0][i] = -kInfinity<A>, chosen[i] = -1;
+  for_each_vec<V>(a.slots, [&](int64_t i, auto part) { store(load<V>(w.best[0][0] + i, part), scores + i, part); });
+}
+
+template <class A, class T>
+void product_key_forward(const ProductKeyArgs& a, int64_t h, int64_t begin, int64_t end, void* scratch) {
+  const ProductKeyScratch<A> w(a, Carver(scratch));
+  const int64_t queries = end - begin;
+  for (int64_t p = 0; p < 2; p++)
+    score_half<A, T>(a, w, h, p, begin, queries, w.scores + p * kProductKeyQueries * w.step);
+  RankBest<A> halves = w.halves;
+  for (int64_t i = 0; i < a.count; i++) halves.ids[i] = A(i);
+  for (int64_t q = 0; q < queries; q++) {
+    int64_t count[2];
+    for (int64_t p = 0; p < 2; p++) {
+      const A* from = w.scores + (p * kProductKeyQueries + q) * w.step;
+      for_each_vec<Vec<A>>(
+          a.count, [&](int64_t i, auto part) { store(load<Vec<A>>(from + i, part), w.halves.scores + i, part); });
+      count[p] = halves.find(a.count, a.slots, w.best[p][0], w.best[p][1]);
+    }
+    best_pairs<A, T>(a, w, count, (begin + q) * a.heads + h);
+  }
+}
+
+template <class A>
+int64_t product_key_gradient_scratch(const ProductKeyArgs& a) {
+  Carver carver(nullptr);
+  carver.take<A>(a.slots), carver.take<int32_t>(a.slots), carver.take<A>(a.width), carver.take<int32_t>(a.count);
+  return carver.used();
+}
+
+// The gradients of the distinct subkeys of one half that a query chose: many of its keys share one. `place` of every
+// subkey is -1 before and after.
+template <class A, class T>
+int64_t distinct_parts(const ProductKeyArgs& a, int64_t b, int64_t h, int64_t p, int32_t* place, int32_t* row,
+                       A* gradient) {
+  const int64_t* index = row_at<int64_t>(a.index, b, h, 0);
+  const T* dscores = row_at<T>(a.dscores, b, h, 0);
+  int64_t count = 0;
+  for (int64_t i = 0; i < a.slots && a.dscores.data; i++) {
+    const A d = A(to_float(dscores[i]));
+    if (index[i] < 0 || d == A(0)) continue;
+    const int32_t part = p ? int32_t(index[i] % a.count) : int32_t(index[i] / a.count);
+    if (place[part] < 0) place[part] = int32_t(count), row[count] = part, gradient[count++] = A(0);
+    gradient[place[part]] += d;
+  }
+  for (int64_t i = 0; i < count; i++) place[row[i]] = -1;
+  return count;
+}
+
+// Queries [begin, end) of head h.
+template <class A, class T>
+void product_key_gradient(const ProductKeyArgs& a, int64_t h, int64_t begin, int64_t end, void* scratch) {
+  using V = Vec<A>;
+  Carver carver(scratch);
+  A* gradient = carver.take<A>(a.slots);
+  int32_t* row = carver.take<int32_t>(a.slots);
+  A* sums = carver.take<A>(a.width);
+  int32_t* place = carver.take<int32_t>(a.count);
+  for (int64_t s = 0; s < a.count; s++) place[s] = -1;
+  for (int64_t b = begin; b < end; b++)
+    for (int64_t p = 0; p < 2; p++) {
+      const int64_t count = distinct_parts<A, T>(a, b, h, p, place, row, gradient);
+      if (a.given) {
+        const int64_t at = ((h * 2 + p) * a.batch + b) * a.slots;
+        for (int64_t i = 0; i < a.slots; i++) {
+          a.parts[at + i] = i < count ? row[i] : -1;
+          static_cast<A*>(a.given)[at + i] = i < count ? gradient[i] : A(0);
+        }
+      }
+      if (!a.dquery) continue;
+      for_each_vec<V>(a.width, [&](int64_t j, auto part) { store(V::zero(), sums + j, part); });
+      for (int64_t i = 0; i < count; i += kTile)
+        add_rows(Rows<T>{row_at<T>(a.subkeys, h, p, 0), a.subkeys.row, row + i, smaller(kTile, count - i), a.width}, 1,
+                 gradient + i, sums);
+      T* dquery = static_cast<T*>(a.dquery) + ((b * a.heads + h) * 2 + p) * a.width;
+      for_each_vec<V>(a.width, [&](int64_t j, auto part) { store(load<V>(sums + j, part), dquery + j, part); });
+    }
+}
+
+template <class A>
+int64_t product_key_subkeys_scratch(const ProductKeyArgs& a, int64_t rows) {
+  Carver carver(nullptr);
+  carver.take<int64_t>(rows + 1);
+  carver.take<Given<A, 1>>(a.batch * a.slots);
+  return carver.used();
+}
+
+// Gradients of subkeys [first, last) of one half of a head.
+template <class A, class T>
+void product_key_subkeys(const ProductKeyArgs& a, int64_t half, int64_t first, int64_t last, void* scratch) {
+  Carver carver(scratch);
+  int64_t* start = carver.take<int64_t>(last - first + 1);
+  auto* given = carver.take<Given<A, 1>>(a.batch * a.slots);
+  const int64_t offset = half * a.batch * a.slots;
+  const AttentionTensor index{a.parts + offset, 0, 0, a.slots};
+  invert<A, 1>({index, 0, 0, 1, a.batch, a.slots, static_cast<const A*>(a.given) + offset}, first, last, start, given);
+  const AttentionTensor queries{row_at<T>(a.query, 0, half / 2, half % 2), 0, 0, a.query.b};
+  T* to = static_cast<T*>(a.dsubkeys) + (half * a.count + first) * a.width;
+  for (int64_t row = 0, from = 0; row < last - first; from = start[row++], to += a.width)
+    write_memory_row<A, T, 0>(queries, 0, given + from, start[row] - from, a.width, A(1), to);
+}
+
+}  // namespace
+
+#define MK_PRODUCT_KEY_SIZES(function) \
+  { function<double>, function<float>, function<float>, function<float> }
+#define MK_PRODUCT_KEY_TYPES(function) \
+  { function<double, double>, function<float, float>, function<float, bfloat16>, function<float, float16> }
+const ProductKeyKernels product_key_search = {
+    MK_PRODUCT_KEY_SIZES(product_key_packed_bytes),     MK_PRODUCT_KEY_TYPES(product_key_pack),
+    MK_PRODUCT_KEY_SIZES(product_key_scratch),          MK_PRODUCT_KEY_TYPES(product_key_forward),
+    MK_PRODUCT_KEY_SIZES(product_key_gradient_scratch), MK_PRODUCT_KEY_TYPES(product_key_gradient),
+    MK_PRODUCT_KEY_SIZES(product_key_subkeys_scratch),  MK_PRODUCT_KEY_TYPES(product_key_subkeys)};
+
+}  // namespace mk::cpu::MK_LEVEL
