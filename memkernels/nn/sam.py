@@ -12,6 +12,7 @@ from memkernels._checks import check_flag, check_floating, check_tensor, fail
 from memkernels.nn._arguments import check_sizes
 from memkernels.nn.lstm_cell import LSTMCell
 from memkernels.ops.sparse_memory import SparseMemory, sparse_read, sparse_write
+from memkernels.ops.topk_read import topk_read
 
 
 class SAMState(NamedTuple):
@@ -142,7 +143,8 @@ class SAM(nn.Module):
         places = torch.cat([index, oldest[..., None]], -1)
         amounts = gate * torch.cat([interpolation * weights, 1 - interpolation], -1)
         sparse_write(memory, places, amounts, word, clear=oldest)
-        index = nearest_rows(memory.rows, query, self.rows_read)
+        with torch.no_grad():  # the choice; sparse_read has the gradient
+            _, _, index = topk_read(query, memory.rows, memory.rows[..., :1], self.rows_read, similarity="cosine")
         read, weights = sparse_read(memory, query, 1 + F.softplus(strength), index)
         for at, much in ((places, amounts), (index, weights)):
             self._access(memory, at, much)
@@ -152,10 +154,3 @@ class SAM(nn.Module):
         """Rows with more weight than the threshold are accessed now; of the others the head's heaviest row stands in, which is."""
         top = index.gather(-1, weights.argmax(-1, keepdim=True))
         memory.access(torch.where(weights > self.threshold, index, top).flatten(1))
-
-
-@torch.no_grad()
-def nearest_rows(rows: Tensor, query: Tensor, count: int) -> Tensor:
-    """int64 "B R count": the rows "B N W" of highest cosine with each query "B R W", best first."""
-    scores = query @ rows.mT * ((rows * rows).sum(-1) + 1e-6).rsqrt()[:, None]
-    return scores.topk(count, -1).indices
