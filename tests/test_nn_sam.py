@@ -37,7 +37,7 @@ def by_hand(model, x, slots):
         for k in range(heads):
             q = query.view(heads, -1)[k]
             cosine = rows @ q / ((rows**2).sum(-1) + 1e-6).sqrt() / (q @ q + 1e-6).sqrt()
-            index.append(cosine.topk(2).indices.tolist())
+            index.append(cosine.argsort(descending=True, stable=True)[:2].tolist())
             new.append(torch.softmax(strength[k] * cosine[index[k]], 0))
             words.append(new[k] @ rows[index[k]])
         weights, read = torch.stack(new), torch.stack(words)

@@ -34,8 +34,8 @@ def location_address(
 
     Numerics:
         float32 inside for float32, bfloat16 and float16, float64 for float64. Powers are taken of w_s over its largest element, through the
-        logarithm: in float32 the sum stays within 1e-5 of 1 up to sharpen 1000, and nothing overflows. Deterministic; a head does not
-        depend on the others.
+        logarithm: in float32 the sum stays within 1e-5 of 1 up to sharpen 1000, and nothing overflows. Where the largest w_s is below
+        2^-100 (2^-900 in float64) the slope is the one at that value. Deterministic; a head does not depend on the others.
 
     Raises:
         ValueError: a size differs from what another argument says, or shift has an even number of taps.

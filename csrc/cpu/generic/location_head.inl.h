@@ -108,7 +108,10 @@ void location_address_backward(const LocationAddressArgs& a, int64_t b, int64_t 
     store(w.logarithm, head.logarithm + i, part);
     store(select(w.positive, w.power, V::zero()), head.power + i, part);
   });
-  const V centre = V::set1(reduce_add(dot)), slope = V::set1(head.sharpen / (sum * stats[0]));
+  // Below this the slope of a row of nothing but such weights would leave the range of A.
+  constexpr A kLeast = sizeof(A) == 4 ? A(0x1p-100) : A(0x1p-900);
+  const A largest = stats[0] < kLeast ? kLeast : stats[0];
+  const V centre = V::set1(reduce_add(dot)), slope = V::set1(head.sharpen / (sum * largest));
   V dsharpen = V::zero();
   for_each_vec<V>(head.rows, [&](int64_t i, auto part) {
     const V centred = load<V>(dweights + i, part) - centre;

@@ -4,6 +4,9 @@ import torch
 
 from memkernels.backends.reference._math import compute
 
+# Below these the slope of a row of nothing but such weights would leave the range of the dtype.
+LEAST = {torch.float32: 2.0**-100, torch.float64: 2.0**-900}
+
 
 def _circle(rows, taps, sign):
     """`rows` "B R N" -> "B R N 2S+1": at i and tap j, element (i + sign * j) mod N."""
@@ -55,7 +58,8 @@ def backward(dweights, content, previous, gate, shift, sharpen, stats):
     weights, d = ratio * power / total, compute(dweights)
     centred = d - (weights * d).sum(-1, keepdim=True)
     dsharpen = (weights * centred * logarithm).sum(-1)
-    dshifted = torch.where(positive, sharpen[..., None] * power / (total * top) * centred, 0)
+    slope = sharpen[..., None] / (total * top.clamp(min=LEAST[top.dtype]))
+    dshifted = torch.where(positive, slope * power * centred, 0)
     dgated = (_circle(dshifted, shift.shape[-1], 1) @ shift[..., None]).squeeze(-1)
     dshift = (dshifted[..., None, :] @ seen).squeeze(-2)
     dgate = (dgated * (content - previous)).sum(-1)

@@ -14,6 +14,9 @@ import triton.language as tl
 from memkernels.backends.triton import _launch
 from memkernels.backends.triton._common import AOT_DTYPES, aot, lanes, refuse, run, store, strides
 
+# Below it the slope of a row of nothing but such weights would leave the range of float32.
+LEAST = tl.constexpr(2.0**-100)
+
 
 @triton.jit
 def _gated(content_ptr, previous_ptr, gate, content_stride_n, previous_stride_n, n, N):
@@ -118,7 +121,7 @@ def _location_address_slope_kernel(
         ratio, logarithm, power = _sharpened(shifted, largest, sharpen - 1)
         d = tl.load(dweights_ptr + n * dweights_stride_n, mask=n < N, other=0.0).to(tl.float32) - centre
         dsharpen += tl.sum(ratio * power / total * d * logarithm, 0)
-        slope = tl.where(ratio == 0, 0.0, sharpen / (total * largest) * power * d)
+        slope = tl.where(ratio == 0, 0.0, sharpen / (total * tl.maximum(largest, LEAST)) * power * d)
         tl.store(slope_ptr + place * N + n, slope, mask=n < N)
     if dsharpen_ptr is not None:
         store(dsharpen_ptr + place, dsharpen)
