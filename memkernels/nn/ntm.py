@@ -145,13 +145,14 @@ class NTM(nn.Module):
         elif not isinstance(state, (tuple, list)) or len(state) != 6:
             fail("NTM", "state", "an NTMState or None", type(state).__name__, TypeError)
         weights = (self.weight_ih, self.weight_rh, self.weight_hh, self.bias, *self._heads)
+        start = NTMState(*state)
         if x.is_cuda and self.form == "graves":
-            hidden, reads, state = self._by_steps(x, NTMState(*state))
+            hidden, reads, last = self._by_steps(x, start)
         else:
-            hidden, reads, state = ntm_sequence(x, NTMState(*state), *weights, form=self.form)  # type: ignore[misc]
+            hidden, reads, last = ntm_sequence(x, start, *weights, form=self.form)
         output = self.output(torch.cat([hidden, reads.flatten(2)], -1))
         output = torch.sigmoid(output) if self.form == "pytorch-ntm" else output
-        return output.transpose(0, 1) if self.batch_first else output, state
+        return output.transpose(0, 1) if self.batch_first else output, last
 
     def _by_steps(self, x: Tensor, state: NTMState) -> tuple[Tensor, Tensor, NTMState]:
         """What `ntm_sequence` computes in form "graves", by the ops of a step: where that op has no kernel."""
@@ -175,7 +176,7 @@ class NTM(nn.Module):
             all_reads.append(reads)
         hidden = torch.stack(all_hidden) if all_hidden else x.new_zeros(0, *h.shape)
         read = torch.stack(all_reads) if all_reads else x.new_zeros(0, *reads.shape)
-        return hidden, read, NTMState(memory, *weights.split((r, u), 1), reads, h, c)
+        return hidden, read, NTMState(*[memory, *weights.split((r, u), 1), reads, h, c])
 
     @classmethod
     def from_pytorch_ntm(cls, weights: Mapping[str, Tensor], **options: Any) -> NTM:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -46,7 +46,7 @@ def ntm_sequence(
     *,
     form: str = "graves",
     return_weights: bool = False,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[Any, ...]:
     """A Neural Turing Machine over a whole sequence: LSTM controller, read and write heads and memory for all steps in one call.
 
     Formula, at each step, with M' and w' from the step before:
@@ -104,11 +104,11 @@ def ntm_sequence(
     tensors = (input, *state, weight_ih, weight_rh, weight_hh, bias, *heads)
     SIGNATURE(*tensors)
     hidden, reads, memory, weights, cell, *_ = OP(*tensors, form)
-    last = state[1:5]
+    carried: Any = state[1:5]
     if len(hidden):
         heads = weights[-1].to(memory.dtype).split((read_key.shape[0], write_key.shape[0]), 1)
-        last = (*heads, reads[-1], hidden[-1])
-    last = NTMState(memory, *(t.clone(memory_format=torch.contiguous_format) for t in last), cell)
+        carried = (*heads, reads[-1], hidden[-1])
+    last = NTMState(*[memory, *(t.clone(memory_format=torch.contiguous_format) for t in carried), cell])
     return (hidden, reads, last, weights.to(memory.dtype)) if return_weights else (hidden, reads, last)
 
 

@@ -90,8 +90,8 @@ class Machine:
         draw = self.slopes(raw, activated, (dkey, dstrength, dgate, dsharpen, dshift, derase, dadd))
         dh, bent = d.h + draw @ self.heads[:, :-1], after.c.tanh()
         dc = d.c + dh * o * (1 - bent * bent)
-        dgates = [dc * g * i * (1 - i), dc * before.c * f * (1 - f), dc * i * (1 - g * g), dh * bent * o * (1 - o)]
-        dgates = torch.cat(dgates, -1)
+        parts = [dc * g * i * (1 - i), dc * before.c * f * (1 - f), dc * i * (1 - g * g), dh * bent * o * (1 - o)]
+        dgates = torch.cat(parts, -1)
         drow = dgates @ self.controller
         read, hidden = self.readers * self.width, dh.shape[1]
         dx, dreads, dh = drow.split((drow.shape[1] - read - hidden, read, hidden), -1)

@@ -13,7 +13,7 @@ N_STATE, N_WEIGHTS = 7, 16
 def _run(inputs, form):
     """The machine, the states before and after every step, and what backward needs of each."""
     x, memory, read_weights, write_weights, reads, h, c, *weights = (compute(t) for t in inputs)
-    machine = Machine(*weights, form)
+    machine = Machine(*[*weights, form])
     states, kept = [State(memory, torch.cat([read_weights, write_weights], 1), reads, h, c)], []
     for step in x:
         after, parts = machine.step(step, states[-1])
@@ -53,7 +53,9 @@ def backward(dhidden, dreads, dmemory, dweights, dcell, *rest):
     machine, states, kept = _run(inputs, form)
     d = State(*(torch.zeros_like(t) for t in states[0]))
     d = d._replace(memory=d.memory if dmemory is None else compute(dmemory), c=d.c if dcell is None else compute(dcell))
-    dx, dgates, draws = [], [], []
+    dx: list[torch.Tensor] = []
+    dgates: list[torch.Tensor] = []
+    draws: list[torch.Tensor] = []
     for t in reversed(range(len(kept))):
         arrived = dict(weights=dweights, reads=dreads, h=dhidden)
         d = d._replace(**{name: getattr(d, name) + compute(g[t]) for name, g in arrived.items() if g is not None})
