@@ -266,7 +266,7 @@ class Link:
 
 def link(rows: int, heads: int, backward: bool) -> Link:
     block_m = 32 if backward else 64
-    return Link(block_m, 32 if backward else 64, power_of_two(heads, 16), ceil_div(rows, block_m), 4)
+    return Link(block_m, 32, power_of_two(heads, 16), ceil_div(rows, block_m), 4)
 
 
 @dataclass(frozen=True)
