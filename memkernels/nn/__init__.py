@@ -1,6 +1,6 @@
 """Modules on top of the ops: drop-in where torch.nn has the module."""
 
-from memkernels.nn.external_memory import ExternalMemory, ExternalMemoryState
+from memkernels.nn.external_memory import ExternalMemory, ExternalMemoryState, Trace
 from memkernels.nn.graph_attention import GraphAttention, csr_from_edges
 from memkernels.nn.gru import GRU
 from memkernels.nn.gru_cell import GRUCell
@@ -23,5 +23,6 @@ __all__ = [
     "LSTMCell",
     "MultiheadAttention",
     "RNNCell",
+    "Trace",
     "csr_from_edges",
 ]

@@ -31,7 +31,15 @@ class ExternalMemoryState(NamedTuple):
         return ExternalMemoryState(self.memory.detach(), None if self.weights is None else self.weights.detach())
 
 
+class Trace(NamedTuple):
+    """Which rows a call read and wrote: weights `read` "T B R N" and `write` "T B H N" of every step ("B T ..." with `batch_first`)."""
+
+    read: Tensor
+    write: Tensor
+
+
 register_namedtuple(ExternalMemoryState)
+register_namedtuple(Trace)
 
 
 class ExternalMemory(nn.Module):
@@ -129,17 +137,20 @@ class ExternalMemory(nn.Module):
         weights = None if self.initial_weights is None else torch.softmax(self.initial_weights, -1).expand(batch, -1, -1)
         return ExternalMemoryState(self.initial_memory.expand(batch, -1, -1), weights)
 
-    def forward(self, input: Tensor, state: ExternalMemoryState | None = None) -> tuple[Tensor, ExternalMemoryState]:
+    def forward(self, input: Tensor, state: ExternalMemoryState | None = None, *, return_trace: bool = False) -> Any:
         """Runs over all steps.
 
         Args:
             input: "B T I" (`batch_first`) or "T B I".
             state: what the last call returned, or None for the learned initial state.
+            return_trace: also return which rows each step read and wrote.
 
         Returns:
-            output "B T O" or "T B O", and the state after the last step.
+            output "B T O" or "T B O", and the state after the last step; with ``return_trace`` also a `Trace`: weights of the read heads,
+            "T B R N", and of the write heads, "T B H N", the latter times the write gate in mode "content" ("B T ..." with `batch_first`).
+            `memkernels.plots.memory_trace` draws it.
 
-        Gradients: to the input, the state and all parameters.
+        Gradients: to the input, the state and all parameters; through the trace too.
         """
         check_tensor("ExternalMemory", "input", input)
         if input.dim() != 3 or input.shape[-1] != self.input_size:
@@ -151,10 +162,20 @@ class ExternalMemory(nn.Module):
         state = self.initial_state(batch) if state is None else self._checked(state, batch)
         # All that is linear in the input is computed for all steps at once; the parameters stay float32 under autocast.
         parts = self.interface(x).to(state.memory.dtype).split(self._sizes, -1)
-        reads, state = (self._content if self.mode == "content" else self._ntm)(parts, state)
+        check_flag("ExternalMemory", "return_trace", return_trace)
+        trace: list[tuple[Tensor, Tensor]] | None = [] if return_trace else None
+        reads, state = (self._content if self.mode == "content" else self._ntm)(parts, state, trace)
         stacked = torch.stack(reads).flatten(2) if reads else x.new_zeros(0, batch, self.read_heads * self.width)
         output = self.output(torch.cat([x, stacked.to(x.dtype)], -1))
-        return output.transpose(0, 1) if self.batch_first else output, state
+        output = output.transpose(0, 1) if self.batch_first else output
+        return (output, state) if trace is None else (output, state, self._traced(trace, batch, state.memory))
+
+    def _traced(self, trace: list[tuple[Tensor, Tensor]], batch: int, memory: Tensor) -> Trace:
+        read, write = (
+            torch.stack([step[i] for step in trace]) if trace else memory.new_zeros(0, batch, heads, self.slots)
+            for i, heads in enumerate((self.read_heads, self.write_heads))
+        )
+        return Trace(read.transpose(0, 1), write.transpose(0, 1)) if self.batch_first else Trace(read, write)
 
     def _checked(self, state: Any, batch: int) -> ExternalMemoryState:
         """The state that a caller passes, or one clear error."""
@@ -175,7 +196,9 @@ class ExternalMemory(nn.Module):
                 fail("ExternalMemory", f"state.{name}", "a floating dtype", part.dtype, TypeError)
         return found
 
-    def _content(self, parts: tuple[Tensor, ...], state: ExternalMemoryState) -> tuple[list[Tensor], ExternalMemoryState]:
+    def _content(
+        self, parts: tuple[Tensor, ...], state: ExternalMemoryState, trace: list[tuple[Tensor, Tensor]] | None
+    ) -> tuple[list[Tensor], ExternalMemoryState]:
         heads = (self.read_heads, self.write_heads)
         keys = parts[0].unflatten(-1, (-1, self.width)).split(heads, 2)
         strengths = (1 + F.softplus(parts[1])).split(heads, 2)
@@ -185,13 +208,19 @@ class ExternalMemory(nn.Module):
         add = gate * torch.tanh(parts[3]).unflatten(-1, (-1, self.width))
         memory = state.memory
         reads: list[Any] = []
-        for read_key, write_key, read_strength, write_strength, e, a in _steps(*keys, *strengths, erase, add):
+        for read_key, write_key, read_strength, write_strength, e, a, g in _steps(*keys, *strengths, erase, add, gate):
             weights = content_address(memory, write_key, write_strength, similarity=self.similarity)
             memory = memory_write(memory, weights, e, a)
-            reads.append(content_read(memory, read_key, read_strength, similarity=self.similarity))
+            read = content_read(memory, read_key, read_strength, similarity=self.similarity, return_weights=trace is not None)
+            if trace is not None:
+                read, read_weights = read
+                trace.append((read_weights, g * weights))
+            reads.append(read)
         return reads, ExternalMemoryState(memory)
 
-    def _ntm(self, parts: tuple[Tensor, ...], state: ExternalMemoryState) -> tuple[list[Tensor], ExternalMemoryState]:
+    def _ntm(
+        self, parts: tuple[Tensor, ...], state: ExternalMemoryState, trace: list[tuple[Tensor, Tensor]] | None
+    ) -> tuple[list[Tensor], ExternalMemoryState]:
         heads = (self.read_heads, self.write_heads)
         keys = parts[0].unflatten(-1, (-1, self.width))
         erase = torch.sigmoid(parts[2]).unflatten(-1, (-1, self.width))
@@ -206,6 +235,8 @@ class ExternalMemory(nn.Module):
             read_weights, write_weights = weights.split(heads, 1)
             memory = memory_write(memory, write_weights, e, a)
             reads.append(memory_read(memory, read_weights))
+            if trace is not None:
+                trace.append((read_weights, write_weights))
         return reads, ExternalMemoryState(memory, weights)
 
 
