@@ -14,6 +14,9 @@ import memkernels
 from memkernels.bench.peers import invoke
 from memkernels.bench.row import Row
 from memkernels.bench.runner import Call, Case, interleaved
+from memkernels.bench.peers import invoke, peer
+from memkernels.bench.row import Row
+from memkernels.bench.runner import Call, Case, alternating
 from memkernels.testing.inputs import draw
 from memkernels.testing.spec import Sample, specs
 
@@ -72,8 +75,21 @@ def _against_local(case: Case, seconds: float) -> Iterable[Row]:
     bag = specs()["weighted_bag"].bench[0]
     yield Target("weighted_bag", bag, "fwd+bwd", dict(embedding_bag=3))
     yield Target("weighted_bag", bag, "forward", dict(embedding_bag=2))
-    sparse = dataclasses.replace(bag, name=f"{bag.name}_sparse", options=dict(sparse=True))
-    yield Target("weighted_bag", sparse, "fwd+bwd", dict(embedding_bag=1))
+    yield Target("weighted_bag", bag, "fwd+bwd sparse", dict(embedding_bag=1), rows=_sparse_bag)
     hopfield = specs()["hopfield_retrieve"].bench[0]
     yield Target("hopfield_retrieve", hopfield, "fwd+bwd", dict(eager=1.5, compile=1))
     yield Target("hopfield_retrieve", hopfield, "forward", dict(eager=1.5, compile=1))
+
+
+def _sparse_bag(case: Case, seconds: float) -> Iterable[Row]:
+    """Sparse gradient of the table against the peer's dense one; the dense one is checked, tests hold the sparse one to it."""
+    case.check()
+    given = draw(case.spec, case.sample, case.dtype)
+    sparse = dataclasses.replace(case.sample, options=dict(sparse=True))
+    calls = [Call(case.spec, invoke(case.spec), sparse, given), Call(case.spec, peer(case.spec, "embedding_bag"), case.sample, given)]
+
+    def both(call):
+        return lambda: lambda: call.gradients(call.train())
+
+    mine, theirs = alternating([both(call) for call in calls], seconds)
+    yield dataclasses.replace(case.row("fwd+bwd sparse", mine, "embedding_bag", theirs, ""), ratio=theirs / mine)

@@ -101,7 +101,7 @@ __all__ = [
     "weighted_bag",
 ]
 
-_LAZY = ("bench", "distributed", "integrations", "models", "nn", "testing")
+_LAZY = ("bench", "distributed", "integrations", "models", "nn", "plots", "testing")
 
 
 def __getattr__(name: str) -> Any:

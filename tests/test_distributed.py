@@ -1,19 +1,21 @@
-"""ring_attention on gloo: the checks run in processes of their own (tests/ring.py)."""
+"""ring_attention and ShardedMemory on gloo: the checks run in processes of their own (tests/ring.py, tests/sharded.py)."""
 
 import pytest
 import ring
+import sharded
 import torch
 
-from memkernels.distributed import ring_attention
+from memkernels.distributed import ShardedMemory, ring_attention
 
 pytestmark = pytest.mark.timeout(120)
+SHARDED = [sharded.check_content_read, sharded.check_topk_read, sharded.check_writes, sharded.check_errors]
 
 
 @pytest.mark.parametrize(
     ("size", "checks"),
     [
-        (2, [ring.check_sequences, ring.check_layouts, ring.check_errors]),
-        (4, [ring.check_sequences, ring.check_groups]),
+        (2, [ring.check_sequences, ring.check_layouts, ring.check_errors, *SHARDED]),
+        (4, [ring.check_sequences, ring.check_groups, *SHARDED]),
     ],
 )
 def test_ranks(size, checks, tmp_path):
@@ -23,3 +25,5 @@ def test_ranks(size, checks, tmp_path):
 def test_without_a_process_group():
     with pytest.raises(RuntimeError, match=r"ring_attention: group: expected an initialised process group .*got none"):
         ring_attention(*[torch.zeros(1, 1, 2, 4)] * 3)
+    with pytest.raises(RuntimeError, match=r"ShardedMemory: group: expected an initialised process group .*got none"):
+        ShardedMemory(torch.zeros(2, 4))

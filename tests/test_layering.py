@@ -15,7 +15,7 @@ HELPERS = ("memkernels._checks", "memkernels._compat", "memkernels._config")
 # What a layer may import of memkernels: names of modules, each with everything below it.
 ALLOWED = {
     "nn": ("memkernels.nn", "memkernels.ops", *HELPERS),
-    "distributed": ("memkernels.ops", *HELPERS),
+    "distributed": ("memkernels.distributed", "memkernels.ops", *HELPERS),
     "integrations": ("memkernels.ops", *HELPERS),
     "models": ("memkernels.models", "memkernels.nn", "memkernels.ops", *HELPERS),
     "ops": ("memkernels.ops", "memkernels._registry", *HELPERS),

@@ -2,6 +2,7 @@
 
 from memkernels.nn.dnc import DNC, DNCLayerState
 from memkernels.nn.external_memory import ExternalMemory, ExternalMemoryState
+from memkernels.nn.external_memory import ExternalMemory, ExternalMemoryState, Trace
 from memkernels.nn.graph_attention import GraphAttention, csr_from_edges
 from memkernels.nn.gru import GRU
 from memkernels.nn.gru_cell import GRUCell
@@ -31,5 +32,6 @@ __all__ = [
     "MultiheadAttention",
     "RNNCell",
     "SAMState",
+    "Trace",
     "csr_from_edges",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,11 @@ from memkernels.ops.dnc_step import DNCState, dnc_step
 from memkernels.ops.location_address import location_address
 from memkernels.ops.memory_read import memory_read
 from memkernels.ops.memory_write import memory_write
+from memkernels.ops.product_key_search import product_key_search
+from memkernels.ops.topk_read import topk_read
+from memkernels.ops.weighted_bag import weighted_bag
 
-MODES = ("content", "ntm", "dnc")
+MODES = ("content", "ntm", "dnc", "topk", "product")
 SIMILARITIES = ("cosine", "dot", "l2")
 
 
@@ -37,6 +41,24 @@ class ExternalMemoryState(NamedTuple):
 register_namedtuple(ExternalMemoryState)
 
 
+class Trace(NamedTuple):
+    """Which rows a call read and wrote at each step, and how much: "T B ...", or "B T ..." with `batch_first`.
+
+    `read`: weights "T B R N"; in modes "topk" and "product" "T B R k", of the rows int64 "T B R k", of which -1 is absent.
+    `write`: weights "T B H N". `rows`: None where all rows are read.
+    """
+
+    read: Tensor
+    write: Tensor
+    rows: Tensor | None = None
+
+
+register_namedtuple(Trace)
+
+# Reads of every step, the state after the last, and what `Trace` holds of every step.
+_Steps = tuple[list[Any], Any, list[tuple[Tensor, ...]]]
+
+
 class ExternalMemory(nn.Module):
     """A memory of `slots` rows between two layers of a sequence model, e.g. between an LSTM (its controller) and a Dense layer.
 
@@ -48,6 +70,9 @@ class ExternalMemory(nn.Module):
       interpolated with the last ones, shifted by up to `shift` rows in a circle, and sharpened; then M is written and read with them.
     - "dnc": a step of a Differentiable Neural Computer (`memkernels.dnc_step`), all of whose interface is linear in the input: rows are
       chosen by content, by what is free and by the order of writes. The state is a `memkernels.DNCState`.
+    - "topk": writes as "content"; a read goes over the `k` best rows alone, and the rest get no gradient from it.
+    - "product": rows have learned addresses, the S * S pairs of two sets of S subkeys a head; every head reads or writes the `k` rows whose
+      addresses fit its key best, with the weights ``softmax(b scores)``. `slots` is a square number, `width` even.
 
     and the output is ``W_o [x_t, r_t] + b_o``. A step sees only inputs up to its own: the layer is causal.
 
@@ -56,10 +81,11 @@ class ExternalMemory(nn.Module):
         slots: memory rows N.
         width: memory columns W.
         read_heads: read heads R.
-        mode: "content", "ntm" or "dnc".
+        mode: "content", "ntm", "dnc", "topk" or "product".
         write_heads: write heads H.
         output_size: features O of the output; `input_size` if None.
-        similarity: "cosine", "dot" or "l2"; "dnc" knows "cosine" alone.
+        similarity: "cosine", "dot" or, not with "topk", "l2"; "dnc" knows "cosine" alone, "product" has dot products.
+        k: "topk" and "product" only: rows of a read (and of a write in "product").
         shift: "ntm" only: the largest shift S in rows; any value, also beyond `slots`.
         batch_first: input and output are "B T I" and "B T O" (default), else "T B I" and "T B O".
         device, dtype: of the parameters.
@@ -67,7 +93,7 @@ class ExternalMemory(nn.Module):
     Numerics: sharpening is done in log space, so the weights keep their mass for any sharpness and never become NaN.
     Raises: ValueError for an unknown mode or similarity, a size that is not positive, and for an input or state of another size;
         TypeError for an argument of another type.
-    Source: Graves, Wayne and Danihelka 2014 (arXiv 1410.5401), equations 2 to 9; Graves et al. 2016 for "dnc".
+    Source: Graves, Wayne and Danihelka 2014 (arXiv 1410.5401), equations 2 to 9; Graves et al. 2016 for "dnc"; Lample et al. 2019 for "product".
 
     Example:
         >>> layer = ExternalMemory(8, slots=16, width=4, read_heads=2)
@@ -88,6 +114,7 @@ class ExternalMemory(nn.Module):
         write_heads: int = 1,
         output_size: int | None = None,
         similarity: str = "cosine",
+        k: int = 8,
         shift: int = 1,
         batch_first: bool = True,
         device=None,
@@ -96,13 +123,13 @@ class ExternalMemory(nn.Module):
         super().__init__()
         check_choice("ExternalMemory", "mode", mode, MODES)
         check_choice("ExternalMemory", "similarity", similarity, SIMILARITIES)
-        if mode == "dnc" and similarity != "cosine":
-            fail("ExternalMemory", "similarity", "'cosine' in mode 'dnc'", repr(similarity))
         output_size = input_size if output_size is None else output_size
         sizes = dict(input_size=input_size, slots=slots, width=width, read_heads=read_heads, write_heads=write_heads)
-        check_sizes("ExternalMemory", **sizes, output_size=output_size)
+        check_sizes("ExternalMemory", **sizes, output_size=output_size, k=k)
         check_sizes("ExternalMemory", 0, shift=shift)
         check_flag("ExternalMemory", "batch_first", batch_first)
+        _check_mode(mode, similarity, slots, width)
+        self.k = min(k, slots)
         self.input_size, self.slots, self.width, self.mode = input_size, slots, width, mode
         self.read_heads, self.write_heads, self.similarity, self.shift = read_heads, write_heads, similarity, shift
         self.output_size, self.batch_first = output_size, batch_first
@@ -110,7 +137,7 @@ class ExternalMemory(nn.Module):
         heads = read_heads + write_heads
         # Keys and strengths of all heads, erase and add of the write heads; then the write gates, or gate, shift and sharpness.
         self._sizes = [heads * width, heads, write_heads * width, write_heads * width]
-        self._sizes += [write_heads] if mode == "content" else [heads, heads * (2 * shift + 1), heads]
+        self._sizes += [heads, heads * (2 * shift + 1), heads] if mode == "ntm" else [write_heads]
         self._asks = Interface(slots, width, read_heads, write_heads) if mode == "dnc" else None
         if self._asks is not None:
             self._sizes = [self._asks.features()]
@@ -118,6 +145,8 @@ class ExternalMemory(nn.Module):
         self.output = nn.Linear(input_size + read_heads * width, self.output_size, **factory)
         self.initial_memory = nn.Parameter(torch.empty(slots, width, **factory))
         self.initial_weights = nn.Parameter(torch.empty(heads, slots, **factory)) if mode == "ntm" else None
+        shape = (heads, 2, isqrt(slots), width // 2)
+        self.subkeys = nn.Parameter(torch.empty(shape, **factory)) if mode == "product" else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -129,6 +158,8 @@ class ExternalMemory(nn.Module):
             nn.init.zeros_(self.initial_weights)
             with torch.no_grad():
                 self.initial_weights[:, 0] = 5.0
+        if self.subkeys is not None:
+            nn.init.normal_(self.subkeys, std=self.width**-0.5)
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, slots={self.slots}, width={self.width}, read_heads={self.read_heads}, mode={self.mode!r}"
@@ -136,20 +167,22 @@ class ExternalMemory(nn.Module):
 
     def initial_state(self, batch: int) -> ExternalMemoryState | DNCState:
         """The learned state before the first step, for `batch` sequences."""
+        memory = self.initial_memory.expand(batch, -1, -1)
         if self._asks is not None:
-            return self._asks.nothing(self.initial_memory, batch)._replace(memory=self.initial_memory.expand(batch, -1, -1))
+            return self._asks.nothing(self.initial_memory, batch)._replace(memory=memory)
         weights = None if self.initial_weights is None else torch.softmax(self.initial_weights, -1).expand(batch, -1, -1)
-        return ExternalMemoryState(self.initial_memory.expand(batch, -1, -1), weights)
+        return ExternalMemoryState(memory, weights)
 
-    def forward(self, input: Tensor, state: ExternalMemoryState | DNCState | None = None) -> tuple[Tensor, ExternalMemoryState | DNCState]:
+    def forward(self, input: Tensor, state: ExternalMemoryState | DNCState | None = None, *, return_trace: bool = False) -> Any:
         """Runs over all steps.
 
         Args:
             input: "B T I" (`batch_first`) or "T B I".
             state: what the last call returned, or None for the learned initial state.
+            return_trace: also return a `Trace`: the rows that each step read and wrote, and their weights.
 
         Returns:
-            output "B T O" or "T B O", and the state after the last step.
+            output "B T O" or "T B O", and the state after the last step; with ``return_trace`` the `Trace` too.
 
         Gradients: to the input, the state and all parameters.
         """
@@ -163,11 +196,22 @@ class ExternalMemory(nn.Module):
         state = self.initial_state(batch) if state is None else self._checked(state, batch)
         # All that is linear in the input is computed for all steps at once; the parameters stay float32 under autocast.
         parts = self.interface(x).to(state.memory.dtype).split(self._sizes, -1)
-        run: Any = {"content": self._content, "ntm": self._ntm, "dnc": self._dnc}[self.mode]
-        reads, state = run(parts, state)
+        check_flag("ExternalMemory", "return_trace", return_trace)
+        run: Any = {"ntm": self._ntm, "dnc": self._dnc, "product": self._product}.get(self.mode, self._content)
+        reads, state, traces = run(parts, state, return_trace)
         stacked = torch.stack(reads).flatten(2) if reads else x.new_zeros(0, batch, self.read_heads * self.width)
         output = self.output(torch.cat([x, stacked.to(x.dtype)], -1))
-        return output.transpose(0, 1) if self.batch_first else output, state
+        output = output.transpose(0, 1) if self.batch_first else output
+        return (output, state, self._traced(traces, stacked, batch)) if return_trace else (output, state)
+
+    def _traced(self, traces: list[tuple[Tensor, ...]], like: Tensor, batch: int) -> Trace:
+        """The traces of all steps, stacked."""
+        sparse = self.mode in ("topk", "product")
+        stacked = [torch.stack(of_steps) for of_steps in zip(*traces, strict=True)]
+        if not traces:
+            read = like.new_zeros(0, batch, self.read_heads, self.k if sparse else self.slots)
+            stacked = [read, like.new_zeros(0, batch, self.write_heads, self.slots), *([read.long()] if sparse else [])]
+        return Trace(*(t.transpose(0, 1) if self.batch_first else t for t in stacked))
 
     def _checked(self, state: Any, batch: int) -> ExternalMemoryState | DNCState:
         """The state that a caller passes, or one clear error."""
@@ -195,38 +239,81 @@ class ExternalMemory(nn.Module):
                 fail("ExternalMemory", f"state.{name}", "a floating dtype", part.dtype, TypeError)
         return found
 
-    def _content(self, parts: tuple[Tensor, ...], state: ExternalMemoryState) -> tuple[list[Tensor], ExternalMemoryState]:
+    def _gated(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Erase and add, multiplied by the gate instead of the weights: the same product, once for all steps; and the gate."""
+        gate = torch.sigmoid(parts[4])[..., None]
+        erase = gate * torch.sigmoid(parts[2]).unflatten(-1, (-1, self.width))
+        return erase, gate * torch.tanh(parts[3]).unflatten(-1, (-1, self.width)), gate
+
+    def _content(self, parts: tuple[Tensor, ...], state: ExternalMemoryState, traced: bool) -> _Steps:
         heads = (self.read_heads, self.write_heads)
         keys = parts[0].unflatten(-1, (-1, self.width)).split(heads, 2)
         strengths = (1 + F.softplus(parts[1])).split(heads, 2)
-        gate = torch.sigmoid(parts[4])[..., None]
-        # The gate multiplies erase and add instead of the weights: the same product, once for all steps.
-        erase = gate * torch.sigmoid(parts[2]).unflatten(-1, (-1, self.width))
-        add = gate * torch.tanh(parts[3]).unflatten(-1, (-1, self.width))
         memory = state.memory
         reads: list[Any] = []
-        for read_key, write_key, read_strength, write_strength, e, a in _steps(*keys, *strengths, erase, add):
+        traces: list[tuple[Tensor, ...]] = []
+        for read_key, write_key, read_strength, write_strength, e, a, gate in _steps(*keys, *strengths, *self._gated(parts)):
             weights = content_address(memory, write_key, write_strength, similarity=self.similarity)
             memory = memory_write(memory, weights, e, a)
-            reads.append(content_read(memory, read_key, read_strength, similarity=self.similarity))
-        return reads, ExternalMemoryState(memory)
+            found: Any
+            if self.mode == "topk":
+                found = self._best_rows(memory, read_key, read_strength)
+            else:
+                found = content_read(memory, read_key, read_strength, similarity=self.similarity, return_weights=traced)
+            read, *origin = found if isinstance(found, tuple) else (found,)
+            reads.append(read)
+            if traced:
+                traces.append((origin[0], gate * weights, *origin[1:]))
+        return reads, ExternalMemoryState(memory), traces
 
-    def _dnc(self, parts: tuple[Tensor, ...], state: DNCState) -> tuple[list[Tensor], DNCState]:
+    def _dnc(self, parts: tuple[Tensor, ...], state: DNCState, traced: bool) -> _Steps:
         assert self._asks is not None
-        reads = []
+        reads: list[Any] = []
+        traces: list[tuple[Tensor, ...]] = []
         for ask in self._asks.steps(parts[0]):
             read, state = dnc_step(state, ask)
             reads.append(read)
-        return reads, state
+            if traced:
+                traces.append((state.read_weights, state.write_weights))
+        return reads, state, traces
 
-    def _ntm(self, parts: tuple[Tensor, ...], state: ExternalMemoryState) -> tuple[list[Tensor], ExternalMemoryState]:
+    def _best_rows(self, memory: Tensor, key: Tensor, strength: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """softmax(strength * similarity) over the k best rows: the strength goes into the key, the cosine's norms into both sides."""
+        rows = memory
+        if self.similarity == "cosine":
+            key, rows = (t * torch.rsqrt(t.square().sum(-1, keepdim=True) + 1e-6) for t in (key, memory))
+        return topk_read(strength[..., None] * key, rows, memory, self.k, scale=1.0)
+
+    def _product(self, parts: tuple[Tensor, ...], state: ExternalMemoryState, traced: bool) -> _Steps:
+        memory, batch = state.memory, state.memory.shape[0]
+        assert self.subkeys is not None
+        # Addresses do not depend on what the memory holds: all steps and heads are searched at once.
+        keys = parts[0].unflatten(-1, (-1, 2, self.width // 2))
+        scores, index = product_key_search(keys.flatten(0, 1), self.subkeys.to(keys.dtype), self.k)
+        weights = torch.softmax((1 + F.softplus(parts[1])).flatten(0, 1)[..., None] * scores, -1)
+        steps = (t.unflatten(0, parts[0].shape[:2]).split((self.read_heads, self.write_heads), 2) for t in (weights, index.clamp(min=0)))
+        (read_weights, write_weights), (read_index, write_index) = steps
+        dense = torch.zeros(*write_weights.shape[:3], self.slots, dtype=weights.dtype, device=weights.device)
+        dense = dense.scatter_add(-1, write_index, write_weights)
+        first = torch.arange(batch, device=memory.device)[:, None, None] * self.slots  # of the rows of an entry in the flat memory
+        reads: list[Any] = []
+        erase, add, gate = self._gated(parts)
+        for w, i, of_rows, e, a in _steps(read_weights, read_index, dense, erase, add):
+            memory = memory_write(memory, of_rows, e, a)
+            read = weighted_bag(memory.flatten(0, 1), (first + i).flatten(0, 1), w.flatten(0, 1))
+            reads.append(read.view(batch, self.read_heads, self.width))
+        return reads, ExternalMemoryState(memory), list(_steps(read_weights, gate * dense, read_index)) if traced else []
+
+    def _ntm(self, parts: tuple[Tensor, ...], state: ExternalMemoryState, traced: bool) -> _Steps:
         heads = (self.read_heads, self.write_heads)
         keys = parts[0].unflatten(-1, (-1, self.width))
         erase = torch.sigmoid(parts[2]).unflatten(-1, (-1, self.width))
         add = torch.tanh(parts[3]).unflatten(-1, (-1, self.width))
         shifts = torch.softmax(parts[5].unflatten(-1, (-1, 2 * self.shift + 1)), -1)
         scalars = 1 + F.softplus(parts[1]), torch.sigmoid(parts[4]), 1 + F.softplus(parts[6])
-        memory, weights, reads = state.memory, state.weights, []
+        memory, weights = state.memory, state.weights
+        reads: list[Any] = []
+        traces: list[tuple[Tensor, ...]] = []
         assert weights is not None
         for key, e, a, shift, strength, gate, sharpen in _steps(keys, erase, add, shifts, *scalars):
             content = content_address(memory, key, strength, similarity=self.similarity)
@@ -234,7 +321,21 @@ class ExternalMemory(nn.Module):
             read_weights, write_weights = weights.split(heads, 1)
             memory = memory_write(memory, write_weights, e, a)
             reads.append(memory_read(memory, read_weights))
-        return reads, ExternalMemoryState(memory, weights)
+            if traced:
+                traces.append((read_weights, write_weights))
+        return reads, ExternalMemoryState(memory, weights), traces
+
+
+def _check_mode(mode: str, similarity: str, slots: int, width: int) -> None:
+    """What the modes need."""
+    if mode == "dnc" and similarity != "cosine":
+        fail("ExternalMemory", "similarity", "'cosine' in mode 'dnc'", repr(similarity))
+    if mode == "topk" and similarity == "l2":
+        fail("ExternalMemory", "similarity", "'cosine' or 'dot' in mode 'topk'", repr(similarity))
+    if mode == "product" and isqrt(slots) ** 2 != slots:
+        fail("ExternalMemory", "slots", "a square number in mode 'product'", slots)
+    if mode == "product" and width % 2:
+        fail("ExternalMemory", "width", "an even number in mode 'product'", width)
 
 
 def _steps(*tensors: Tensor):

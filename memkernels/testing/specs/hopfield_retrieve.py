@@ -33,9 +33,9 @@ def _eager(query, key, beta, value=None, mask=None, steps=1, tolerance=None, ret
 
 def _call(function, inputs, options):
     """A number as beta is an option, a tensor an input."""
-    inputs = dict(inputs)
-    beta = inputs.pop("beta")
-    return function(**inputs, **{**options, "beta": options.get("beta") if beta is None else beta})
+    beta = inputs.get("beta")
+    rest = {name: t for name, t in inputs.items() if name != "beta"}
+    return function(**rest, **{**options, "beta": options.get("beta") if beta is None else beta})
 
 
 def _near_patterns(inputs):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from memkernels._checks import FLOATS, Signature, check_flag, check_number, fail
 from memkernels._compat import autocast_enabled
+from memkernels.distributed._collectives import check_group, tell
 from memkernels.ops._attention_parts import Part, part_backward, part_forward
 
 __all__ = ["ring_attention"]
@@ -70,7 +71,7 @@ def ring_attention(
 @torch.compiler.disable  # communication, and sizes that are learnt from other ranks
 def _on_all_ranks(query: Any, key: Any, value: Any, group: Any, is_causal: Any, scale: Any, return_lse: Any) -> Any:
     """(out, lse), after all ranks have agreed on what is to be done."""
-    _check_group(group)
+    check_group("ring_attention", group)
     plan, problem = None, None
     try:
         plan = _own_plan(query, key, value, is_causal, scale, return_lse)
@@ -108,13 +109,6 @@ class Shards(NamedTuple):
         return min(max(-right, 0), queries), max(right, 0)
 
 
-def _check_group(group: Any) -> None:
-    if not dist.is_available() or not dist.is_initialized():
-        fail("ring_attention", "group", "an initialised process group (torch.distributed.init_process_group)", "none", RuntimeError)
-    if dist.get_rank(group) < 0:
-        fail("ring_attention", "group", "a group that this process is a member of", f"one without rank {dist.get_rank()}")
-
-
 def _own_plan(query: Any, key: Any, value: Any, is_causal: Any, scale: Any, return_lse: Any) -> dict[str, float]:
     """What this rank tells the others; raises what `attention` would."""
     dims = SIGNATURE(query, key, value)
@@ -131,10 +125,8 @@ def _own_plan(query: Any, key: Any, value: Any, is_causal: Any, scale: Any, retu
 def _exchange(plan: dict[str, float] | None, problem: Exception | None, query: Any, group: Any) -> Shards:
     """Every rank learns the sizes of all, and raises if one of them cannot take part, so that none is left waiting."""
     device = query.device if isinstance(query, torch.Tensor) and query.device.type != "meta" else torch.device("cpu")
-    own = torch.tensor([1.0 if plan is None else plan[field] for field in FIELDS], dtype=torch.float64, device=device)
-    told = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(told, own, group=group)
-    plans = [dict(zip(FIELDS, line.tolist(), strict=True)) for line in told]
+    lines = tell([1.0 if plan is None else plan[field] for field in FIELDS], device, group)
+    plans = [dict(zip(FIELDS, line, strict=True)) for line in lines]
     if problem is not None:
         raise problem
     for rank, other in enumerate(plans):
