@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
     "nn.graph_attention", "nn.gru", "nn.gru_cell", "nn.lstm", "nn.lstm_cell", "nn.rnn", "nn.rnn_cell", "nn.multihead_attention",
-    "nn.external_memory", "models.vocabulary", "models.memory_lm",
+    "nn.external_memory", "nn.product_key_memory", "models.vocabulary", "models.memory_lm",
 )  # fmt: skip
 
 

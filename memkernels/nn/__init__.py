@@ -7,6 +7,7 @@ from memkernels.nn.gru_cell import GRUCell
 from memkernels.nn.lstm import LSTM
 from memkernels.nn.lstm_cell import LSTMCell
 from memkernels.nn.multihead_attention import MultiheadAttention
+from memkernels.nn.product_key_memory import ProductKeyMemory
 from memkernels.nn.rnn import RNN
 from memkernels.nn.rnn_cell import RNNCell
 
@@ -20,6 +21,7 @@ __all__ = [
     "GraphAttention",
     "LSTMCell",
     "MultiheadAttention",
+    "ProductKeyMemory",
     "RNNCell",
     "csr_from_edges",
 ]
