@@ -11,12 +11,9 @@ import torch.nn.functional as F
 from target import BF16, Target
 
 import memkernels
-from memkernels.bench.peers import invoke
-from memkernels.bench.row import Row
-from memkernels.bench.runner import Call, Case, interleaved
 from memkernels.bench.peers import invoke, peer
 from memkernels.bench.row import Row
-from memkernels.bench.runner import Call, Case, alternating
+from memkernels.bench.runner import Call, Case, alternating, interleaved
 from memkernels.testing.inputs import draw
 from memkernels.testing.spec import Sample, specs
 

@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 from memkernels import nn
 
-MODES = ("content", "ntm")
+MODES = ("content", "ntm", "topk", "product")
 
 
 def make(mode="content", dtype=torch.float64, **kwargs):
     torch.manual_seed(0)
-    return nn.ExternalMemory(6, 5, 4, 2, mode, dtype=dtype, **kwargs)
+    return nn.ExternalMemory(6, 9 if mode == "product" else 5, 4, 2, mode, dtype=dtype, **{"k": 3, **kwargs})
 
 
 def cosine_weights(memory, key, strength):
@@ -32,15 +32,25 @@ def write(memory, weights, erase, add):
 def plain(layer, x, state):
     """The layer's formula, head by head and step by step, in torch ops."""
     reads_all, (memory, weights) = [], state
-    r, h, w = layer.read_heads, layer.write_heads, layer.width
+    r, h, w, k = layer.read_heads, layer.write_heads, layer.width, layer.k
     for t in range(x.shape[1]):
         keys, strength, erase, add, *rest = layer.interface(x[:, t]).split(layer._sizes, -1)
         keys, erase, add = (z.unflatten(-1, (-1, w)) for z in (keys, erase.sigmoid(), add.tanh()))
         strength = 1 + F.softplus(strength)
-        if layer.mode == "content":
+        if layer.mode in ("content", "topk"):
             gate = rest[0].sigmoid()[..., None]
             memory = write(memory, gate * cosine_weights(memory, keys[:, r:], strength[:, r:]), erase, add)
             read_weights = cosine_weights(memory, keys[:, :r], strength[:, :r])
+            if layer.mode == "topk":  # the k largest weights, which sum to 1 again
+                least = read_weights.detach().topk(k).values[..., -1:]
+                read_weights = read_weights.masked_fill(read_weights.detach() < least, 0)
+                read_weights = read_weights / read_weights.sum(-1, keepdim=True)
+        elif layer.mode == "product":
+            halves = torch.einsum("bhpd,hpsd->bhps", keys.unflatten(-1, (2, -1)), layer.subkeys)
+            scores = strength[..., None] * (halves[:, :, 0, :, None] + halves[:, :, 1, None]).flatten(2)
+            weights = scores.masked_fill(scores.detach() < scores.detach().topk(k).values[..., -1:], -torch.inf).softmax(-1)
+            memory = write(memory, rest[0].sigmoid()[..., None] * weights[:, r:], erase, add)
+            read_weights = weights[:, :r]
         else:
             content = cosine_weights(memory, keys, strength)
             gate, sharpen = rest[0].sigmoid()[..., None], 1 + F.softplus(rest[2])
@@ -71,6 +81,24 @@ def test_is_its_formula_with_gradients(mode, write_heads):
     leaves = [x, *layer.parameters()]
     got = torch.autograd.grad(output.square().sum() + state.memory.sin().sum(), leaves)
     torch.testing.assert_close(got, torch.autograd.grad(expected.square().sum() + memory.sin().sum(), leaves))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_provenance_makes_the_reads(mode, batch_first):
+    layer = make(mode, batch_first=batch_first)
+    x = torch.randn(3, 1, 6, dtype=torch.float64)
+    x = x if batch_first else x.transpose(0, 1)
+    output, state, (weights, _, index) = layer(x, return_trace=True)
+    torch.testing.assert_close(output, layer(x)[0])
+    weights, index = (None if t is None else t[:, 0] if batch_first else t[0] for t in (weights, index))
+    assert weights.shape == (3, 2, layer.k if index is not None else layer.slots) and (index is None) == (mode in ("content", "ntm"))
+    if index is not None:
+        weights = torch.zeros(3, 2, layer.slots, dtype=weights.dtype).scatter_add(-1, index, weights)
+    reads = (weights @ state.memory).flatten(1)
+    torch.testing.assert_close(output.reshape(3, -1), layer.output(torch.cat([x.reshape(3, 6), reads], -1)))
+    empty = layer(x[:, :0] if batch_first else x[:0], return_trace=True)[2]
+    assert empty.read.numel() == empty.write.numel() == 0
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -104,10 +132,13 @@ def test_batch_first_both_ways_and_causal(mode):
     assert layer(x[:, :0])[0].shape == (3, 0, 6)
 
 
-@pytest.mark.parametrize("mode", MODES)
+LONG = ("content", "ntm", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("topk", "product")))
+
+
+@pytest.mark.parametrize("mode", LONG)
 def test_trains_a_thousand_steps_without_nan(mode):
     torch.manual_seed(0)
-    layer = nn.ExternalMemory(4, 6, 3, 1, mode)
+    layer = nn.ExternalMemory(4, 9 if mode == "product" else 6, 4 if mode == "product" else 3, 1, mode, k=2)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)  # far too high, on purpose
     state = None
     for _ in range(1000):
@@ -123,11 +154,11 @@ def test_trains_a_thousand_steps_without_nan(mode):
     assert all(p.isfinite().all() for p in layer.parameters())
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", LONG)
 def test_learns_to_remember(mode):
     """The first of six symbols must be named at the end, which input and output layers alone cannot do."""
     torch.manual_seed(0)
-    layer = nn.ExternalMemory(5, 8, 6, 1, mode, output_size=4)
+    layer = nn.ExternalMemory(5, 9 if mode == "product" else 8, 6, 1, mode, output_size=4, k=4)
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
     losses = []
     for _ in range(300):
@@ -177,7 +208,11 @@ def test_an_exported_layer_is_saved_with_its_state(mode):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: make("dream"), "mode: expected one of 'content', 'ntm', 'dnc', got 'dream'"),
+        (lambda: make("dream"), "mode: expected one of 'content', 'ntm', 'dnc', 'topk', 'product', got 'dream'"),
+        (lambda: make("topk", similarity="l2"), "similarity: expected 'cosine' or 'dot' in mode 'topk', got 'l2'"),
+        (lambda: nn.ExternalMemory(6, 8, 4, 1, "product"), "slots: expected a square number in mode 'product', got 8"),
+        (lambda: nn.ExternalMemory(6, 9, 3, 1, "product"), "width: expected an even number in mode 'product', got 3"),
+        (lambda: make(k=0), "k: expected a positive integer, got 0"),
         (lambda: make(similarity="euclid"), "similarity: expected one of"),
         (lambda: nn.ExternalMemory(4, 0, 3, 1), "slots: expected a positive integer, got 0"),
         (lambda: make(shift=-1), "shift: expected at least 0"),

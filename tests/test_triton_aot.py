@@ -15,13 +15,8 @@ pytestmark = pytest.mark.timeout(1200)
 
 MODULES = (
     "memory_read", "memory_write", "content_address", "content_read", "lstm_gates", "lstm", "gru_gates", "gru", "rnn", "attention",
-    "segment_attention", "merge_attention", "attention_varlen", "paged_attention",
-    "retrieval_attention", "location_address",
-    "quantized_attention",
-    "usage", "allocation", "link_step", "link_read",
-    "weighted_bag",
-    "weighted_bag", "hopfield_retrieve",
-    "topk_read",
+    "segment_attention", "merge_attention", "attention_varlen", "paged_attention", "retrieval_attention", "quantized_attention",
+    "location_address", "usage", "allocation", "link_step", "link_read", "weighted_bag", "hopfield_retrieve", "topk_read",
     "product_key_search",
 )  # fmt: skip
 # ptxas sometimes parks a value or two on the stack to reach the next step of occupancy; a real spill is an order of magnitude more.

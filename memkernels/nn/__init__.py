@@ -1,7 +1,6 @@
 """Modules on top of the ops: drop-in where torch.nn has the module."""
 
 from memkernels.nn.dnc import DNC, DNCLayerState
-from memkernels.nn.external_memory import ExternalMemory, ExternalMemoryState
 from memkernels.nn.external_memory import ExternalMemory, ExternalMemoryState, Trace
 from memkernels.nn.graph_attention import GraphAttention, csr_from_edges
 from memkernels.nn.gru import GRU
@@ -11,6 +10,7 @@ from memkernels.nn.lstm import LSTM
 from memkernels.nn.lstm_cell import LSTMCell
 from memkernels.nn.multihead_attention import MultiheadAttention
 from memkernels.nn.ntm import NTM
+from memkernels.nn.product_key_memory import ProductKeyMemory
 from memkernels.nn.rnn import RNN
 from memkernels.nn.rnn_cell import RNNCell
 from memkernels.nn.sam import SAM, SAMState
@@ -30,6 +30,7 @@ __all__ = [
     "HopfieldRetrieval",
     "LSTMCell",
     "MultiheadAttention",
+    "ProductKeyMemory",
     "RNNCell",
     "SAMState",
     "Trace",

@@ -93,7 +93,8 @@ class ExternalMemory(nn.Module):
     Numerics: sharpening is done in log space, so the weights keep their mass for any sharpness and never become NaN.
     Raises: ValueError for an unknown mode or similarity, a size that is not positive, and for an input or state of another size;
         TypeError for an argument of another type.
-    Source: Graves, Wayne and Danihelka 2014 (arXiv 1410.5401), equations 2 to 9; Graves et al. 2016 for "dnc"; Lample et al. 2019 for "product".
+    Source: Graves, Wayne and Danihelka 2014 (arXiv 1410.5401), equations 2 to 9; "dnc": Graves et al. 2016;
+        "product": Lample et al. 2019.
 
     Example:
         >>> layer = ExternalMemory(8, slots=16, width=4, read_heads=2)

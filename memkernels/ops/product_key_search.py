@@ -46,7 +46,8 @@ def product_key_search(query: torch.Tensor, subkeys: torch.Tensor, k: int) -> tu
     """
     SIGNATURE(query, subkeys)
     check_slots(NAME, k)
-    return OP(query, subkeys, k)
+    scores, index = OP(query, subkeys, k)
+    return scores, index
 
 
 def _allocate(query, subkeys, k):

@@ -82,7 +82,8 @@ def topk_read(
         found = OP(query.reshape(1, -1, query.shape[2]), key[None], value[None], None, *options)
         return tuple(t.view(batch, dims["Q"], t.shape[2]) for t in found)  # type: ignore[return-value]
     key, value = (t.expand(batch, -1, -1) if t.ndim == 2 else t for t in (key, value))
-    return OP(query, key, value, mask, *options)
+    read, weights, index = OP(query, key, value, mask, *options)
+    return read, weights, index
 
 
 def check_slots(op: str, k: int) -> None:
