@@ -75,7 +75,7 @@ def _location_address_fwd_kernel(
         largest = now
     largest = tl.where(largest == 0, 1.0, largest)
     tl.store(stats_ptr + 2 * place, largest)
-    tl.store(stats_ptr + 2 * place + 1, total)
+    tl.store(stats_ptr + (2 * place + 1), total)
     total = tl.where(total == 0, 1.0, total)
     for first in range(0, N, BLOCK_N):
         n = first + lanes(BLOCK_N)
@@ -102,7 +102,7 @@ def _location_address_slope_kernel(
     shift_ptr += b * shift_stride_b + r * shift_stride_r
     gate = tl.load(gate_ptr + b * gate_stride_b + r * gate_stride_r).to(tl.float32)
     sharpen = tl.load(sharpen_ptr + b * sharpen_stride_b + r * sharpen_stride_r).to(tl.float32)
-    largest, total = tl.load(stats_ptr + 2 * place), tl.load(stats_ptr + 2 * place + 1)
+    largest, total = tl.load(stats_ptr + 2 * place), tl.load(stats_ptr + (2 * place + 1))
     total = tl.where(total == 0, 1.0, total)
     centre, dsharpen = tl.cast(0.0, tl.float32), tl.cast(0.0, tl.float32)
     for first in range(0, N, BLOCK_N):
@@ -167,7 +167,7 @@ def _location_address_bwd_kernel(
                 at = tl.where(n < N, tl.where(at < 0, at + N, at), N)
                 gated = _gated(content_ptr, previous_ptr, gate, content_stride_n, previous_stride_n, at, N)
                 dtap += tl.sum(tl.load(slope_ptr + n, mask=n < N, other=0.0) * gated, 0)
-            store(dshift_ptr + place * taps + t, dtap)
+            store(dshift_ptr + (place * taps + t), dtap)
 
 
 def supports(content, previous, gate, shift, sharpen):
