@@ -59,7 +59,7 @@ def test_explain_knows_what_forward_mode_takes(backend, written):
 
 
 def test_explain_of_an_unknown_op():
-    with pytest.raises(ValueError, match=r"expected one of attention.*got 'nonsense'"):
+    with pytest.raises(ValueError, match=r"expected one of .*attention.*got 'nonsense'"):
         mk.explain("nonsense")
 
 
