@@ -274,7 +274,7 @@ def _aot(dtype, width, causal, queries=4096, ampere=False, every=False, tma=0):
         + (f"_Q{queries}" if queries != 4096 else "")
         + (f"_tma{tma}" if tma else "")
     )
-    expect = ("wgmma",) if dtype != torch.float32 and queries >= 64 else ()
+    expect: tuple[str, ...] = ("wgmma",) if dtype != torch.float32 and queries >= 64 else ()
     if tma:
         expect = ("tma", "wgmma") if tma == 90 else ("tma", "tcgen05", "warp_specialize") if special else ("tma", "tcgen05")
     entry = aot(

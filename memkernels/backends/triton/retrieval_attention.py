@@ -222,9 +222,9 @@ def backward(
         None if dlse is None else dlse.contiguous(), dout,
         query, memory_key, memory_value, index, memory_bias, *sizes, *layouts, *dout.stride(), **_tiles(launch),
     )  # fmt: skip
-    keys = None if dquery is None else torch.empty_like(retrieved)
+    keys = None if retrieved is None else torch.empty_like(retrieved)
     gradients(local, keys, dkey, dvalue, None)
-    if dquery is not None:
+    if keys is not None and retrieved is not None:
         torch.add(keys, retrieved, out=dquery)
     if not wanted:
         return
