@@ -57,10 +57,11 @@ def _allocate(query, subkeys, k):
 
 NAME = "product_key_search"
 SIGNATURE = Signature(NAME, query="B NH 2 D", subkeys="NH 2 S D")
+# Heads do not depend on each other and all tensors have them: a dimension of vmap becomes more of them.
 OP = define_op(
     NAME,
-    inputs=(Arg("query"), Arg("subkeys", batch=None)),
-    outputs=(Out("scores"), Out("index", differentiable=False, save=True)),
+    inputs=(Arg("query", batch=1), Arg("subkeys")),
+    outputs=(Out("scores", batch=1), Out("index", differentiable=False, save=True, batch=1)),
     options="SymInt k",
     allocate=_allocate,
     autocast="matmul",
