@@ -1,4 +1,4 @@
-"""product_key_search in plain torch: scores of both halves, the best of each, the best of the sums that can be among them.
+"""product_key_search in plain torch: scores of both halves, the best of each, the best of their sums.
 
 Flat arguments: query "B NH 2 D", subkeys "NH 2 S D", k.
 """
@@ -14,11 +14,9 @@ def forward(query, subkeys, k):
     count = min(k, subkeys.shape[2])
     found = best(halves, count)
     scores = torch.where(found < 0, -torch.inf, halves.gather(-1, found.clamp(min=0)) if count else halves)
-    place = torch.arange(1, count + 1, device=query.device)
-    first, second = (place[:, None] * place <= k).nonzero(as_tuple=True)
-    one, other = found[:, :, 0][..., first], found[:, :, 1][..., second]
+    one, other = _pairs(found)
     index = one * subkeys.shape[2] + other
-    sums = scores[:, :, 0][..., first] + scores[:, :, 1][..., second]
+    sums = sum(_pairs(scores))
     order = index.argsort(-1)
     sums = torch.where((one < 0) | (other < 0), -torch.inf, sums).gather(-1, order)
     chosen = best(sums, k)
@@ -27,6 +25,12 @@ def forward(query, subkeys, k):
         return absent.to(query.dtype) * -torch.inf, chosen
     index = index.gather(-1, order).gather(-1, chosen.clamp(min=0)).masked_fill(absent, -1)
     return torch.where(absent, -torch.inf, sums.gather(-1, chosen.clamp(min=0))).to(query.dtype), index
+
+
+def _pairs(halves):
+    """Of "B NH 2 C" the first and the second of every pair, "B NH C*C" each."""
+    shape = (*halves.shape[:2], halves.shape[3], halves.shape[3])
+    return halves[:, :, 0, :, None].expand(shape).flatten(2), halves[:, :, 1, None, :].expand(shape).flatten(2)
 
 
 def backward(dscores, query, subkeys, index, k):
