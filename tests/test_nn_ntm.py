@@ -63,7 +63,7 @@ def theirs(batch, readers=1, features=3, hidden=7, outputs=2, slots=6, width=4):
 @pytest.mark.parametrize("readers", [1, 2])
 def test_is_pytorch_ntm(readers):
     named, run = theirs(3, readers)
-    model = nn.NTM.from_pytorch_ntm(named)
+    model = nn.NTM.from_pytorch_ntm(named, batch_first=False)
     x = torch.randn(9, 3, 3, dtype=torch.float64, requires_grad=True)
     output, state = model(x)
     expected, memory = run(x)
@@ -75,7 +75,7 @@ def test_is_pytorch_ntm(readers):
 
 def make(**kwargs):
     torch.manual_seed(0)
-    return nn.NTM(3, 7, 2, 6, 4, **{"dtype": torch.float64, **kwargs})
+    return nn.NTM(3, 7, 2, 6, 4, **{"dtype": torch.float64, "batch_first": False, **kwargs})
 
 
 @pytest.mark.parametrize("form", ["graves", "pytorch-ntm"])

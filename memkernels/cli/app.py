@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -190,6 +191,32 @@ def train(
         raise
     last = points[-1]
     print(f"step {last.step}: {last.train:.3f} bits per character, held out {last.held_out:.3f}; saved to {out}")
+
+
+@app.command("train-task")
+@one_line_errors
+def train_task(
+    task: Annotated[str, typer.Argument(help="copy, repeat-copy or associative-recall.")],
+    model: Annotated[str, typer.Option(help="ntm or dnc.")] = "ntm",
+    seconds: Annotated[float, typer.Option(min=0, help="The longest to train.")] = 300.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 16,
+    rate: Annotated[float, typer.Option(min=0, help="Learning rate.")] = 3e-3,
+    threads: Threads = None,
+    json_path: Json = None,
+) -> int:
+    """Trains a memory machine on a task of the papers and says whether it is solved. Exit code 1: not solved within the time."""
+    from memkernels.cli import tasks
+    from memkernels.cli.errors import check_option
+    from memkernels.cli.files import write_text
+
+    check_option("TASK", [task], tuple(tasks.TASKS))
+    check_option("--model", [model], tasks.MODELS)
+    _threads(threads)
+    found = tasks.run(console, task, model, seconds, seed, batch, rate)
+    if json_path is not None:
+        write_text(json_path, json.dumps(found, indent=1) + "\n")
+    return 0 if found["solved"] else 1
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class NTM(nn.Module):
         read_heads, write_heads: their numbers.
         shift: the largest shift S of a head in rows.
         form: "graves", or "pytorch-ntm" for the formulas of loudinthecloud/pytorch-ntm, whose output passes a sigmoid.
-        batch_first: input and output are "B T I" and "B T O", else (default) "T B I" and "T B O".
+        batch_first: input and output are "B T I" and "B T O" (default), else "T B I" and "T B O".
         device, dtype: of the parameters.
 
     The memory starts constant at 1e-6 (buffer `initial_memory`), heads on learned weights (in form "pytorch-ntm" on none), reads and
@@ -42,10 +42,10 @@ class NTM(nn.Module):
 
     Example:
         >>> model = NTM(9, 100, 8, slots=128, width=20)
-        >>> output, state = model(torch.randn(41, 3, 9))
+        >>> output, state = model(torch.randn(3, 41, 9))
         >>> output.shape, state.memory.shape
-        (torch.Size([41, 3, 8]), torch.Size([3, 128, 20]))
-        >>> output, state = model(torch.randn(5, 3, 9), state.detach())
+        (torch.Size([3, 41, 8]), torch.Size([3, 128, 20]))
+        >>> output, state = model(torch.randn(3, 5, 9), state.detach())
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class NTM(nn.Module):
         *,
         shift: int = 1,
         form: str = "graves",
-        batch_first: bool = False,
+        batch_first: bool = True,
         device=None,
         dtype=None,
     ) -> None:
@@ -126,11 +126,11 @@ class NTM(nn.Module):
         """Runs over all steps.
 
         Args:
-            input: "T B I", or "B T I" with `batch_first`.
+            input: "B T I" (`batch_first`) or "T B I".
             state: what the last call returned, or None for the initial state.
 
         Returns:
-            output "T B O" or "B T O", and the state after the last step.
+            output "B T O" or "T B O", and the state after the last step.
 
         Gradients: to the input, the state and all parameters.
         """
