@@ -10,6 +10,7 @@ import torch.distributed as dist
 from memkernels._checks import FLOATS, Signature, check_choice, check_flag, check_number, fail
 from memkernels.distributed._collectives import check_group, gathered, summed, tell
 from memkernels.ops.attention import attention
+from memkernels.ops.topk_read import MOST, topk_read
 from memkernels.ops.weighted_bag import weighted_bag
 
 NAME = "ShardedMemory"
@@ -92,7 +93,8 @@ class ShardedMemory:
 
         Args:
             query: "Q W", this rank's queries; Q may differ from rank to rank. k: how many rows, the same on all ranks.
-            scale: factor of the scores ``query . row``, 1 / sqrt(W) if None. mask: bool "n", True = the row takes part.
+            scale: factor of the scores ``query . row`` in the softmax (the choice does not depend on it), 1 / sqrt(W) if None.
+            mask: bool "n", True = the row takes part.
 
         Returns:
             read "Q V", weights "Q k" (largest first), and index "Q k", global rows. Ties go to the lowest row; where fewer than k rows take
@@ -101,8 +103,8 @@ class ShardedMemory:
 
         def plan() -> dict[str, float]:
             dims = TOPK(self.key, query, mask)
-            if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-                fail(NAME, "k", "an integer from 1 on", k)
+            if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= MOST:
+                fail(NAME, "k", f"an integer from 1 to {MOST}", k)
             factor = max(dims["W"], 1) ** -0.5 if scale is None else float(check_number(NAME, "scale", scale))
             wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, self.key, self.value))
             return {"k": k, "scale": factor, "gradients": wants, "Q": dims["Q"]}
@@ -111,7 +113,7 @@ class ShardedMemory:
         sizes = [int(p["Q"]) for p in plans]
         with torch.no_grad():
             queries = gathered(query, sizes, self.group)
-            index = self._best(*_local_top(queries, self.key, mask, k, plans[self.rank]["scale"]), len(plans))
+            index = self._best(*_local_top(queries, self.key, mask, k), len(plans))
         return _TopkRead.apply(self.key, query, self.value, index, self.offset, plans[self.rank]["scale"], sizes, self.group)
 
     def write(self, index: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None = None, *, accumulate: bool = False) -> None:
@@ -171,20 +173,14 @@ TOPK = Signature(NAME, rows="n W", query="Q W", mask=("n | None", torch.bool))
 WRITE = Signature(NAME, rows="n W", index=("M", torch.int64), key="M W", value="M V | None")
 
 
-def _local_top(queries: Any, key: Any, mask: Any, k: int, scale: float) -> tuple[Any, Any]:
-    """The k best own rows of each query: scores "Q k" and rows "Q k" in falling order, ties to the lowest row, -inf and -1 past the last.
-
-    The place where a fused top-k search of one process goes.
-    """
-    wide = _wide(queries)
-    scores = scale * (queries.to(wide) @ key.to(wide).mT)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    best, rows = torch.sort(scores, dim=1, descending=True, stable=True)
-    missing = max(k - key.shape[0], 0)
-    best = torch.nn.functional.pad(best[:, :k], (0, missing), value=-torch.inf)
-    rows = torch.nn.functional.pad(rows[:, :k], (0, missing), value=-1)
-    return best, rows.masked_fill(best == -torch.inf, -1)
+def _local_top(queries: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best own rows of each query: scores "Q k" and rows "Q k", best first, ties to the lowest row, -inf and -1 past the last."""
+    _, _, found = topk_read(queries[None], key[None], key[None, :, :1], k, scale=1.0, mask=None if mask is None else mask[None])
+    rows, wide = found[0], _wide(queries)
+    if not key.shape[0]:
+        return torch.full(rows.shape, -torch.inf, dtype=wide, device=key.device), rows
+    scores = (key[rows.clamp(min=0)].to(wide) @ queries[..., None].to(wide)).squeeze(-1)
+    return scores.masked_fill(rows < 0, -torch.inf), rows
 
 
 def _put(rows: torch.Tensor, index: torch.Tensor, given: torch.Tensor, accumulate: bool) -> None:
