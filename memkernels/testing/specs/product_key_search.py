@@ -52,11 +52,11 @@ SPEC = OpSpec(
         Sample("typical", SMALL, dict(k=3)),
         Sample("more_than_subkeys", dict(SMALL, S=5), dict(k=11)),
         Sample("more_than_keys", dict(SMALL, S=3), dict(k=12), hard=True),  # scores of -inf
-        Sample("blocks", dict(B=31, NH=2, S=150, D=19), dict(k=32)),
-        Sample("many", dict(B=3, NH=1, S=90, D=5), dict(k=200)),
         Sample("ties", dict(B=17, NH=2, S=90, D=3), dict(k=20), (), _ties, hard=True),
         Sample("peaked", dict(B=5, NH=1, S=40, D=8), dict(k=6), (), _peaked, hard=True),
         Sample("no_batch", dict(SMALL, B=0), dict(k=3)),
+        Sample("blocks", dict(B=31, NH=2, S=150, D=19), dict(k=32)),
+        Sample("many", dict(B=3, NH=1, S=90, D=5), dict(k=200)),
         Sample("no_subkeys", dict(SMALL, S=0), dict(k=3)),
         Sample("no_width", dict(SMALL, D=0), dict(k=5)),
     ),

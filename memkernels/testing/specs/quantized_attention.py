@@ -141,7 +141,7 @@ SPEC = OpSpec(
         ErrorCase("scale", _change("key_scale", lambda t: t[..., :3]), ValueError, r"quantized_attention: key_scale: expected .*got .*3\)"),
         ErrorCase("heads", _change("query", lambda t: t.new_zeros(2, 3, 3, 4)), ValueError, r"key: expected a divisor of 3 heads, got"),
         ErrorCase("dtype", _change("value", lambda t: t.float()), TypeError, r"quantized_attention: value: expected int8, got float32"),
-        ErrorCase("lengths", _change("lengths_k", lambda t: torch.ones(2)), TypeError, r"lengths_k: expected int64, got float32"),
+        ErrorCase("lengths", _change("lengths_k", lambda t: torch.ones(2)), TypeError, r"lengths_k: expected int64 or int32, got float32"),
         ErrorCase("range", _change("lengths_k", lambda t: torch.tensor([0, 99])), ValueError, r"lengths_k: expected values in 0..K=.*99"),
         ErrorCase(
             "flag", lambda i, o: o.update(return_lse=1), TypeError, r"quantized_attention: return_lse: expected True or False, got 1"

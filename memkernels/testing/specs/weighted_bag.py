@@ -70,7 +70,7 @@ def _wrong_index(value):
 
 
 def _wrong_index_dtype(inputs, options):
-    inputs["index"] = inputs["index"].int()
+    inputs["index"] = inputs["index"].short()
 
 
 def _wrong_weight(inputs, options):
@@ -99,7 +99,7 @@ SPEC = OpSpec(
     errors=(
         ErrorCase("index", _wrong_index(7), IndexError, r"weighted_bag: index: expected -1 or rows 0 to K-1=6, got .*7"),
         ErrorCase("negative", _wrong_index(-2), IndexError, r"weighted_bag: index: expected -1 .*got -2"),
-        ErrorCase("index_dtype", _wrong_index_dtype, TypeError, r"weighted_bag: index: expected int64, got int32"),
+        ErrorCase("index_dtype", _wrong_index_dtype, TypeError, r"weighted_bag: index: expected int64 or int32, got int16"),
         ErrorCase("weight", _wrong_weight, ValueError, r"weighted_bag: weight: expected .*J=5.*got .*4\)"),
         ErrorCase("sparse", lambda i, o: o.update(sparse=1), TypeError, r"weighted_bag: sparse: expected True or False, got 1"),
     ),
