@@ -11,17 +11,15 @@ import torch.nn.functional as F
 from target import BF16, Target
 
 import memkernels
-from memkernels.bench.peers import invoke, peer
+from memkernels.bench.peers import invoke
 from memkernels.bench.row import Row
-from memkernels.bench.runner import Call, Case, alternating, interleaved
+from memkernels.bench.runner import Call, Case, interleaved
 from memkernels.testing.inputs import draw
 from memkernels.testing.spec import Sample, specs
 
 
 def memory_targets() -> Iterator[Target]:
     """Rows of merge_attention, retrieval_attention and quantized_attention."""
-    """Rows of merge_attention and retrieval_attention."""
-    """Rows of merge_attention, retrieval_attention, weighted_bag and hopfield_retrieve."""
     parts = dict(S=4, B=4, NH=8, Q=1024, V=64)
     yield Target("merge_attention", Sample("S4_B4_Q1024", parts), "fwd+bwd", dict(eager=3))
     yield Target("merge_attention", Sample("S4_B4_Q1024_list", parts, dict(form="sequences")), "fwd+bwd", dict(eager=1.5))
@@ -73,20 +71,3 @@ def _against_local(case: Case, seconds: float) -> Iterable[Row]:
     yield Target("weighted_bag", bag, "fwd+bwd", dict(embedding_bag=3))
     yield Target("weighted_bag", bag, "forward", dict(embedding_bag=2))
     yield Target("weighted_bag", bag, "fwd+bwd sparse", dict(embedding_bag=1), rows=_sparse_bag)
-    hopfield = specs()["hopfield_retrieve"].bench[0]
-    yield Target("hopfield_retrieve", hopfield, "fwd+bwd", dict(eager=1.5, compile=1))
-    yield Target("hopfield_retrieve", hopfield, "forward", dict(eager=1.5, compile=1))
-
-
-def _sparse_bag(case: Case, seconds: float) -> Iterable[Row]:
-    """Sparse gradient of the table against the peer's dense one; the dense one is checked, tests hold the sparse one to it."""
-    case.check()
-    given = draw(case.spec, case.sample, case.dtype)
-    sparse = dataclasses.replace(case.sample, options=dict(sparse=True))
-    calls = [Call(case.spec, invoke(case.spec), sparse, given), Call(case.spec, peer(case.spec, "embedding_bag"), case.sample, given)]
-
-    def both(call):
-        return lambda: lambda: call.gradients(call.train())
-
-    mine, theirs = alternating([both(call) for call in calls], seconds)
-    yield dataclasses.replace(case.row("fwd+bwd sparse", mine, "embedding_bag", theirs, ""), ratio=theirs / mine)

@@ -20,8 +20,8 @@ from memkernels.testing.spec import OpSpec, Sample, Tensors
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # A call in the interpreter takes a tenth of a second and more, so there most checks see the first sample of an op, in float32.
 SHORT = INTERPRETED and os.environ.get("MEMKERNELS_INTERPRET_ALL") != "1"
-# Their programs are many and small, one a query, a row, a page or a tap, or scan, which the interpreter does element by element: a short run
-# of the interpreter checks their accuracy alone.
+# Their programs are many and small, one a query, row, page or tap, or scan, which the interpreter does element by element: a short run of
+# the interpreter checks their accuracy alone.
 MANY_PROGRAMS = (
     "allocation", "attention_varlen", "hopfield_retrieve", "link_read", "link_step", "location_address", "paged_attention",
     "product_key_search", "quantized_attention", "retrieval_attention", "segment_attention", "topk_read", "usage", "weighted_bag",
