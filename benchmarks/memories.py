@@ -67,7 +67,3 @@ def _against_local(case: Case, seconds: float) -> Iterable[Row]:
     ratio = None if mine is None or not theirs else mine / theirs
     row = case.row("fwd+bwd peak", mine or 0.0, "", theirs, "MB, not ms")
     yield dataclasses.replace(row, ms=mine or 0.0, peer_ms=theirs, ratio=ratio, gb_s=None, floor=None)
-    bag = specs()["weighted_bag"].bench[0]
-    yield Target("weighted_bag", bag, "fwd+bwd", dict(embedding_bag=3))
-    yield Target("weighted_bag", bag, "forward", dict(embedding_bag=2))
-    yield Target("weighted_bag", bag, "fwd+bwd sparse", dict(embedding_bag=1), rows=_sparse_bag)
