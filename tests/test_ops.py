@@ -19,14 +19,14 @@ def plain(**kwargs):
 
 BEST = dict(levels="best", short=None)
 # Later samples of an op than these are seen by test_accuracy alone, the rest of the tests sees them in the long form.
-TYPICAL = 6
+TYPICAL = 4
 
 
 @pytest.mark.parametrize(
     "case",
     select(dtypes=FLOAT, first=4 if SHORT else None, **BEST)
-    + short(select(dtypes=DTYPES[2:], first=1 if SHORT else None, **BEST), 2 * TYPICAL)
-    + short(select(levels="lower", dtypes=DTYPES[1:2]), 2 * TYPICAL)
+    + short(select(dtypes=DTYPES[2:], first=1 if SHORT else None, kernels_only=True, **BEST), 2 * TYPICAL)
+    + short(select(levels="lower", dtypes=DTYPES[1:2]), TYPICAL)
     + short(select(levels="lower", dtypes=(DTYPES[0], *DTYPES[2:])), TYPICAL // 2),
 )
 def test_accuracy(case):

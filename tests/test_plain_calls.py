@@ -22,6 +22,10 @@ def _case(name, dtype=torch.float32):
     return spec, draw(spec, spec.samples[0], dtype)
 
 
+def _call(spec, inputs):
+    return tensors_of(spec.call(spec.function, inputs, dict(spec.samples[0].options)))
+
+
 def _leaves(spec, inputs):
     names = differentiable(spec, inputs)
     return {k: t.requires_grad_() if k in names else t for k, t in inputs.items()}
@@ -34,7 +38,7 @@ def test_a_trace_holds_the_op(name, grad):
     names = [k for k, t in inputs.items() if t is not None]
 
     def function(*tensors):
-        return tuple(tensors_of(spec.call(spec.function, {**inputs, **dict(zip(names, tensors, strict=True))}, {})))
+        return tuple(_call(spec, {**inputs, **dict(zip(names, tensors, strict=True))}))
 
     given = tuple(inputs[k].detach().requires_grad_(grad and inputs[k].is_floating_point()) for k in names)
     with warnings.catch_warnings():
@@ -59,14 +63,14 @@ def _negative(t):
 def test_the_negative_bit_is_seen(name, sample):
     spec = specs()[name]
     one = {k: 1 for k in ("W", "D", "V", "H", "I") if k in spec.samples[0].dims} if sample else {}
-    small = dataclasses.replace(spec.samples[0], dims={**spec.samples[0].dims, **one}, options={})
+    small = dataclasses.replace(spec.samples[0], dims={**spec.samples[0].dims, **one})
     inputs = draw(spec, small, torch.float32)
-    expected = tensors_of(spec.call(spec.function, dict(inputs), {}))
-    found = tensors_of(spec.call(spec.function, {k: _negative(t) for k, t in inputs.items()}, {}))
+    expected = _call(spec, dict(inputs))
+    found = _call(spec, {k: _negative(t) for k, t in inputs.items()})
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
     leaves = _leaves(spec, inputs)
-    outputs = [t for t in tensors_of(spec.call(spec.function, dict(leaves), {})) if t.requires_grad]
+    outputs = [t for t in _call(spec, dict(leaves)) if t.requires_grad]
     wanted = [t for t in leaves.values() if t is not None and t.requires_grad]
     upstream = [torch.randn(t.shape) for t in outputs]
     plain = torch.autograd.grad(outputs, wanted, upstream, retain_graph=True)
@@ -88,7 +92,7 @@ def test_checkpointing_across_contexts(name, forward):
     wanted = [t for t in leaves.values() if t is not None and t.requires_grad]
 
     def run():
-        return sum(t.sum() for t in tensors_of(spec.call(spec.function, dict(leaves), {})))
+        return sum(t.sum() for t in _call(spec, dict(leaves)))
 
     expected = torch.autograd.grad(run(), wanted)
     with forward() if forward is contextlib.nullcontext else forward(display=False):

@@ -99,11 +99,12 @@ void location_address_backward(const LocationAddressArgs& a, int64_t b, int64_t 
   const A sum = stats[1] == 0 ? A(1) : stats[1];
   const Sharpening<V> by(stats[0], head.sharpen);
   const V inverse = V::set1(1 / sum);
-  V dot = V::zero();
+  V dot = V::zero(), mass = V::zero();
   for_each_vec<V>(head.rows, [&](int64_t i, auto part) {
     const Sharpened<V> w(load<V>(head.shifted + i, part), by);
     const V weight = w.ratio * w.power * inverse;
     dot = fma(weight, load<V>(dweights + i, part), dot);
+    mass = mass + in_part(weight, V::zero(), part);
     store(weight, head.shifted + i, part);
     store(w.logarithm, head.logarithm + i, part);
     store(select(w.positive, w.power, V::zero()), head.power + i, part);
@@ -111,7 +112,15 @@ void location_address_backward(const LocationAddressArgs& a, int64_t b, int64_t 
   // Below this the slope of a row of nothing but such weights would leave the range of A.
   constexpr A kLeast = sizeof(A) == 4 ? A(0x1p-100) : A(0x1p-900);
   const A largest = stats[0] < kLeast ? kLeast : stats[0];
-  const V centre = V::set1(reduce_add(dot)), slope = V::set1(head.sharpen / (sum * largest));
+  // The mean once more, from what the rounded one leaves: where dweights are all alike the gradients are that alone.
+  const V near = V::set1(reduce_add(dot));
+  V rest = V::zero();
+  for_each_vec<V>(head.rows, [&](int64_t i, auto part) {
+    rest = fma(load<V>(head.shifted + i, part), load<V>(dweights + i, part) - near, rest);
+  });
+  const A total = reduce_add(mass);
+  const V centre = near + V::set1(reduce_add(rest) / (total == 0 ? A(1) : total));
+  const V slope = V::set1(head.sharpen / (sum * largest));
   V dsharpen = V::zero();
   for_each_vec<V>(head.rows, [&](int64_t i, auto part) {
     const V centred = load<V>(dweights + i, part) - centre;
