@@ -12,7 +12,6 @@ from cases import Case, select
 
 from memkernels.testing import compare, inputs
 
-
 # Its backward adds up with torch's own ops, whose parallel loops hang in a forked child.
 OF_TORCHS_LOOPS = ("hopfield_retrieve",)
 
