@@ -184,7 +184,7 @@ def test(python: str, environment: dict[str, str], arguments: list[str], everyth
     if not arguments:
         say("Triton kernels in the interpreter")
         # Not test_threads.py: the interpreter keeps the running program's index in a global, so it is for one thread.
-        chosen = ["tests/test_triton.py", "tests/test_ops.py", "tests/test_fuzz.py", "tests/test_large.py"]
+        chosen = ["tests/test_large.py", "tests/test_triton.py", "tests/test_ops.py", "tests/test_fuzz.py"]
         every_sample = {"MEMKERNELS_INTERPRET_ALL": "1"} if everything else {}  # see tests/cases.py
         code = subprocess.run([*pytest, *chosen], cwd=ROOT, env={**environment, "TRITON_INTERPRET": "1", **every_sample}).returncode
         say(f"Triton kernels in the interpreter: exit code {code}; the suite:")
