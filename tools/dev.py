@@ -179,7 +179,8 @@ def check(python: str, environment: dict[str, str]) -> None:
 
 def test(python: str, environment: dict[str, str], arguments: list[str], everything: bool) -> int:
     """The suite; before it, the Triton kernels in Triton's interpreter, which is a mode of a whole process."""
-    pytest = [python, "-m", "pytest", "-q", "-n", workers(), "--dist", "worksteal"] + ["-m", "slow or not slow" if everything else "not slow"]
+    pytest = [python, "-m", "pytest", "-q", "-n", workers(), "--dist", "worksteal"]
+    pytest += ["-m", "slow or not slow" if everything else "not slow"]
     code = 0
     if not arguments:
         say("Triton kernels in the interpreter")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from numbers import Integral, Real
 from typing import Any
 
-from memkernels._checks import fail
+import torch
+
+from memkernels._checks import check_floating, check_tensor, fail
 
 
 def check_integers(owner: str, **arguments: Any) -> None:
@@ -29,3 +31,12 @@ def check_probability(owner: str, argument: str, got: Any) -> None:
         fail(owner, argument, "a number in [0, 1]", repr(got), TypeError)
     if not 0 <= got <= 1:
         fail(owner, argument, "a number in [0, 1]", got)
+
+
+def time_first(owner: str, input: Any, features: int, batch_first: bool, parameters: torch.Tensor) -> torch.Tensor:
+    """The checked input of a layer, "T B I"; it comes as "B T I" with `batch_first`."""
+    check_tensor(owner, "input", input)
+    if input.dim() != 3 or input.shape[-1] != features:
+        fail(owner, "input", f"[{'B T I' if batch_first else 'T B I'}] with I={features}", f"shape {tuple(input.shape)}")
+    check_floating(owner, parameters=parameters, input=input)
+    return input.transpose(0, 1) if batch_first else input

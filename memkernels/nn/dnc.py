@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memkernels._checks import check_choice, check_flag, check_floating, check_number, check_tensor, fail
+from memkernels._checks import check_choice, check_flag, check_number, check_tensor, fail
 from memkernels._compat import register_namedtuple
-from memkernels.nn._arguments import check_sizes
+from memkernels.nn._arguments import check_sizes, time_first
 from memkernels.nn._dnc_interface import Interface, oneplus
 from memkernels.nn.lstm import LSTM
 from memkernels.ops.dnc_step import COSINES, DNCState, dnc_step
@@ -169,12 +169,7 @@ class DNC(nn.Module):
 
         Gradients: to the input, the state and all parameters.
         """
-        check_tensor("DNC", "input", input)
-        if input.dim() != 3 or input.shape[-1] != self.input_size:
-            dims = "B T I" if self.batch_first else "T B I"
-            raise ValueError(f"DNC: input: expected [{dims}] with I={self.input_size}, got shape {tuple(input.shape)}")
-        check_floating("DNC", parameters=self.interface.weight, input=input)
-        x = input.transpose(0, 1) if self.batch_first else input
+        x = time_first("DNC", input, self.input_size, self.batch_first, self.interface.weight)
         state = self.initial_state(x.shape[1]) if state is None else self._checked(state, x.shape[1])
         hidden, reads, state = (self._with_feedback if self.feedback else self._without_feedback)(x, state)
         output = self.output(torch.cat([hidden, reads.to(hidden.dtype)], -1))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memkernels._checks import check_choice, check_flag, check_floating, check_tensor, fail
+from memkernels._checks import check_choice, check_flag, check_tensor, fail
 from memkernels._compat import register_namedtuple
-from memkernels.nn._arguments import check_sizes
+from memkernels.nn._arguments import check_sizes, time_first
 from memkernels.nn._dnc_interface import Interface
 from memkernels.ops.content_address import content_address
 from memkernels.ops.content_read import content_read
@@ -187,13 +187,8 @@ class ExternalMemory(nn.Module):
 
         Gradients: to the input, the state and all parameters.
         """
-        check_tensor("ExternalMemory", "input", input)
-        if input.dim() != 3 or input.shape[-1] != self.input_size:
-            dims = "B T I" if self.batch_first else "T B I"
-            raise ValueError(f"ExternalMemory: input: expected [{dims}] with I={self.input_size}, got shape {tuple(input.shape)}")
-        x = input.transpose(0, 1) if self.batch_first else input
+        x = time_first("ExternalMemory", input, self.input_size, self.batch_first, self.interface.weight)
         batch = x.shape[1]
-        check_floating("ExternalMemory", parameters=self.interface.weight, input=input)
         state = self.initial_state(batch) if state is None else self._checked(state, batch)
         # All that is linear in the input is computed for all steps at once; the parameters stay float32 under autocast.
         parts = self.interface(x).to(state.memory.dtype).split(self._sizes, -1)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memkernels._checks import check_choice, check_flag, check_floating, check_tensor, fail
-from memkernels.nn._arguments import check_sizes
+from memkernels._checks import check_choice, check_flag, fail
+from memkernels.nn._arguments import check_sizes, time_first
 from memkernels.ops.content_address import content_address
 from memkernels.ops.location_address import location_address
 from memkernels.ops.lstm_gates import lstm_gates
@@ -134,12 +134,7 @@ class NTM(nn.Module):
 
         Gradients: to the input, the state and all parameters.
         """
-        check_tensor("NTM", "input", input)
-        if input.dim() != 3 or input.shape[-1] != self.input_size:
-            dims = "B T I" if self.batch_first else "T B I"
-            fail("NTM", "input", f"[{dims}] with I={self.input_size}", f"shape {tuple(input.shape)}")
-        check_floating("NTM", parameters=self.bias, input=input)
-        x = input.transpose(0, 1) if self.batch_first else input
+        x = time_first("NTM", input, self.input_size, self.batch_first, self.bias)
         if state is None:
             state = self.initial_state(x.shape[1])
         elif not isinstance(state, (tuple, list)) or len(state) != 6:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memkernels._checks import check_flag, check_floating, check_tensor, fail
-from memkernels.nn._arguments import check_sizes
+from memkernels._checks import check_flag, fail
+from memkernels.nn._arguments import check_sizes, time_first
 from memkernels.nn.lstm_cell import LSTMCell
 from memkernels.ops.sparse_memory import SparseMemory, sparse_read, sparse_write
 from memkernels.ops.topk_read import topk_read
@@ -110,12 +110,7 @@ class SAM(nn.Module):
 
         Gradients: of first order, once a graph (see `SparseMemory`); to the input, the parameters and the tensors of the state.
         """
-        check_tensor("SAM", "input", input)
-        if input.dim() != 3 or input.shape[-1] != self.input_size:
-            dims = "B T I" if self.batch_first else "T B I"
-            raise ValueError(f"SAM: input: expected [{dims}] with I={self.input_size}, got shape {tuple(input.shape)}")
-        check_floating("SAM", parameters=self.interface.weight, input=input)
-        x = input.transpose(0, 1) if self.batch_first else input
+        x = time_first("SAM", input, self.input_size, self.batch_first, self.interface.weight)
         state = self.initial_state(x.shape[1]) if state is None else self._checked(state, x.shape[1])
         outputs = []
         for step in x.unbind(0):
