@@ -6,6 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from memkernels.cli import mqar
 from memkernels.cli.app import app
 from memkernels.cli.tasks import TASKS
 
@@ -51,3 +52,20 @@ def test_command(tmp_path):
     found = json.loads(path.read_text())
     assert found["steps"] > 0 and found["seed"] == 3 and not found["solved"]
     assert CliRunner().invoke(app, ["train-task", "sorting"]).exit_code == 2
+
+
+@pytest.mark.parametrize("memory", mqar.MODELS)
+def test_mqar(memory):
+    tokens, places, values = mqar.draw(6, torch.Generator().manual_seed(0))
+    for row, at, wanted in zip(tokens, places, values):
+        pairs = dict(row[: 2 * mqar.PAIRS].view(-1, 2).tolist())
+        assert [pairs[int(row[p])] for p in at] == wanted.tolist() and (at >= 2 * mqar.PAIRS).all()
+    model = mqar.Recall(memory)
+    logits = model(tokens, places)
+    assert logits.shape == (6, mqar.PAIRS, mqar.WORDS)
+    # What comes after a query does not change its answer.
+    later = tokens.clone()
+    later[:, int(places.max()) + 1 :] = 1
+    torch.testing.assert_close(model(later, places), logits)
+    found = CliRunner().invoke(app, ["train-task", "mqar", "--model", memory, "--seconds", "0.1", "--batch", "4"])
+    assert found.exit_code == 1 and "not solved" in found.output

@@ -196,24 +196,29 @@ def train(
 @app.command("train-task")
 @one_line_errors
 def train_task(
-    task: Annotated[str, typer.Argument(help="copy, repeat-copy or associative-recall.")],
-    model: Annotated[str, typer.Option(help="ntm or dnc.")] = "ntm",
+    task: Annotated[str, typer.Argument(help="copy, repeat-copy, associative-recall or mqar.")],
+    model: Annotated[Optional[str], typer.Option(help="ntm (default) or dnc; of mqar attention (default) or topk.")] = None,  # noqa: UP045
     seconds: Annotated[float, typer.Option(min=0, help="The longest to train.")] = 300.0,
     seed: Annotated[int, typer.Option()] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 16,
+    batch: Annotated[Optional[int], typer.Option(min=1, help="Sequences a step; default 16, of mqar 128.")] = None,  # noqa: UP045
     rate: Annotated[float, typer.Option(min=0, help="Learning rate.")] = 3e-3,
     threads: Threads = None,
     json_path: Json = None,
 ) -> int:
     """Trains a memory machine on a task of the papers and says whether it is solved. Exit code 1: not solved within the time."""
-    from memkernels.cli import tasks
+    from memkernels.cli import mqar, tasks
     from memkernels.cli.errors import check_option
     from memkernels.cli.files import write_text
 
-    check_option("TASK", [task], tuple(tasks.TASKS))
-    check_option("--model", [model], tasks.MODELS)
+    check_option("TASK", [task], (*tasks.TASKS, "mqar"))
+    models = mqar.MODELS if task == "mqar" else tasks.MODELS
+    model = models[0] if model is None else model
+    check_option("--model", [model], models)
     _threads(threads)
-    found = tasks.run(console, task, model, seconds, seed, batch, rate)
+    if task == "mqar":
+        found = mqar.run(console, model, seconds, seed, batch or 128, rate)
+    else:
+        found = tasks.run(console, task, model, seconds, seed, batch or 16, rate)
     if json_path is not None:
         write_text(json_path, json.dumps(found, indent=1) + "\n")
     return 0 if found["solved"] else 1
