@@ -56,7 +56,8 @@ class Recall(nn.Module):
         normed = self.norm(x)
         query, key, value = self.query(normed), self.key(normed), self.value(normed)
         if self.memory == "attention":
-            read = attention(query[:, None], key[:, None], value[:, None], is_causal=True)[:, 0]
+            heads: Any = attention(query[:, None], key[:, None], value[:, None], is_causal=True)
+            read = heads[:, 0]
         else:
             read = self._topk(query, key, value)
         asked = (x + read).gather(1, places[..., None].expand(-1, -1, x.shape[2]))
