@@ -201,7 +201,7 @@ def train_task(
     seconds: Annotated[float, typer.Option(min=0, help="The longest to train.")] = 300.0,
     seed: Annotated[int, typer.Option()] = 0,
     batch: Annotated[Optional[int], typer.Option(min=1, help="Sequences a step; default 16, of mqar 128.")] = None,  # noqa: UP045
-    rate: Annotated[float, typer.Option(min=0, help="Learning rate.")] = 3e-3,
+    rate: Annotated[Optional[float], typer.Option(min=0, help="Learning rate; default: the task's own.")] = None,  # noqa: UP045
     threads: Threads = None,
     json_path: Json = None,
 ) -> int:
@@ -216,7 +216,7 @@ def train_task(
     check_option("--model", [model], models)
     _threads(threads)
     if task == "mqar":
-        found = mqar.run(console, model, seconds, seed, batch or 128, rate)
+        found = mqar.run(console, model, seconds, seed, batch or 128, 3e-3 if rate is None else rate)
     else:
         found = tasks.run(console, task, model, seconds, seed, batch or 16, rate)
     if json_path is not None:

@@ -30,6 +30,7 @@ class Task:
     outputs: int
     machine: dict[str, int]
     published: str
+    rate: float = 3e-3  # of learning, unless asked for another
     target: float = 0.01  # wrong bits a sequence
 
     def model(self, name: str) -> nn.Module:
@@ -91,7 +92,12 @@ TASKS = {
         repeat_copy, 6, 5, dict(hidden=64, slots=16, width=16, read_heads=4), "deepmind/dnc: its defaults, 100,000 iterations"
     ),
     "associative-recall": Task(
-        associative_recall, 8, 6, dict(hidden=100, slots=128, width=20, read_heads=1), "Collier and Beel 2018: perfect at 2 to 6 items"
+        associative_recall,
+        8,
+        6,
+        dict(hidden=100, slots=128, width=20, read_heads=1),
+        "Collier and Beel 2018: perfect at 2 to 6 items",
+        rate=1e-3,
     ),
 }
 MODELS = ("ntm", "dnc")
@@ -105,13 +111,13 @@ def wrong_bits(task: Task, model: nn.Module, generator: torch.Generator, size: i
     return float(((output[-len(target) :] > 0) != (target > 0.5)).float().sum((0, 2)).mean())
 
 
-def run(console: Console, name: str, model_name: str, seconds: float, seed: int, batch: int, rate: float) -> dict[str, Any]:
+def run(console: Console, name: str, model_name: str, seconds: float, seed: int, batch: int, rate: float | None) -> dict[str, Any]:
     """Trains until 1,000 unseen sequences reach the target or the time is over; prints the error as it goes."""
     task = TASKS[name]
     torch.manual_seed(seed)
     generator, unseen = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1_000_003)
     model = task.model(model_name)
-    optimizer = torch.optim.Adam(model.parameters(), rate)
+    optimizer = torch.optim.Adam(model.parameters(), task.rate if rate is None else rate)
     parameters = sum(p.numel() for p in model.parameters())
     console.print(f"{name}, {model_name} of {parameters:,} parameters, seed {seed}, batches of {batch}; {task.published}", highlight=False)
     begin, step, history = time.monotonic(), 0, []
