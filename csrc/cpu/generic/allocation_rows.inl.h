@@ -46,13 +46,42 @@ struct Usage {
   MK_INLINE A operator()(A u) const { return eps + rest * u; }
 };
 
+// The order by counting how many rows come before each, a vector of rows at a time: n^2 / kLanes steps without a
+// branch. False, and nothing done, where one is NaN.
+template <class A>
+bool order_by_counting(const A* u, int64_t n, Usage<A> least, A* s, int32_t* order) {
+  using V = Vec<A>;
+  constexpr int64_t L = V::kLanes;
+  bool ordered = true;
+  for (int64_t i = 0; i < n; i++) s[i] = least(u[i]), ordered &= s[i] == s[i];
+  if (!ordered) return false;
+  const V one = V::set1(1);
+  for (int64_t first = 0; first < n; first += L) {
+    const int64_t lanes = n - first < L ? n - first : L;
+    const V own = V::load(s + first, lanes);
+    V before = V::zero();
+    for (int64_t j = 0; j < first; j++) before = before + select(V::set1(s[j]) <= own, one, V::zero());
+    for (int64_t j = first; j < first + lanes; j++) {
+      const V other = V::set1(s[j]);
+      const auto earlier = (other == own) & !V::first_lanes(j - first + 1);
+      before = before + select((other < own) | earlier, one, V::zero());
+    }
+    for (int64_t j = first + lanes; j < n; j++) before = before + select(V::set1(s[j]) < own, one, V::zero());
+    alignas(64) A places[L];
+    before.store(places);
+    for (int64_t l = 0; l < lanes; l++) order[int64_t(places[l])] = int32_t(first + l);
+  }
+  return true;
+}
+
 // The rows by ascending s, in one of the two halves of `room`.
 template <class A>
 const int32_t* stable_order(const A* u, int64_t n, Usage<A> least, int64_t padded, void* room) {
   using K = typename SortKey<A>::type;
-  constexpr int64_t kFew = 48, kBytes = int64_t(sizeof(K));
+  constexpr int64_t kFew = 48, kCounted = 8 * Vec<A>::kLanes, kBytes = int64_t(sizeof(K));
   K *key = static_cast<K*>(room), *other_key = key + padded;
   int32_t *order = reinterpret_cast<int32_t*>(other_key + padded), *other_order = order + padded;
+  if (n > Vec<A>::kLanes && n <= kCounted && order_by_counting(u, n, least, static_cast<A*>(room), order)) return order;
   for (int64_t i = 0; i < n; i++) key[i] = sort_key(least(u[i])), order[i] = int32_t(i);
   if (n <= kFew) {
     insertion_sort(key, order, n);
@@ -81,6 +110,17 @@ const int32_t* stable_order(const A* u, int64_t n, Usage<A> least, int64_t padde
   return order;
 }
 
+// Products far below what a sum of shares resolves become 0: denormal numbers, which they and all gradients from them
+// would turn to, cost a hundred times as much.
+MK_INLINE float next_product(float product, float s) {
+  const float next = product * s;
+  return __builtin_fabsf(next) < 1e-30f ? 0 : next;
+}
+MK_INLINE double next_product(double product, double s) {
+  const double next = product * s;
+  return __builtin_fabs(next) < 1e-290 ? 0 : next;
+}
+
 template <class A>
 void allocate(const A* u, const int32_t* order, int64_t n, Usage<A> least, A* out) {
   A product = 1;
@@ -88,7 +128,7 @@ void allocate(const A* u, const int32_t* order, int64_t n, Usage<A> least, A* ou
     const int32_t i = order[j];
     const A s = least(u[i]);
     out[i] = (1 - s) * product;
-    product *= s;
+    product = next_product(product, s);
   }
 }
 
@@ -132,7 +172,7 @@ void allocation_forward(const AllocationArgs& a, int64_t b, void* scratch) {
 template <class A>
 void allocate_backward(const A* u, const A* da, const int32_t* order, int64_t n, Usage<A> least, A* before, A* du) {
   A product = 1, later = 0;
-  for (int64_t j = 0; j < n; j++) before[j] = product, product *= least(u[order[j]]);
+  for (int64_t j = 0; j < n; j++) before[j] = product, product = next_product(product, least(u[order[j]]));
   for (int64_t j = n - 1; j >= 0; j--) {
     const int32_t i = order[j];
     const A s = least(u[i]), d = da[i];
@@ -141,28 +181,51 @@ void allocate_backward(const A* u, const A* da, const int32_t* order, int64_t n,
   }
 }
 
+// The scratch of backward: usage, order and allocation of every head, the gradient of usage, the products.
+template <class A>
+struct AllocationHeads {
+  A *u, *found, *du, *before;
+  int32_t* orders;
+  void* room;
+  MK_INLINE AllocationHeads(const AllocationArgs& a, void* scratch) {
+    const int64_t padded = allocation_vector(a);
+    u = static_cast<A*>(scratch), found = u + a.heads * padded, du = found + a.heads * padded, before = du + padded;
+    orders = reinterpret_cast<int32_t*>(before + padded), room = orders + a.heads * padded;
+  }
+};
+
+// Usage, order and allocation of every head; the last allocation only with `all`.
 template <class S>
-void allocation_backward(const AllocationArgs& a, int64_t b, void* scratch) {
+void allocation_replay(const AllocationArgs& a, int64_t b, void* scratch, bool all) {
   using A = acc_t<S>;
-  using V = Vec<A>;
+  const AllocationHeads<A> of(a, scratch);
   const int64_t n = a.rows, padded = allocation_vector(a);
   const Usage<A> least(a.eps);
-  A *u = static_cast<A*>(scratch), *found = u + a.heads * padded, *du = found + a.heads * padded, *before = du + padded;
-  int32_t* orders = reinterpret_cast<int32_t*>(before + padded);
-  void* room = orders + a.heads * padded;
-  const S* gates = load_usage<S>(a, b, u);
+  const S* gates = load_usage<S>(a, b, of.u);
   for (int64_t h = 0; h < a.heads; h++) {
-    const int32_t* order = stable_order(u + h * padded, n, least, padded, room);
-    for (int64_t j = 0; j < n; j++) orders[h * padded + j] = order[j];
-    if (h + 1 == a.heads) break;
-    allocate(u + h * padded, order, n, least, found + h * padded);
-    fill(u + h * padded, found + h * padded, A(to_float(gates[h])), n, u + (h + 1) * padded);
+    const int32_t* order = stable_order(of.u + h * padded, n, least, padded, of.room);
+    for (int64_t j = 0; j < n; j++) of.orders[h * padded + j] = order[j];
+    const bool last = h + 1 == a.heads;
+    if (all || !last) allocate(of.u + h * padded, order, n, least, of.found + h * padded);
+    if (!last) fill(of.u + h * padded, of.found + h * padded, A(to_float(gates[h])), n, of.u + (h + 1) * padded);
   }
+}
+
+// From what allocation_replay left in the scratch.
+template <class S>
+void allocation_gradient(const AllocationArgs& a, int64_t b, void* scratch) {
+  using A = acc_t<S>;
+  using V = Vec<A>;
+  const AllocationHeads<A> of(a, scratch);
+  const int64_t n = a.rows, padded = allocation_vector(a);
+  const Usage<A> least(a.eps);
+  A* const du = of.du;
+  const S* gates = a.gates ? static_cast<const S*>(a.gates) + b * a.gates_b : nullptr;
   for (int64_t i = 0; i < n; i++) du[i] = 0;
   for (int64_t h = a.heads - 1; h >= 0; h--) {
     // From here on `found` of this head holds da: its own gradient and what comes back through the next head's usage.
     const S* dout = static_cast<const S*>(a.dout) + b * a.dout_b + h * a.dout_h;
-    A *da = found + h * padded, *usage = u + h * padded;
+    A *da = of.found + h * padded, *usage = of.u + h * padded;
     const bool last = h + 1 == a.heads;
     const V gate = V::set1(last ? A(0) : A(to_float(gates[h]))), one = V::set1(1);
     V dgate = V::zero();
@@ -178,11 +241,17 @@ void allocation_backward(const AllocationArgs& a, int64_t b, void* scratch) {
       store(d, da + i, part);
     });
     if (a.dgates) static_cast<S*>(a.dgates)[b * a.heads + h] = convert<S>::from(reduce_add(dgate));
-    allocate_backward(usage, da, orders + h * padded, n, least, before, du);
+    allocate_backward(usage, da, of.orders + h * padded, n, least, of.before, du);
   }
   if (!a.dusage) return;
   S* dusage = static_cast<S*>(a.dusage) + b * n;
   for_each_vec<V>(n, [&](int64_t i, auto part) { store(load<V>(du + i, part), dusage + i, part); });
+}
+
+template <class S>
+void allocation_backward(const AllocationArgs& a, int64_t b, void* scratch) {
+  allocation_replay<S>(a, b, scratch, false);
+  allocation_gradient<S>(a, b, scratch);
 }
 
 }  // namespace

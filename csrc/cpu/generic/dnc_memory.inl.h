@@ -5,6 +5,7 @@
 #include "cpu/generic/allocation_rows.inl.h"
 #include "cpu/generic/dnc_content.inl.h"
 #include "cpu/generic/link_rows.inl.h"
+#include "cpu/generic/sequence_controller.inl.h"
 #include "cpu/generic/usage_rows.inl.h"
 
 namespace mk::cpu::MK_LEVEL {
@@ -319,8 +320,7 @@ void dnc_backward_row(const DncArgs& a, const DncPlace<A>& at, const DncRoom<A>&
   const DncHeads<A> readers = dnc_heads(a, true, ask), writers = dnc_heads(a, false, ask);
   A *dread = d.weights, *dwrite = d.weights + read, *reused = scratch;
   AllocationArgs s = dnc_allocation(a, at, ask, room);
-  s.out = room.free;
-  allocation_forward<A>(s, 0, room.sort);
+  allocation_replay<A>(s, 0, room.sort, true);
   dnc_content(writers, before, stride, room.content, room.wanted);
   dnc_content(readers, after, stride, room.content, room.similar);
   const A *ways = dnc_ways(a, at, ask, room), *kept = before;
@@ -344,9 +344,12 @@ void dnc_backward_row(const DncArgs& a, const DncPlace<A>& at, const DncRoom<A>&
   link_combine_backward<A>(l, 0, room.partial, 1);
   add_run(dwrite, room.dwrite, written);
 
+  const AllocationHeads<A> heads(s, room.sort);
+  for (int64_t h = 0; h < a.writers; h++)
+    convert_run(heads.found + h * allocation_vector(s), room.free + h * n_rows, n_rows);
   dnc_write_weights_backward(a, ask, dask, room);
   s.dout = room.dfree, s.dout_h = n_rows, s.dusage = room.dusage, s.dgates = room.dgates;
-  allocation_backward<A>(s, 0, room.sort);
+  allocation_gradient<A>(s, 0, room.sort);
   for (int64_t h = 0; h < a.writers; h++) {
     const A more = room.dgates[h];
     dask.write[h] += more * ask.allocation[h], dask.allocation[h] += more * ask.write[h];
