@@ -60,6 +60,15 @@ void column_dots_of(const Args& a, const A* memory, int64_t stride, const A* key
   if (n < a.rows) column_dots<H, 1>(a, memory, stride, key, dot, squares, n, Tail{a.rows - n});
 }
 
+// The same for any number of heads.
+template <class Args, class A>
+void column_dots_all(const Args& a, const A* memory, int64_t stride, int64_t heads, const A* key, A* dot, A* squares) {
+  int64_t h = 0;
+  for (; h + 4 <= heads; h += 4) column_dots_of<4>(a, memory, stride, key + h * a.width, dot + h * a.rows, squares);
+  if (h + 2 <= heads) column_dots_of<2>(a, memory, stride, key + h * a.width, dot + h * a.rows, squares), h += 2;
+  if (h < heads) column_dots_of<1>(a, memory, stride, key + h * a.width, dot + h * a.rows, squares);
+}
+
 // out = memory after the write of all heads with weights [U][N]; may be the memory itself.
 template <class A, class Args, class Heads>
 void column_write(const Args& a, const A* memory, A* out, int64_t stride, const A* weights, const Heads& heads) {
@@ -77,12 +86,46 @@ void column_write(const Args& a, const A* memory, A* out, int64_t stride, const 
   });
 }
 
+// out[h][w] = x[h] . m[w] for H vectors x [N]; the lanes of as many sums as a vector holds are added up together.
+template <int H, class Args, class A>
+void column_sums_of(const Args& a, const A* memory, int64_t stride, const A* x, A* out) {
+  using V = Vec<A>;
+  constexpr int64_t L = V::kLanes;
+  alignas(64) A lanes[H * L * L] = {};
+  for (int64_t first = 0; first < a.width; first += L) {
+    const int64_t columns = a.width - first < L ? a.width - first : L;
+    for (int64_t w = 0; w < columns; w += 2) {
+      const A *one = memory + (first + w) * stride, *two = w + 1 < columns ? one + stride : one;
+      V sum[H][2];
+      for (int h = 0; h < H; h++) sum[h][0] = sum[h][1] = V::zero();
+      for_each_vec<V>(a.rows, [&](int64_t n, auto part) {
+        const V m = load<V>(one + n, part), other = load<V>(two + n, part);
+        for (int h = 0; h < H; h++) {
+          const V v = load<V>(x + h * a.rows + n, part);
+          sum[h][0] = fma(v, m, sum[h][0]), sum[h][1] = fma(v, other, sum[h][1]);
+        }
+      });
+      for (int h = 0; h < H; h++) {
+        sum[h][0].store(lanes + (h * L + w) * L);
+        if (w + 1 < L) sum[h][1].store(lanes + (h * L + w + 1) * L);
+      }
+    }
+    for (int h = 0; h < H; h++) reduce_add_each(lanes + h * L * L).store(out + h * a.width + first, columns);
+  }
+}
+
+template <class Args, class A>
+void column_sums(const Args& a, const A* memory, int64_t stride, int64_t heads, const A* x, A* out) {
+  int64_t h = 0;
+  for (; h + 4 <= heads; h += 4) column_sums_of<4>(a, memory, stride, x + h * a.rows, out + h * a.width);
+  if (h + 2 <= heads) column_sums_of<2>(a, memory, stride, x + h * a.rows, out + h * a.width), h += 2;
+  if (h < heads) column_sums_of<1>(a, memory, stride, x + h * a.rows, out + h * a.width);
+}
+
 // reads[r][w] = weights[r] . m[w]
 template <class A, class Args>
 void column_read(const Args& a, const A* memory, int64_t stride, const A* weights, A* reads) {
-  for (int64_t r = 0; r < a.readers; r++)
-    for (int64_t w = 0; w < a.width; w++)
-      reads[r * a.width + w] = dot_of(weights + r * a.rows, memory + w * stride, a.rows);
+  column_sums(a, memory, stride, a.readers, weights, reads);
 }
 
 // Gradients of reading and writing in one pass over d, the gradient of the memory after the step, which becomes that of

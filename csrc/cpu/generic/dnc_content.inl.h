@@ -30,11 +30,12 @@ struct DncHeads {
 // What the content weights of `heads` heads go through; rows of similar and roots lie `rows` apart.
 template <class A>
 struct DncContent {
-  A *seen, *squared, *similar, *roots, *key_roots, *slope;
+  A *seen, *squared, *similar, *roots, *key_roots, *slope, *turn, *along;
   MK_INLINE DncContent(const DncArgs& a, Pieces<A>& take) {
     const int64_t heads = a.readers > a.writers ? a.readers : a.writers, row = a.rows;
     seen = take(heads * a.width), squared = take(heads * a.width), similar = take(heads * row);
     roots = take(heads * row), key_roots = take(heads), slope = take(heads * row);
+    turn = take(heads), along = take(heads * a.width);
   }
 };
 
@@ -73,18 +74,14 @@ void dnc_similar(const DncHeads<A>& a, const A* memory, int64_t stride, const Dn
     });
     key = c.seen;
   }
-  int64_t h = 0;
-  const auto at = [&](int64_t i) { return key + i * width; };
-  for (; h + 4 <= a.heads; h += 4) column_dots_of<4>(a, memory, stride, at(h), c.similar + h * a.rows, c.roots);
-  if (h + 2 <= a.heads) column_dots_of<2>(a, memory, stride, at(h), c.similar + h * a.rows, c.roots), h += 2;
-  if (h < a.heads) column_dots_of<1>(a, memory, stride, at(h), c.similar + h * a.rows, c.roots);
+  column_dots_all(a, memory, stride, a.heads, key, c.similar, c.roots);
   if (a.mask) dnc_masked_squares(a, memory, stride, c);
   const int64_t rooted = a.mask ? a.heads : 1;
   const V inside = V::set1(a.inside), outside = V::set1(a.outside);
   for_each_vec<V>(rooted * a.rows,
                   [&](int64_t n, auto part) { store(sqrt(load<V>(c.roots + n, part) + inside), c.roots + n, part); });
-  for (h = 0; h < a.heads; h++) {
-    c.key_roots[h] = root(dot_of(a.key + h * width, at(h), width) + a.inside);
+  for (int64_t h = 0; h < a.heads; h++) {
+    c.key_roots[h] = root(dot_of(a.key + h * width, key + h * width, width) + a.inside);
     const V of_key = V::set1(c.key_roots[h]);
     const A* roots = c.roots + (a.mask ? h * a.rows : 0);
     A* similar = c.similar + h * a.rows;
@@ -129,22 +126,23 @@ void dnc_content(const DncHeads<A>& a, const A* memory, int64_t stride, const Dn
   }
 }
 
-// Gradients of the parts of the interface, in the order of DncHeads.
+// Gradients of the parts of the interface, in the order of DncHeads; and what else changes the gradient of the memory
+// in the same pass: reads [H][W] of weights read [H][N], whose outer product is added.
 template <class A>
 struct DncHeadSlopes {
   A *key, *strength, *mask;
+  const A *read = nullptr, *reads = nullptr;
 };
 
-// From dweights[h][n], overwritten, and the weights: fills those of the interface and adds to d, that of the memory.
+// From dweights[h][n], overwritten, and what dnc_content left: fills `to`, adds to d, the gradient of the memory.
 template <class A>
 void dnc_content_backward(const DncHeads<A>& a, const A* memory, A* d, int64_t stride, const DncContent<A>& c,
                           const A* weights, A* dweights, const DncHeadSlopes<A>& to) {
   using V = Vec<A>;
   if (!a.heads) return;
-  dnc_similar(a, memory, stride, c);
   const V outside = V::set1(a.outside);
   for (int64_t h = 0; h < a.heads; h++) {
-    const A *w = weights + h * a.rows, *similar = c.similar + h * a.rows, *key = a.key + h * a.width;
+    const A *w = weights + h * a.rows, *similar = c.similar + h * a.rows;
     const A* roots = c.roots + (a.mask ? h * a.rows : 0);
     A *slope = dweights + h * a.rows, *shrink = c.slope + (a.mask ? h * a.rows : 0);  // shrink: 2 d|m|^2
     const V centre = V::set1(dot_of(slope, w, a.rows)), strength = V::set1(a.strength[h]);
@@ -161,19 +159,21 @@ void dnc_content_backward(const DncHeads<A>& a, const A* memory, A* d, int64_t s
       store(before - less, shrink + n, part), store(ddot, slope + n, part);
     });
     to.strength[h] = reduce_add(dstrength);
-    const A turn = -reduce_max(over_root(V::set1(reduce_add(along)), of_key));
-    for (int64_t j = 0; j < a.width; j++) {
-      const int64_t at = h * a.width + j;
-      const A sum = dot_of(slope, memory + j * stride, a.rows), twice = sum + turn * key[j];
-      to.key[at] = a.mask ? c.squared[at] * twice : twice;
-      if (!a.mask) continue;
-      V squares = V::zero();
-      for_each_vec<V>(a.rows, [&](int64_t n, auto part) {
-        const V m = load<V>(memory + j * stride + n, part);
-        squares = fma(load<V>(shrink + n, part), m * m, squares);
-      });
-      to.mask[at] = a.mask[at] * (2 * key[j] * sum + reduce_add(squares) + turn * key[j] * key[j]);
-    }
+    c.turn[h] = -reduce_max(over_root(V::set1(reduce_add(along)), of_key));  // 2 d|k|^2
+  }
+  column_sums(a, memory, stride, a.heads, dweights, c.along);
+  for (int64_t i = 0; i < a.heads * a.width; i++) {
+    const int64_t h = i / a.width;
+    const A key = a.key[i], slope = c.along[i] + c.turn[h] * key;
+    to.key[i] = a.mask ? c.squared[i] * slope : slope;
+    if (!a.mask) continue;
+    const A *shrink = c.slope + h * a.rows, *row = memory + (i - h * a.width) * stride;
+    V squares = V::zero();
+    for_each_vec<V>(a.rows, [&](int64_t n, auto part) {
+      const V m = load<V>(row + n, part);
+      squares = fma(load<V>(shrink + n, part), m * m, squares);
+    });
+    to.mask[i] = a.mask[i] * (key * (c.along[i] + slope) + reduce_add(squares));
   }
   for_each_vec<V>(a.rows, [&](int64_t n, auto part) {
     for (int64_t j = 0; j < a.width; j++) {
@@ -181,6 +181,7 @@ void dnc_content_backward(const DncHeads<A>& a, const A* memory, A* d, int64_t s
       for (int64_t h = 0; h < a.heads; h++) {
         const int64_t at = h * a.width + j;
         sum = fma(V::set1((a.mask ? c.seen : a.key)[at]), load<V>(dweights + h * a.rows + n, part), sum);
+        if (to.reads) sum = fma(V::set1(to.reads[at]), load<V>(to.read + h * a.rows + n, part), sum);
         if (a.mask) less = fma(V::set1(c.squared[at]), load<V>(c.slope + h * a.rows + n, part), less);
       }
       store(fma(less, load<V>(memory + j * stride + n, part), sum), d + j * stride + n, part);

@@ -52,13 +52,13 @@ template <class A>
 struct DncRoom {
   A *kept, *free, *wanted, *similar, *ways, *gates, *ones, *partial, *links, *sort, *sums;
   A *dfree, *dwanted, *dsimilar, *dways, *dwrite, *dread, *dgates, *dusage, *dkept, *dextra, *dask;
-  DncContent<A> content;
+  DncContent<A> reading, writing;
   static MK_INLINE LinkArgs sizes(const DncArgs& a) {
     LinkArgs l{};
     l.batch = 1, l.heads = a.writers, l.read_heads = a.readers, l.rows = a.rows, l.update = true;
     return l;
   }
-  MK_INLINE DncRoom(const DncArgs& a, Pieces<A>& take) : content(a, take) {
+  MK_INLINE DncRoom(const DncArgs& a, Pieces<A>& take) : reading(a, take), writing(a, take) {
     const int64_t n = a.rows, written = a.writers * n, read = a.readers * n;
     const LinkArgs l = sizes(a);
     AllocationArgs s{};
@@ -195,7 +195,7 @@ void dnc_forward_row(const DncArgs& a, const DncPlace<A>& at, const DncRoom<A>& 
   AllocationArgs s = dnc_allocation(a, at, ask, room);
   s.out = room.free;
   allocation_forward<A>(s, 0, room.sort);
-  dnc_content(dnc_heads(a, false, ask), memory, stride, room.content, room.wanted);
+  dnc_content(dnc_heads(a, false, ask), memory, stride, room.writing, room.wanted);
   dnc_write_weights(a, ask, room, at.weights + a.readers * n_rows);
   dnc_rewrite(a, at, room, memory, memory, stride);
   LinkArgs l = dnc_link(a, at, link);
@@ -206,7 +206,7 @@ void dnc_forward_row(const DncArgs& a, const DncPlace<A>& at, const DncRoom<A>& 
     link_combine_forward<A>(l, h, room.partial, 1);
   }
   const A* ways = dnc_ways(a, at, ask, room);
-  dnc_content(dnc_heads(a, true, ask), memory, stride, room.content, room.similar);
+  dnc_content(dnc_heads(a, true, ask), memory, stride, room.reading, room.similar);
   for (int64_t r = 0; r < a.readers; r++) {
     const A* modes = ask.modes + r * (2 * a.writers + 1);
     for_each_vec<V>(n_rows, [&](int64_t n, auto part) {
@@ -321,16 +321,17 @@ void dnc_backward_row(const DncArgs& a, const DncPlace<A>& at, const DncRoom<A>&
   A *dread = d.weights, *dwrite = d.weights + read, *reused = scratch;
   AllocationArgs s = dnc_allocation(a, at, ask, room);
   allocation_replay<A>(s, 0, room.sort, true);
-  dnc_content(writers, before, stride, room.content, room.wanted);
-  dnc_content(readers, after, stride, room.content, room.similar);
+  dnc_content(writers, before, stride, room.writing, room.wanted);
+  dnc_content(readers, after, stride, room.reading, room.similar);
   const A *ways = dnc_ways(a, at, ask, room), *kept = before;
   if (a.deallocate) dnc_deallocate(a, at, ask, room, before, reused, stride), kept = reused;
 
   const DncSide reading{n_rows, a.width, a.readers, 0}, writing{n_rows, a.width, 0, a.writers};
-  column_access_backward(reading, after, after, d.memory, stride, at.weights, dreads, dread, ask, dask);
+  column_dots_all(reading, after, stride, a.readers, dreads, room.dsimilar, room.dkept);
+  add_run(room.dsimilar, dread, read);
   dnc_modes_backward(a, at, ask, dask, room, ways, dread);
-  dnc_content_backward(readers, after, d.memory, stride, room.content, room.similar, room.dsimilar,
-                       {dask.read_key, dask.read_strength, dask.read_mask});
+  dnc_content_backward(readers, after, d.memory, stride, room.reading, room.similar, room.dsimilar,
+                       DncHeadSlopes<A>{dask.read_key, dask.read_strength, dask.read_mask, at.weights, dreads});
   column_access_backward(writing, kept, after, d.memory, stride, at.weights + read, dreads, dwrite, ask, dask);
 
   LinkArgs l = dnc_link(a, at, link);
@@ -366,8 +367,8 @@ void dnc_backward_row(const DncArgs& a, const DncPlace<A>& at, const DncRoom<A>&
     dnc_deallocate_backward(a, at, ask, room, before, d.memory, stride, room.dread);
     add_run(room.dextra, dread, read), add_run(room.dread, dask.free, a.readers);
   }
-  dnc_content_backward(writers, before, d.memory, stride, room.content, room.wanted, room.dwanted,
-                       {dask.write_key, dask.write_strength, dask.write_mask});
+  dnc_content_backward(writers, before, d.memory, stride, room.writing, room.wanted, room.dwanted,
+                       DncHeadSlopes<A>{dask.write_key, dask.write_strength, dask.write_mask});
 }
 
 }  // namespace
