@@ -14,6 +14,7 @@ namespace py = pybind11;
   OP(attention)           \
   OP(attention_varlen)    \
   OP(content)             \
+  OP(dnc_sequence)        \
   OP(gru_gates)           \
   OP(hopfield_retrieve)   \
   OP(link)                \

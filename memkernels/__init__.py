@@ -12,6 +12,7 @@ from memkernels._backends import backend, cpu_level
 from memkernels._checks import BackendError
 from memkernels._registry import explain
 from memkernels.ops import (
+    DNCController,
     DNCInterface,
     DNCState,
     NTMState,
@@ -21,6 +22,7 @@ from memkernels.ops import (
     attention_varlen,
     content_address,
     content_read,
+    dnc_sequence,
     dnc_step,
     gru,
     gru_gates,
@@ -59,6 +61,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "DNCController",
     "DNCInterface",
     "DNCState",
     "NTMState",
@@ -71,6 +74,7 @@ __all__ = [
     "content_address",
     "content_read",
     "cpu_level",
+    "dnc_sequence",
     "dnc_step",
     "explain",
     "gru",

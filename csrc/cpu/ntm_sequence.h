@@ -21,6 +21,9 @@ struct NtmArgs {
   // A: weights as two matrices, in the layout that the products of a direction want; gradients before the activations.
   void *controller, *projection, *controller_bias, *projection_bias, *dgates, *dheads;
 
+  double clip = __builtin_inf();  // the cell of an NTM is not clamped
+
+  MK_INLINE bool reads_written() const { return graves; }
   MK_INLINE int64_t every() const { return readers + writers; }
   MK_INLINE int64_t read() const { return readers * width; }
   MK_INLINE int64_t depth() const { return features + read() + hidden; }  // of the controller's product

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memkernels.ops.dnc_step import DNCInterface, DNCState
+from memkernels.ops.dnc_sequence import dnc_sequence, interface_shapes
+from memkernels.ops.dnc_step import DNCInterface, DNCState, dnc_step
 
 
 def oneplus(x: Tensor) -> Tensor:
@@ -30,17 +31,7 @@ class Interface(NamedTuple):
 
     def parts(self) -> dict[str, tuple[int, ...]]:
         """Sizes of the parts, in the order of `DNCInterface`."""
-        width, reads, writes = self.width, self.read_heads, self.write_heads
-        found: dict[str, tuple[int, ...]] = dict(
-            read_keys=(reads, width), read_strengths=(reads,), write_keys=(writes, width), write_strengths=(writes,),
-            erase=(writes, width), add=(writes, width), free_gate=(reads,), allocation_gate=(writes,), write_gate=(writes,),
-            read_modes=(reads, 2 * writes + 1),
-        )  # fmt: skip
-        if self.key_mask:
-            found |= dict(write_mask=(writes, width), read_mask=(reads, width))
-        if self.sharpen_links:
-            found |= dict(link_sharpness=(reads, 2))
-        return found
+        return interface_shapes(self.read_heads, self.write_heads, self.width, self.key_mask, self.sharpen_links)
 
     def features(self) -> int:
         """The length of the vector."""
@@ -61,6 +52,22 @@ class Interface(NamedTuple):
         """What is asked at every step of "T B features", the activations taken for all steps at once."""
         asked = self(vectors)
         return [DNCInterface(**dict(zip(asked, step))) for step in zip(*(t.unbind(0) for t in asked.values()))]
+
+    def run(self, vectors: Tensor, state: DNCState, **options: Any) -> tuple[Tensor, DNCState]:
+        """Reads "T B R W" and the state after all steps of "T B features"; options of `dnc_step`."""
+        if vectors.is_cuda:  # `dnc_sequence` has no kernel there, the ops of a step have
+            found = []
+            for ask in self.steps(vectors):
+                read, state = dnc_step(state, ask, **options)
+                found.append(read)
+            nothing = vectors.new_zeros(0, vectors.shape[1], self.read_heads, self.width)
+            return torch.stack(found) if found else nothing, state
+        return dnc_sequence(vectors, state, **self.sequence_options(), **options)  # type: ignore[return-value]
+
+    def sequence_options(self) -> dict[str, Any]:
+        """What `dnc_sequence` has to know of the interface."""
+        strength = "oneplus" if self.strength is oneplus else "softplus"
+        return dict(key_mask=self.key_mask, sharpen_links=self.sharpen_links, strength=strength, bounded=self.bounded)
 
     def nothing(self, like: Tensor, batch: int) -> DNCState:
         """The state before the first step: all zeros."""

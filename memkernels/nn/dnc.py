@@ -13,6 +13,7 @@ from memkernels._compat import register_namedtuple
 from memkernels.nn._arguments import check_sizes, time_first
 from memkernels.nn._dnc_interface import Interface, oneplus
 from memkernels.nn.lstm import LSTM
+from memkernels.ops.dnc_sequence import DNCController, dnc_sequence
 from memkernels.ops.dnc_step import COSINES, DNCState, dnc_step
 
 STRENGTHS: dict[str, Any] = {"oneplus": oneplus, "softplus": F.softplus}
@@ -171,7 +172,8 @@ class DNC(nn.Module):
         """
         x = time_first("DNC", input, self.input_size, self.batch_first, self.interface.weight)
         state = self.initial_state(x.shape[1]) if state is None else self._checked(state, x.shape[1])
-        hidden, reads, state = (self._with_feedback if self.feedback else self._without_feedback)(x, state)
+        run = self._without_feedback if not self.feedback else self._in_one_call if self._fits(x, state) else self._by_steps
+        hidden, reads, state = run(x, state)
         output = self.output(torch.cat([hidden, reads.to(hidden.dtype)], -1))
         output = self._clipped(output) if self.clip_all else output
         return output.transpose(0, 1) if self.batch_first else output, state
@@ -191,7 +193,25 @@ class DNC(nn.Module):
     def _clipped(self, x: Tensor) -> Tensor:
         return x if self.clip is None else x.clamp(-self.clip, self.clip)
 
-    def _with_feedback(self, x: Tensor, state: DNCLayerState) -> tuple[Tensor, Tensor, DNCLayerState]:
+    def _fits(self, x: Tensor, state: DNCLayerState) -> bool:
+        """Whether `dnc_sequence` computes this call: one layer, whose h no clip reaches, all in one dtype, on a CPU, and any step."""
+        plain = type(self.controller) is LSTM and type(self.interface) is nn.Linear and self.controller.num_layers == 1
+        clipped = self.clip is not None and self.clip < 1  # |h| < 1
+        same = all(t.dtype == x.dtype for t in (*state.memory, *state[1:], self.interface.weight, self.controller.weight_hh_l0))
+        return plain and same and not clipped and not x.is_cuda and len(x) > 0
+
+    def _in_one_call(self, x: Tensor, state: DNCLayerState) -> tuple[Tensor, Tensor, DNCLayerState]:
+        lstm, layout = self.controller, self.layout
+        into, from_reads = lstm.weight_ih_l0.split((self.input_size, layout.read_heads * layout.width), 1)
+        bias, interface = lstm.bias_ih_l0 + lstm.bias_hh_l0, self.interface
+        carried = (state.reads, state.hidden[0], state.cell[0])
+        weights = (into, from_reads.unflatten(1, (layout.read_heads, layout.width)), lstm.weight_hh_l0, bias)
+        controller = DNCController(*carried, *weights, interface.weight, interface.bias)
+        options = self.layout.sequence_options() | self.step_options | dict(clip=self.clip if self.clip_all else None)
+        reads, memory, hidden, cell = dnc_sequence(x, state.memory, controller, **options)
+        return hidden, reads.flatten(2), DNCLayerState(memory, hidden[-1:].clone(), cell[None], reads[-1].clone())
+
+    def _by_steps(self, x: Tensor, state: DNCLayerState) -> tuple[Tensor, Tensor, DNCLayerState]:
         memory, hidden, cell, reads = state
         controls, read = [], []
         for step in x.unbind(0):
@@ -212,11 +232,9 @@ class DNC(nn.Module):
         before = reads.flatten(1).to(x.dtype).expand(len(x), -1, -1)
         out, (hidden, cell) = self.controller(torch.cat([x, before], -1), (hidden, cell))
         out = self._clipped(out)
-        read = []
-        for ask in self.layout.steps(self.interface(out).to(memory.memory.dtype)):
-            reads, memory = dnc_step(memory, ask, **self.step_options)
-            read.append(reads.flatten(1))
-        return out, _stacked(read, x, before.shape[-1]), DNCLayerState(memory, hidden, cell, reads)
+        found, memory = self.layout.run(self.interface(out).to(memory.memory.dtype), memory, **self.step_options)
+        reads = found[-1].clone() if len(found) else reads
+        return out, found.flatten(2), DNCLayerState(memory, hidden, cell, reads)
 
 
 def _stacked(steps: list[Tensor], x: Tensor, features: int) -> Tensor:

@@ -264,13 +264,15 @@ class ExternalMemory(nn.Module):
 
     def _dnc(self, parts: tuple[Tensor, ...], state: DNCState, traced: bool) -> _Steps:
         assert self._asks is not None
+        if not traced:
+            found, state = self._asks.run(parts[0], state)
+            return list(found.unbind(0)), state, []
         reads: list[Any] = []
         traces: list[tuple[Tensor, ...]] = []
         for ask in self._asks.steps(parts[0]):
             read, state = dnc_step(state, ask)
             reads.append(read)
-            if traced:
-                traces.append((state.read_weights, state.write_weights))
+            traces.append((state.read_weights, state.write_weights))
         return reads, state, traces
 
     def _best_rows(self, memory: Tensor, key: Tensor, strength: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@ from memkernels.ops.attention import attention
 from memkernels.ops.attention_varlen import attention_varlen
 from memkernels.ops.content_address import content_address
 from memkernels.ops.content_read import content_read
+from memkernels.ops.dnc_sequence import DNCController, dnc_sequence
 from memkernels.ops.dnc_step import DNCInterface, DNCState, dnc_step
 from memkernels.ops.gru import gru
 from memkernels.ops.gru_gates import gru_gates
@@ -30,6 +31,7 @@ from memkernels.ops.usage import usage
 from memkernels.ops.weighted_bag import weighted_bag
 
 __all__ = [
+    "DNCController",
     "DNCInterface",
     "DNCState",
     "NTMState",
@@ -39,6 +41,7 @@ __all__ = [
     "attention_varlen",
     "content_address",
     "content_read",
+    "dnc_sequence",
     "dnc_step",
     "gru",
     "gru_gates",

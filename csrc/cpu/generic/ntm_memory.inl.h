@@ -1,6 +1,6 @@
-// What a step of a Neural Turing Machine does with the memory of one batch row, which lies transposed, m[w][n] with
-// `stride` elements from one w to the next, so that all passes run over whole vectors of rows n.
+// How a step of a Neural Turing Machine addresses the memory of one batch row (column_memory.inl.h).
 #pragma once
+#include "cpu/generic/column_memory.inl.h"
 #include "cpu/generic/location_head.inl.h"
 #include "cpu/ntm_sequence.h"
 
@@ -16,59 +16,6 @@ struct NtmHeads {
     add = erase + a.writers * a.width, stats = add + a.writers * a.width;
   }
 };
-
-template <class A>
-MK_INLINE A root(A x) {
-  return reduce_max(sqrt(Vec<A>::set1(x)));
-}
-
-template <class A>
-MK_INLINE A dot_of(const A* x, const A* y, int64_t n) {
-  using V = Vec<A>;
-  V sum = V::zero();
-  for_each_vec<V>(n, [&](int64_t i, auto part) { sum = fma(load<V>(x + i, part), load<V>(y + i, part), sum); });
-  return reduce_add(sum);
-}
-
-// log(1 + e^x), small results to full relative precision.
-template <class V>
-MK_INLINE V softplus(V x) {
-  const V one = V::set1(1), e = exp(copysign(x, V::set1(-1))), u = one + e;
-  const V tail = select(u == one, e, log(u) * (e / select(u == one, one, u - one)));
-  return max(V::zero(), x) + tail;
-}
-
-// dot[h][n] = key[h] . row n, H heads, and the squared norms of the rows.
-template <int H, int N, class A, class Part>
-MK_INLINE void ntm_dots(const NtmArgs& a, const A* memory, int64_t stride, const A* key, A* dot, A* squares, int64_t n,
-                        Part part) {
-  using V = Vec<A>;
-  constexpr int64_t L = V::kLanes;
-  V sum[H][N], square[N];
-  for (int l = 0; l < N; l++) {
-    square[l] = V::zero();
-    for (int h = 0; h < H; h++) sum[h][l] = V::zero();
-  }
-  for (int64_t w = 0; w < a.width; w++)
-    for (int l = 0; l < N; l++) {
-      const V m = load<V>(memory + w * stride + n + l * L, part);
-      square[l] = fma(m, m, square[l]);
-      for (int h = 0; h < H; h++) sum[h][l] = fma(V::set1(key[h * a.width + w]), m, sum[h][l]);
-    }
-  for (int l = 0; l < N; l++) {
-    store(square[l], squares + n + l * L, part);
-    for (int h = 0; h < H; h++) store(sum[h][l], dot + h * a.rows + n + l * L, part);
-  }
-}
-
-template <int H, class A>
-void ntm_dots_of(const NtmArgs& a, const A* memory, int64_t stride, const A* key, A* dot, A* squares) {
-  constexpr int64_t L = Vec<A>::kLanes;
-  int64_t n = 0;
-  for (; n + 4 * L <= a.rows; n += 4 * L) ntm_dots<H, 4>(a, memory, stride, key, dot, squares, n, Full{});
-  for (; n + L <= a.rows; n += L) ntm_dots<H, 1>(a, memory, stride, key, dot, squares, n, Full{});
-  if (n < a.rows) ntm_dots<H, 1>(a, memory, stride, key, dot, squares, n, Tail{a.rows - n});
-}
 
 // Room for what addressing needs of one batch row; [A][N] but for norms [N], key_norms [A] and `room`.
 template <class A>
@@ -89,8 +36,8 @@ struct NtmAddress {
     const A eps = a.graves ? A(1e-6) : A(1e-16);
     int64_t h = 0;
     for (; h + 2 <= a.every(); h += 2)
-      ntm_dots_of<2>(a, memory, stride, heads.key + h * a.width, similar + h * a.rows, norms);
-    if (h < a.every()) ntm_dots_of<1>(a, memory, stride, heads.key + h * a.width, similar + h * a.rows, norms);
+      column_dots_of<2>(a, memory, stride, heads.key + h * a.width, similar + h * a.rows, norms);
+    if (h < a.every()) column_dots_of<1>(a, memory, stride, heads.key + h * a.width, similar + h * a.rows, norms);
     for_each_vec<V>(
         a.rows, [&](int64_t n, auto part) { store(sqrt(load<V>(norms + n, part) + V::set1(eps)), norms + n, part); });
     for (h = 0; h < a.every(); h++) {
@@ -126,80 +73,6 @@ struct NtmAddress {
     return l;
   }
 };
-
-// out = memory after the write of all heads with weights [U][N]; may be the memory itself.
-template <class A>
-void ntm_write(const NtmArgs& a, const A* memory, A* out, int64_t stride, const A* weights, const NtmHeads<A>& heads) {
-  using V = Vec<A>;
-  for_each_vec<V>(a.rows, [&](int64_t n, auto part) {
-    for (int64_t w = 0; w < a.width; w++) {
-      V kept = V::set1(1), added = V::zero();
-      for (int64_t u = 0; u < a.writers; u++) {
-        const V weight = load<V>(weights + u * a.rows + n, part);
-        kept = kept * fma(weight, V::set1(-heads.erase[u * a.width + w]), V::set1(1));
-        added = fma(weight, V::set1(heads.add[u * a.width + w]), added);
-      }
-      store(fma(load<V>(memory + w * stride + n, part), kept, added), out + w * stride + n, part);
-    }
-  });
-}
-
-// reads[r][w] = weights[r] . m[w]
-template <class A>
-void ntm_read(const NtmArgs& a, const A* memory, int64_t stride, const A* weights, A* reads) {
-  for (int64_t r = 0; r < a.readers; r++)
-    for (int64_t w = 0; w < a.width; w++)
-      reads[r * a.width + w] = dot_of(weights + r * a.rows, memory + w * stride, a.rows);
-}
-
-// Gradients of reading and writing in one pass over d, the gradient of the memory after the step, which becomes that of
-// the memory before it: adds to dweights [R + U][N], fills derase and dadd before their activations' slopes.
-template <class A>
-void ntm_access_backward(const NtmArgs& a, const A* before, const A* after, A* d, int64_t stride, const A* weights,
-                         const A* dreads, A* dweights, const NtmHeads<A>& heads, const NtmHeads<A>& dheads) {
-  using V = Vec<A>;
-  const A* source = a.graves ? after : before;
-  const int64_t first = a.readers * a.rows;
-  for (int64_t w = 0; w < a.width; w++) {
-    A* row = d + w * stride;
-    const auto read = [&] {
-      for (int64_t r = 0; r < a.readers; r++) {
-        const V dread = V::set1(dreads[r * a.width + w]);
-        for_each_vec<V>(a.rows, [&](int64_t n, auto part) {
-          A* to = dweights + r * a.rows + n;
-          store(fma(dread, load<V>(source + w * stride + n, part), load<V>(to, part)), to, part);
-          store(fma(dread, load<V>(weights + r * a.rows + n, part), load<V>(row + n, part)), row + n, part);
-        });
-      }
-    };
-    if (a.graves) read();
-    for (int64_t u = 0; u < a.writers; u++) {
-      const V erase = V::set1(heads.erase[u * a.width + w]), add = V::set1(heads.add[u * a.width + w]);
-      V derase = V::zero(), dadd = V::zero();
-      for_each_vec<V>(a.rows, [&](int64_t n, auto part) {
-        const V slope = load<V>(row + n, part), weight = load<V>(weights + first + u * a.rows + n, part);
-        V others = slope * load<V>(before + w * stride + n, part);
-        for (int64_t v = 0; v < a.writers; v++)
-          if (v != u)
-            others = others * fma(load<V>(weights + first + v * a.rows + n, part),
-                                  V::set1(-heads.erase[v * a.width + w]), V::set1(1));
-        A* to = dweights + first + u * a.rows + n;
-        store(fma(slope, add, load<V>(to, part)) - others * erase, to, part);
-        derase = derase - weight * others;
-        dadd = fma(weight, slope, dadd);
-      });
-      dheads.erase[u * a.width + w] = reduce_add(derase), dheads.add[u * a.width + w] = reduce_add(dadd);
-    }
-    for_each_vec<V>(a.rows, [&](int64_t n, auto part) {
-      V kept = load<V>(row + n, part);
-      for (int64_t u = 0; u < a.writers; u++)
-        kept = kept *
-               fma(load<V>(weights + first + u * a.rows + n, part), V::set1(-heads.erase[u * a.width + w]), V::set1(1));
-      store(kept, row + n, part);
-    });
-    if (!a.graves) read();
-  }
-}
 
 // From dcontent [A][N], overwritten: adds to d, the gradient of the memory, and fills those of keys and strengths.
 template <class A>

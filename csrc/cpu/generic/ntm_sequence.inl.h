@@ -5,21 +5,10 @@
 // one memory a segment of about sqrt(T) steps, then within each segment from the last to the first.
 // Precision: the accumulation type throughout, state included; what is public is rounded once.
 #include "cpu/generic/ntm_memory.inl.h"
-#include "cpu/generic/small_products.inl.h"
+#include "cpu/generic/sequence_controller.inl.h"
 
 namespace mk::cpu::MK_LEVEL {
 namespace {
-
-template <class To, class From>
-MK_INLINE void convert_run(const From* from, To* to, int64_t n) {
-  using V = Vec<acc_t<To>>;
-  for_each_vec<V>(n, [&](int64_t i, auto part) { store(load<V>(from + i, part), to + i, part); });
-}
-
-template <class A>
-MK_INLINE void clear(A* x, int64_t n) {
-  for_each_vec<Vec<A>>(n, [&](int64_t i, auto part) { store(Vec<A>::zero(), x + i, part); });
-}
 
 // Where the saved outputs of (t, b) lie.
 template <class A>
@@ -49,25 +38,10 @@ void each_projection(const NtmArgs& a, const Body& body) {
 template <class S>
 void ntm_pack(const NtmArgs& a, bool backward) {
   using A = acc_t<S>;
-  const int64_t gates = 4 * a.hidden, columns = a.projected();
-  const auto matrix = [&](const void* from, int64_t stride, int64_t rows, int64_t n, void* to, int64_t row,
-                          int64_t column, int64_t height, int64_t width) {
-    A* out = static_cast<A*>(to);
-    for (int64_t j = 0; j < rows; j++) {
-      const S* x = static_cast<const S*>(from) + j * stride;
-      if (backward)
-        convert_run(x, out + (row + j) * width + column, n);
-      else
-        for (int64_t k = 0; k < n; k++) out[(column + k) * height + row + j] = to_float(x[k]);
-    }
-  };
-  const int64_t depth = a.depth();
-  matrix(a.weight_ih, a.features, gates, a.features, a.controller, 0, 0, gates, depth);
-  matrix(a.weight_rh, a.read(), gates, a.read(), a.controller, 0, a.features, gates, depth);
-  matrix(a.weight_hh, a.hidden, gates, a.hidden, a.controller, 0, a.features + a.read(), gates, depth);
-  if (!backward) convert_run(static_cast<const S*>(a.bias), static_cast<A*>(a.controller_bias), gates);
+  const int64_t columns = a.projected();
+  pack_controller<S>(a, backward);
   each_projection(a, [&](const void* part, int, int64_t rows, int64_t first) {
-    matrix(part, a.hidden + 1, rows, a.hidden, a.projection, first, 0, columns, a.hidden);
+    pack_matrix<S>(part, a.hidden + 1, rows, a.hidden, a.projection, first, 0, columns, a.hidden, !backward);
     if (backward) return;
     for (int64_t j = 0; j < rows; j++)
       static_cast<A*>(a.projection_bias)[first + j] =
@@ -87,26 +61,6 @@ void ntm_initial_weights(const NtmArgs& a, int64_t b, acc_t<S>* weights) {
   const int64_t read = a.readers * a.rows, write = a.writers * a.rows;
   convert_run(static_cast<const S*>(a.read_weights) + b * read, weights, read);
   convert_run(static_cast<const S*>(a.write_weights) + b * write, weights + read, write);
-}
-
-// Gates, cell and hidden state of a row, from the sums before activation in place.
-template <class S>
-void ntm_controller(const NtmArgs& a, int64_t t, int64_t b, const NtmPlace<acc_t<S>>& at) {
-  using V = Vec<acc_t<S>>;
-  const int64_t n = a.hidden;
-  const auto* previous = at.cell - a.batch * n;
-  const S* first = static_cast<const S*>(a.c) + b * n;
-  auto* h = at.next + a.features + a.read();
-  S* out = static_cast<S*>(a.all_hidden) + (t * a.batch + b) * n;
-  for_each_vec<V>(n, [&](int64_t j, auto part) {
-    auto* gate = at.gates + j;
-    const V i = sigmoid(load<V>(gate, part)), f = sigmoid(load<V>(gate + n, part));
-    const V g = tanh(load<V>(gate + 2 * n, part)), o = sigmoid(load<V>(gate + 3 * n, part));
-    const V old = t ? load<V>(previous + j, part) : load<V>(first + j, part), c = fma(f, old, i * g), now = o * tanh(c);
-    store(i, gate, part), store(f, gate + n, part), store(g, gate + 2 * n, part), store(o, gate + 3 * n, part);
-    store(c, at.cell + j, part), store(now, h + j, part), store(now, out + j, part);
-    if (t + 1 == a.steps) store(c, static_cast<S*>(a.last_cell) + b * n + j, part);
-  });
 }
 
 // The activations of a row of `heads`, in place.
@@ -176,11 +130,7 @@ void ntm_forward(const NtmArgs& a, int64_t first, int64_t count, void* scratch) 
     const int64_t b = first + i;
     ntm_initial_memory<S>(a, b, memory + i * z.memory, z.stride);
     ntm_initial_weights<S>(a, b, initial + i * z.weights);
-    A* row = NtmPlace<A>(a, 0, b).entered;
-    convert_run(static_cast<const S*>(a.reads) + b * a.read(), row + a.features, a.read());
-    convert_run(static_cast<const S*>(a.h) + b * a.hidden, row + into, a.hidden);
-    if (!a.steps)
-      convert_run(static_cast<const S*>(a.c) + b * a.hidden, static_cast<S*>(a.last_cell) + b * a.hidden, a.hidden);
+    controller_start<S>(a, b);
   }
   for (int64_t t = 0; t < a.steps; t++) {
     const NtmPlace<A> head(a, t, first);
@@ -189,7 +139,7 @@ void ntm_forward(const NtmArgs& a, int64_t first, int64_t count, void* scratch) 
                   NtmPlace<A>(a, t, first + i).entered, a.features);
     times(head.entered, a.depth(), count, a.depth(), static_cast<const A*>(a.controller), gates,
           static_cast<const A*>(a.controller_bias), head.gates, gates);
-    for (int64_t i = 0; i < count; i++) ntm_controller<S>(a, t, first + i, NtmPlace<A>(a, t, first + i));
+    for (int64_t i = 0; i < count; i++) controller_forward<S>(a, t, first + i, NtmPlace<A>(a, t, first + i));
     times(head.next + into, a.depth(), count, a.hidden, static_cast<const A*>(a.projection), a.projected(),
           static_cast<const A*>(a.projection_bias), head.heads, a.head_row());
     for (int64_t i = 0; i < count; i++) {
@@ -204,9 +154,9 @@ void ntm_forward(const NtmArgs& a, int64_t first, int64_t count, void* scratch) 
       l.weights = at.weights;
       for (int64_t h = 0; h < a.every(); h++) location_address_forward<A>(l, 0, h, address.room);
       A* reads = at.next + a.features;
-      if (!a.graves) ntm_read(a, m, z.stride, at.weights, reads);
-      ntm_write(a, m, m, z.stride, at.weights + a.readers * a.rows, heads);
-      if (a.graves) ntm_read(a, m, z.stride, at.weights, reads);
+      if (!a.graves) column_read(a, m, z.stride, at.weights, reads);
+      column_write(a, m, m, z.stride, at.weights + a.readers * a.rows, heads);
+      if (a.graves) column_read(a, m, z.stride, at.weights, reads);
       convert_run(reads, static_cast<S*>(a.all_reads) + (t * a.batch + b) * a.read(), a.read());
     }
   }
@@ -276,7 +226,7 @@ void ntm_heads_backward(const NtmArgs& a, int64_t t, int64_t b, const acc_t<S>* 
       store(load<V>(d.weights + j, part) + load<V>(more + j, part), d.weights + j, part);
     });
   }
-  ntm_access_backward(a, before, after, d.memory, z.stride, at.weights, dreads, d.weights, heads, dheads);
+  column_access_backward(a, before, after, d.memory, z.stride, at.weights, dreads, d.weights, heads, dheads);
   NtmAddress<A> address(a, room);
   address.weigh(a, before, z.stride, heads);
   LocationAddressArgs l = address.location(a, heads, t ? at.before : initial);
@@ -286,33 +236,6 @@ void ntm_heads_backward(const NtmArgs& a, int64_t t, int64_t b, const acc_t<S>* 
   convert_run(dprevious, d.weights, a.every() * a.rows);
   ntm_similarity_backward(a, before, d.memory, z.stride, address, dcontent, shrink, heads, dheads);
   ntm_slopes(a, heads, dheads, dgate, dshift, dsharpen);
-}
-
-// The controller of one row: from the gradient of h, in d.entered's last part, and of c to that of the gates.
-template <class S>
-void ntm_controller_backward(const NtmArgs& a, int64_t t, int64_t b, const acc_t<S>* from_heads,
-                             const NtmCarried<acc_t<S>>& d) {
-  using V = Vec<acc_t<S>>;
-  using A = acc_t<S>;
-  const int64_t n = a.hidden, place = t * a.batch + b;
-  const NtmPlace<A> at(a, t, b);
-  const A *carried = d.entered + a.features + a.read(), *previous = at.cell - a.batch * n;
-  const S *first = static_cast<const S*>(a.c) + b * n,
-          *more = a.dhidden ? static_cast<const S*>(a.dhidden) + place * n : nullptr;
-  A* out = static_cast<A*>(a.dgates) + place * 4 * n;
-  const V one = V::set1(1);
-  for_each_vec<V>(n, [&](int64_t j, auto part) {
-    const auto* gate = at.gates + j;
-    const V i = load<V>(gate, part), f = load<V>(gate + n, part), g = load<V>(gate + 2 * n, part),
-            o = load<V>(gate + 3 * n, part);
-    const V bent = tanh(load<V>(at.cell + j, part)), old = t ? load<V>(previous + j, part) : load<V>(first + j, part);
-    V dh = load<V>(carried + j, part) + load<V>(from_heads + j, part);
-    if (more) dh = dh + load<V>(more + j, part);
-    const V dc = fma(dh * o, one - bent * bent, load<V>(d.cell + j, part));
-    store(dc * g * i * (one - i), out + j, part), store(dc * old * f * (one - f), out + n + j, part);
-    store(dc * i * (one - g * g), out + 2 * n + j, part), store(dh * bent * o * (one - o), out + 3 * n + j, part);
-    store(dc * f, d.cell + j, part);
-  });
 }
 
 // The gradients of the state before the first step.
@@ -347,7 +270,7 @@ void ntm_backward(const NtmArgs& a, int64_t first, int64_t count, void* scratch)
   };
   const auto replay = [&](int64_t t, int64_t b, const A* from, A* to) {
     const NtmPlace<A> at(a, t, b);
-    ntm_write(a, from, to, z.stride, at.weights + a.readers * a.rows, NtmHeads<A>(a, at.heads));
+    column_write(a, from, to, z.stride, at.weights + a.readers * a.rows, NtmHeads<A>(a, at.heads));
   };
   for (int64_t i = 0; i < count; i++) {
     const int64_t b = first + i;
@@ -380,7 +303,9 @@ void ntm_backward(const NtmArgs& a, int64_t first, int64_t count, void* scratch)
     const int64_t place = t * a.batch + first;
     times(static_cast<const A*>(a.dheads) + place * a.head_row(), a.head_row(), count, a.projected(),
           static_cast<const A*>(a.projection), a.hidden, static_cast<const A*>(nullptr), from_heads, a.hidden);
-    for (int64_t i = 0; i < count; i++) ntm_controller_backward<S>(a, t, first + i, from_heads + i * a.hidden, row(i));
+    for (int64_t i = 0; i < count; i++)
+      controller_backward<S>(a, t, first + i, NtmPlace<A>(a, t, first + i), from_heads + i * a.hidden, row(i).entered,
+                             row(i).cell);
     times(static_cast<const A*>(a.dgates) + place * 4 * a.hidden, 4 * a.hidden, count, 4 * a.hidden,
           static_cast<const A*>(a.controller), a.depth(), static_cast<const A*>(nullptr), row(0).entered, a.depth());
     for (int64_t i = 0; i < count && a.dinput; i++)
@@ -393,30 +318,14 @@ void ntm_backward(const NtmArgs& a, int64_t first, int64_t count, void* scratch)
 template <class S>
 void ntm_weights(const NtmArgs& a, int64_t begin, int64_t end, void* scratch) {
   using A = acc_t<S>;
-  const int64_t gates = 4 * a.hidden, count = a.steps * a.batch, depth = a.depth();
-  const A *entered = static_cast<const A*>(a.entered), one = 1;
+  const int64_t gates = 4 * a.hidden, depth = a.depth();
+  const A* h = static_cast<const A*>(a.entered) + a.batch * depth + a.features + a.read();
   A *sum = static_cast<A*>(scratch), *bias = sum + (end - begin) * (depth + 16);
-  const auto part = [&](const void* left, int64_t stride, int64_t first, int64_t n, const A* right, int64_t columns) {
-    clear(sum, n * columns), clear(bias, n);
-    const A* rows = static_cast<const A*>(left) + first;
-    add_outer(rows, stride, n, right, depth, count, columns, sum, columns);
-    add_outer(&one, 0, 1, rows, stride, count, n, bias, n);
-  };
-  const auto narrow = [&](void* to, int64_t row, int64_t n, const A* from) {
-    if (to) convert_run(from, static_cast<S*>(to) + row * n, n);
-  };
   const int64_t middle = end < gates ? end : gates;
-  if (begin < gates) {
-    part(a.dgates, gates, begin, middle - begin, entered, depth);
-    for (int64_t j = begin; j < middle; j++) {
-      const A* row = sum + (j - begin) * depth;
-      narrow(a.dweight[0], j, a.features, row), narrow(a.dweight[1], j, a.read(), row + a.features);
-      narrow(a.dweight[2], j, a.hidden, row + a.features + a.read()), narrow(a.dweight[3], j, 1, bias + j - begin);
-    }
-  }
+  if (begin < gates) controller_weights<S>(a, begin, middle, sum, bias);
   const int64_t from = begin > gates ? begin - gates : 0, to = end - gates;
   if (to <= from) return;
-  part(a.dheads, a.head_row(), from, to - from, entered + a.batch * depth + a.features + a.read(), a.hidden);
+  sum_outer(a.dheads, a.head_row(), from, to - from, h, depth, a.hidden, a.steps * a.batch, sum, bias);
   each_projection(a, [&](const void*, int which, int64_t rows, int64_t first) {
     for (int64_t p = from > first ? from : first; p < to && p < first + rows; p++) {
       if (!a.dweight[which]) continue;

@@ -1,7 +1,7 @@
 // Products of a few rows with a matrix that lies in the L2 cache, and sums of outer products over very many rows.
 // An element's sum runs in one order whatever rows stand beside it.
 #pragma once
-#include "cpu/generic/rows.inl.h"
+#include "common/types.h"
 
 namespace mk::cpu::MK_LEVEL {
 namespace {

@@ -1,0 +1,3 @@
+#include "cpu/baseline/vec.h"
+
+#include "cpu/generic/dnc_sequence.inl.h"
