@@ -10,8 +10,9 @@ from torch import Tensor
 
 from memkernels.store.engine import Engine, Transaction
 from memkernels.store.format import Schema, State, damaged
+from memkernels.store.journal import NAME, Record
 from memkernels.store.keys import KeyBatch
-from memkernels.store.runs import Run, batches, check_rows, decode, merge, to_merge
+from memkernels.store.runs import PIECE, Run, batches, check_rows, decode, merge, to_merge
 
 SCHEMA, STATE, RUNS = b"schema", b"state", b"run/"
 _KEY = struct.Struct(">4sQI")
@@ -38,8 +39,10 @@ def read_schema(transaction: Transaction) -> Schema:
     return Schema.from_json(data)
 
 
-def runs(transaction: Transaction, schema: Schema, state: State, after: bytes) -> Iterator[tuple[str, Run, bytes, bytes]]:
-    """(name, run, key, bytes) of every run behind a key, checked against the state."""
+def runs(
+    transaction: Transaction, schema: Schema, state: State, journal: list[Record], after: bytes = RUNS
+) -> Iterator[tuple[str, Run, bytes, bytes]]:
+    """(name, run, key, bytes) of every run behind a key, those of the journal last, checked against the state."""
     for key, data in transaction.scan(RUNS, after):
         what = f"run {key.hex()}"
         run = decode(what, data, schema.key_type)
@@ -47,13 +50,18 @@ def runs(transaction: Transaction, schema: Schema, state: State, after: bytes) -
             raise damaged(what, f"commit {run.last_commit} in a store at commit {state.commit}")
         check_rows(what, run, state.rows)
         yield what, run, key, data
+    for record in journal:
+        if (key := run_key(record.commit, 0)) > after:
+            yield NAME, record.run, key, record.data
 
 
-def replay(transaction: Transaction, schema: Schema, state: State, after: int | None) -> Iterator[tuple[KeyBatch, Tensor]]:
+def replay(
+    transaction: Transaction, schema: Schema, state: State, journal: list[Record], after: int | None = None
+) -> Iterator[tuple[KeyBatch, Tensor]]:
     """Batches of the runs of later commits (None: of all, whose rows must then be all there are); ends the transaction."""
     row = 0
     try:
-        for what, run, _, _ in runs(transaction, schema, state, RUNS if after is None else after_commit(after)):
+        for what, run, _, _ in runs(transaction, schema, state, journal, RUNS if after is None else after_commit(after)):
             row = follows(what, run, row) if after is None else row
             yield from batches(what, run)
         if after is None and row != state.rows:
@@ -67,6 +75,21 @@ def follows(what: str, run: Run, row: int) -> int:
     if run.blocks and run.first_row != row:
         raise damaged(what, f"rows from {run.first_row} on where {row} comes next")
     return row + run.block_rows
+
+
+def _joined(commits: list[list[Run]], state: State, stride: int) -> list[Run]:
+    """The runs of the next commits, numbered; neighbours become one as long as it stays small."""
+    groups: list[list[Run]] = []
+    size = PIECE
+    for i, commit in enumerate(commits):
+        for run in commit:
+            run.first_commit = run.last_commit = state.commit + 1 + i
+            if size + run.key_bytes > PIECE:
+                groups.append([])
+                size = 0
+            groups[-1].append(run)
+            size += run.key_bytes
+    return [group[0] if len(group) == 1 else merge(group, stride, state.capacity) for group in groups]
 
 
 class Catalog:
@@ -87,12 +110,10 @@ class Catalog:
         """Everything of these commits but the commit itself, in a transaction."""
         transaction = self.engine.begin(True)
         try:
-            known, commit = list(self._runs), self.state.commit
-            for one in new:
-                commit += 1
-                for piece, run in enumerate(one):
-                    run.first_commit = run.last_commit = commit
-                    self._put(transaction, known, run_key(commit, piece), run)
+            known, commit = list(self._runs), self.state.commit + len(new)
+            for run in _joined(new, self.state, self.stride):
+                piece = _KEY.unpack(known[-1][0])[2] + 1 if known and known[-1][0] >= run_key(run.last_commit, 0) else 0
+                self._put(transaction, known, run_key(run.last_commit, piece), run)
             if (n := to_merge([size for _, size in known])) > 1:
                 self._merge(transaction, known, n)
             state = dataclasses.replace(self.state, commit=commit, rows=rows)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from memkernels.store import disk
-from memkernels.store.catalog import RUNS, follows, runs
+from memkernels.store.catalog import follows, runs
 from memkernels.store.crc32c import crc32c
 from memkernels.store.engine import Engine, Transaction
 from memkernels.store.errors import StoreError
-from memkernels.store.format import HEADER, Schema, SegmentHeader, State
+from memkernels.store.format import HEADER, SegmentHeader, State
+from memkernels.store.journal import Record
 from memkernels.store.runs import batches
 from memkernels.store.segments import Segments
 
@@ -31,7 +32,7 @@ class Report:
         return not self.problems
 
 
-def verify(engine: Engine, transaction: Transaction, segments: Segments, state: State, schema: Schema) -> Report:
+def verify(engine: Engine, transaction: Transaction, segments: Segments, state: State, journal: list[Record]) -> Report:
     report, row = Report(rows=state.rows, segments=state.segments), 0
     report.problems += engine.verify()
     try:
@@ -40,7 +41,7 @@ def verify(engine: Engine, transaction: Transaction, segments: Segments, state: 
             header = disk.read_at(segments.files[index].fd, HEADER, 0)
             if SegmentHeader.decode(path.name, header) != segments.header(index):
                 report.problems.append(f"{path.name}: it belongs to another store or place")
-        for what, run, _, data in runs(transaction, schema, state, RUNS):
+        for what, run, _, data in runs(transaction, segments.schema, state, journal):
             report.keys += sum(len(keys) for keys, _ in batches(what, run))
             report.runs, report.bytes = report.runs + 1, report.bytes + len(data)
             end = follows(what, run, row)

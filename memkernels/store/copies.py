@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from memkernels.store import disk, folder
-from memkernels.store.catalog import RUNS, SCHEMA, STATE, follows, run_key, runs
+from memkernels.store.catalog import SCHEMA, STATE, follows, run_key, runs
 from memkernels.store.crc32c import crc32c
 from memkernels.store.engine import Transaction, engine_files, open_engine
 from memkernels.store.format import Marker, Schema, State, damaged
@@ -24,6 +24,7 @@ from memkernels.store.tail import Tail
 
 if TYPE_CHECKING:
     from memkernels.store.log import Log
+    from memkernels.store.view import View
 
 
 def new_engine(path: Path, marker: Marker, schema: Schema, durable: bool, fill: Callable[[Transaction], State]) -> None:
@@ -62,7 +63,7 @@ def rewrite(log: Log, batches: Iterable[tuple[KeyBatch, dict[str, Tensor]]], era
         state = dataclasses.replace(old, commit=old.commit + 1, generation=old.generation + 1, rows=0, first_segment=first)
         _write_all(log, marker, state, batches)
         try:
-            folder.write_marker(log.path, marker, log._durable)
+            folder.write_marker(log.path, marker, log._syncs())
         except BaseException as error:
             log._fail(error)
             raise
@@ -89,12 +90,12 @@ def _write_all(log: Log, marker: Marker, state: State, batches: Iterable[tuple[K
                 put(transaction, tail.runs.pop(0))
         for run in tail.take():
             put(transaction, run)
-        if log._durable:
+        if log._syncs():
             segments.sync()
         return dataclasses.replace(state, rows=tail.rows)
 
     try:
-        new_engine(log.path, marker, log.schema, log._durable, fill)
+        new_engine(log.path, marker, log.schema, log._syncs(), fill)
     except BaseException:
         with contextlib.suppress(OSError):
             folder.remove_unused(log.path, log._marker, log._state)
@@ -109,6 +110,8 @@ def _switch(log: Log, erase: bool) -> None:
     assert old_engine is not None
     if erase:
         old_segments.wipe()
+        if log._journal is not None:
+            log._journal.wipe()
         for path in engine_files(log.path, log.engine, log._marker.number)[1:]:
             if path.suffix == ".sqlite-wal" and path.exists():  # sqlite removes it when it closes
                 disk.overwrite(path)
@@ -123,7 +126,7 @@ def _switch(log: Log, erase: bool) -> None:
     folder.remove_unused(log.path, log._marker, log._state)
 
 
-def snapshot(log: Log, transaction: Transaction, path: Path) -> None:
+def snapshot(log: View, transaction: Transaction, path: Path) -> None:
     """See Log.snapshot. `transaction` is on log._state."""
     path.mkdir(parents=True, exist_ok=True)
     disk.refuse_network(path)
@@ -135,7 +138,7 @@ def snapshot(log: Log, transaction: Transaction, path: Path) -> None:
 
         def fill(out: Transaction) -> State:
             row = 0
-            for what, run, key, data in runs(transaction, log.schema, state, RUNS):
+            for what, run, key, data in runs(transaction, log.schema, state, log._records):
                 end = follows(what, run, row)
                 for count, crc in run.blocks:
                     block = source.read(row, count)

@@ -13,7 +13,7 @@ from memkernels.store.errors import StoreError, StoreFormatError
 from memkernels.store.format import MARKER, Marker, State
 from memkernels.store.segments import file_name
 
-_OWN = re.compile(r"LOCK|READERS|ENGINE\.new|index-\d{8,}\.(lmdb|sqlite)(-\w+)?|segment-\d{8,}\.mkv")
+_OWN = re.compile(r"LOCK|READERS|JOURNAL|ENGINE\.new|index-\d{8,}\.(lmdb|sqlite)(-\w+)?|segment-\d{8,}\.mkv")
 
 
 def read_marker(folder: Path) -> Marker:
@@ -77,7 +77,7 @@ def prepare_new(folder: Path) -> None:
 
 def remove_unused(folder: Path, marker: Marker, state: State) -> None:
     """Removes the files that neither the marker nor the state names: of a commit or a rewrite that was cut off, or rewritten."""
-    used = {path.name for path in engine_files(folder, marker.engine, marker.number)} | {"LOCK", "READERS"}
+    used = {path.name for path in engine_files(folder, marker.engine, marker.number)} | {"LOCK", "READERS", "JOURNAL"}
     used |= {file_name(state.first_segment + i) for i in range(state.segments)}
     for name in sorted(os.listdir(folder)):
         if name not in used and _OWN.fullmatch(name):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class KeyBatch:
-    """int64: `ints` "n". bytes and str: `data` (uint8, all keys' bytes one after another) and `offsets` int64 "n+1"."""
+    """int64: `ints` "n"; bytes and str: `data` (uint8, all keys' bytes one after another) and `offsets` int64 "n+1"."""
 
     type: str
     ints: Tensor | None = None

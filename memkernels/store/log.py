@@ -1,65 +1,53 @@
 """The log of a store on disk: rows in append-only segments, keys and commits in a small transactional engine.
 
-A commit writes segments, syncs them, then commits one engine transaction with the keys, the checksums of the rows and the new state. What
-the engine does not name does not exist, so that nothing has to be repaired after a crash.
+A commit writes segments, syncs them, then commits one engine transaction with the keys, the checksums of the rows and the new state. A
+small one goes to the journal first, with one sync, and with many others to segments and engine later. What neither names does not exist.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from memkernels.store import catalog, copies, disk, folder
-from memkernels.store.checks import Report, verify
-from memkernels.store.engine import Engine, default_engine, engine_files, open_engine
+from memkernels.store import copies, disk, folder, journal
+from memkernels.store.engine import default_engine, engine_files
 from memkernels.store.errors import StoreError, StoreFormatError
 from memkernels.store.format import HEADER, Layout, Marker, Schema, State, damaged
 from memkernels.store.group import Group
+from memkernels.store.journal import Journal
 from memkernels.store.keys import KeyBatch
 from memkernels.store.runs import Run
-from memkernels.store.segments import Chunk, Segments
+from memkernels.store.segments import Chunk
 from memkernels.store.tail import Tail
+from memkernels.store.view import Changes, View
 
+__all__ = ["Changes", "Chunk", "KeyBatch", "Log", "Schema", "StoreError", "StoreFormatError"]
 DURABILITY = ("none", "async", "commit")
 SEGMENT = 1 << 30  # bytes of a segment, about
 _logs: weakref.WeakSet[Log] = weakref.WeakSet()
+Item = tuple[list[Run], int]  # what a commit adds: its runs, and how many rows there are then
 
 
-@dataclass
-class Changes:
-    """Batches of keys and rows (-1: erased), later ones win; iterate it once, to its end. `restart`: they replace all that was known."""
-
-    restart: bool = False
-    batches: Iterator[tuple[KeyBatch, Tensor]] = field(default_factory=lambda: iter(()))
-
-    def __iter__(self) -> Iterator[tuple[KeyBatch, Tensor]]:
-        return self.batches
-
-
-class Log:
+class Log(View):
     """One writer, or one of many readers with a snapshot that `refresh` moves on. Thread-safe. See `create` and `open`."""
 
     def __init__(self, path: Path, mode: str, durability: str) -> None:
+        super().__init__(path, mode)
         if durability not in DURABILITY:
             raise ValueError(f"store: durability: expected {', '.join(DURABILITY)}, got {durability!r}")
-        if mode not in ("r", "w"):
-            raise ValueError(f"store: mode: expected r or w, got {mode!r}")
-        self.path, self.mode, self.durability = Path(path), mode, durability
-        self.closed = True
-        self._lock, self._pid = threading.RLock(), os.getpid()
-        self._lock_fd: int | None = None
-        self._engine: Engine | None = None
+        self.durability = durability
         self._group: Group | None = None
         self._failed: BaseException | None = None
         self._given = 0  # number of the last commit that was asked for
+        self._journal: Journal | None = None
+        self._waiting: list[Item] = []  # commits that the journal holds and the engine does not
 
     @classmethod
     def exists(cls, path: str | os.PathLike[str]) -> bool:
@@ -86,9 +74,9 @@ class Log:
             folder.prepare_new(self.path)
             capacity = max(1, (segment_bytes - HEADER) // Layout.of(schema).stride)
             state = State(0, 0, 0, capacity, 1, os.urandom(16))
-            copies.new_engine(self.path, Marker(name, 1), schema, self._durable, lambda _: state)
-            folder.write_marker(self.path, Marker(name, 1), self._durable)
-            if self._durable:
+            copies.new_engine(self.path, Marker(name, 1), schema, self._syncs(), lambda _: state)
+            folder.write_marker(self.path, Marker(name, 1), self._syncs())
+            if self._syncs():
                 disk.sync_directory(self.path.absolute().parent)
             self._start()
         except BaseException:
@@ -110,129 +98,47 @@ class Log:
             raise
         return self
 
-    @property
-    def _durable(self) -> bool:
+    def _syncs(self) -> bool:
         return self.durability != "none"
 
     def _start(self) -> None:
         self.closed = False
         self._load()
         if self.mode == "w":
+            self._recover()
             folder.remove_unused(self.path, self._marker, self._state)
             self._given = self._state.commit
             if self.durability == "async":
                 self._group = Group(self._write)
+            elif self.durability == "commit":
+                self._journal = Journal(self.path)
+        else:
+            self._see().abort()
         _logs.add(self)
 
-    def _load(self) -> None:
-        """Opens what the marker names; a writer may rename it meanwhile."""
-        for attempt in range(100):
-            self._marker = folder.read_marker(self.path)
-            try:
-                return self._load_marked()
-            except (FileNotFoundError, StoreFormatError) as error:
-                if attempt == 99 or folder.read_marker(self.path) == self._marker:
-                    if isinstance(error, FileNotFoundError):
-                        raise damaged(str(self.path), f"{error.filename} is missing") from None
-                    raise
-
-    def _load_marked(self) -> None:
-        write = self.mode == "w" and self._pid == os.getpid()
-        engine = open_engine(self.path, self._marker.engine, self._marker.number, write, self._durable)
+    def _recover_for_reader(self) -> None:
+        """The machine stopped after commits to the journal: a writer brings them to where they belong, if there is none already."""
         try:
-            transaction = engine.begin(False)
-            try:
-                state, schema = catalog.read_state(transaction), catalog.read_schema(transaction)
-            finally:
-                transaction.abort()
-            try:
-                segments = Segments(self.path, schema, state)
-            except ValueError as error:
-                raise damaged("the schema", str(error)) from error
-            segments.open(state, write)
-            self._catalog = catalog.Catalog(engine, schema, segments.layout.stride, state)
-            if write:
-                self._catalog.load()
-        except BaseException:
-            engine.close()
-            raise
-        self._engine, self.schema, self._state, self._segments = engine, schema, state, segments
-        self._tail = Tail(segments, state.rows)
+            Log.open(self.path, "w").close()
+        except (StoreError, OSError) as error:
+            if isinstance(error, StoreFormatError) or not os.access(self.path, os.W_OK):
+                raise
 
-    # What is known
-
-    @property
-    def commit_number(self) -> int:
-        """Of the last commit that this log has seen in the engine."""
-        return self._state.commit
-
-    @property
-    def generation(self) -> int:
-        """How often the store was rewritten; rows are numbered anew in each generation."""
-        return self._state.generation
-
-    @property
-    def rows(self) -> int:
-        """Rows given out, of which those behind the last commit can still be rolled back."""
-        return self._tail.rows
-
-    @property
-    def engine(self) -> str:
-        return self._marker.engine
-
-    def nbytes(self) -> int:
-        """Bytes on disk, as the file system counts them."""
-        return sum(f.stat().st_blocks * 512 for f in self.path.iterdir() if f.is_file())
-
-    def chunks(self) -> list[Chunk]:
-        """Every row in memory that is mapped, in order. Ask again after `append`, `refresh` and `rewrite`."""
-        with self._lock:
-            self._check_open()
-            return self._segments.chunks()
-
-    def replay(self) -> Iterator[tuple[KeyBatch, Tensor]]:
-        """Keys and rows (-1: erased) of all commits, in batches of at most a million; of equal keys the later one holds."""
-        with self._lock:
-            self.wait()
-            transaction = self._see()
-            return catalog.replay(transaction, self.schema, self._state, None)
-
-    def refresh(self) -> Changes:
-        """For a reader: what was committed since it last looked."""
-        with self._lock:
-            self._check_open()
-            if self._writes():
-                return Changes()
-            if folder.read_marker(self.path) != self._marker:
-                engine, segments = self._engine, self._segments
-                self._load()
-                segments.close()
-                if engine is not None:
-                    engine.close()
-                return Changes(True, self.replay())
-            before = self._state.commit
-            transaction = self._see()
-            if self._state.commit == before:
-                transaction.abort()
-                return Changes()
-            return Changes(False, catalog.replay(transaction, self.schema, self._state, before))
-
-    def _see(self) -> Any:
-        """A transaction on the newest commit; a reader's snapshot moves to it."""
-        self._check_open()
-        assert self._engine is not None
-        transaction = self._engine.begin(False)
-        try:
-            state = catalog.read_state(transaction)
-            if not self._writes():
-                if (state.generation, state.store) != (self._state.generation, self._state.store):
-                    raise damaged("the state", "it is of another store")
-                self._segments.open(state, False)
-                self._state, self._tail.rows = state, state.rows
-        except BaseException:
-            transaction.abort()
-            raise
-        return transaction
+    def _recover(self) -> None:
+        """Brings what the journal holds to segments and engine."""
+        stride = self._segments.layout.stride
+        records, missed = journal.read(self.path, self.schema, stride, self._state)
+        if missed:
+            raise damaged(journal.NAME, "commits are missing before its first one")
+        items, rows = [], self._state.rows
+        for record in records:
+            for row, data in journal.blocks(record, stride):
+                self._segments.write_block(row, data)
+            rows += record.run.block_rows
+            items.append(([record.run], rows))
+        if items:
+            self._write(items)
+            self._tail = Tail(self._segments, rows)
 
     # Writing
 
@@ -262,14 +168,55 @@ class Log:
                 return self._given
             item = self._tail.runs, self._tail.rows
             if self._group is not None:
-                self._tail.take()
                 self._given += 1
                 self._group.submit(item)
             else:
-                self._write([item])
-                self._tail.take()
+                self._write_now(item)
                 self._given = self._state.commit
+            self._tail.take()
             return self._given
+
+    def _write_now(self, item: Item) -> None:
+        record = self._record(item)
+        if record is None or self._journal is None:
+            self._write([*self._waiting, item])
+            return
+        if not self._journal.has_room(len(record)):
+            self._settle()
+        try:
+            self._journal.write(record)
+        except OSError:
+            raise
+        except BaseException as error:  # interrupted: it may have been written
+            self._fail(error)
+            raise
+        try:
+            self._journal.sync(record)
+        except BaseException as error:
+            self._fail(error)
+            raise
+        self._waiting.append(item)
+        self._state = dataclasses.replace(self._state, commit=self._state.commit + 1, rows=item[1])
+
+    def _record(self, item: Item) -> bytes | None:
+        """A commit as the journal takes it, or None when it is too large for that."""
+        runs, stride = item[0], self._segments.layout.stride
+        run = runs[0]
+        size = run.key_bytes + run.block_rows * stride
+        if self._journal is None or len(runs) > 1 or size > journal.LARGEST:
+            return None
+        row, parts = run.first_row, []
+        for rows, _ in run.blocks:
+            parts.append(self._segments.read(row, rows))
+            row += rows
+        record = journal.encode(self._state, self._state.commit + 1, run, b"".join(parts))
+        return record if len(record) <= 2 * journal.LARGEST else None
+
+    def _settle(self) -> None:
+        """The engine has every commit."""
+        self.wait()
+        if self._waiting and self._writes() and self._failed is None:
+            self._write(self._waiting)
 
     def wait(self) -> None:
         """Until all commits are durable; for durability "async"."""
@@ -284,10 +231,10 @@ class Log:
             dropped = self._tail.take()
             self._tail.rows -= sum(run.block_rows for run in dropped)
 
-    def _write(self, items: list[tuple[list[Run], int]]) -> None:
+    def _write(self, items: list[Item]) -> None:
         """Commits each of these, in one transaction. An error before its end can be tried again, one of a sync or of the end cannot."""
         try:
-            if self._durable:
+            if self._syncs():
                 self._segments.sync()
         except BaseException as error:
             self._fail(error)
@@ -303,7 +250,9 @@ class Log:
         except BaseException as error:
             self._fail(error)
             raise
-        self._state = self._catalog.state
+        self._state, self._waiting = self._catalog.state, []
+        if self._journal is not None:
+            self._journal.clear()
 
     def _fail(self, error: BaseException) -> None:
         """No more writes. What the system still holds of the files may not be what the disk holds, and is not to be trusted either."""
@@ -323,31 +272,10 @@ class Log:
         """
         with self._lock:
             self._check_write()
-            self.wait()
+            self._settle()
             if self._tail.runs:
                 raise StoreError("store: rewrite: commit or roll back first")
             copies.rewrite(self, batches, erase)
-
-    def snapshot(self, path: str | os.PathLike[str]) -> None:
-        """A copy of the newest commit as a store of its own, every checksum compared on the way."""
-        with self._lock:
-            self.wait()
-            transaction = self._see()
-            try:
-                copies.snapshot(self, transaction, Path(path))
-            finally:
-                transaction.abort()
-
-    def verify(self) -> Report:
-        """Compares every checksum."""
-        with self._lock:
-            self.wait()
-            transaction = self._see()
-            try:
-                assert self._engine is not None
-                return verify(self._engine, transaction, self._segments, self._state, self.schema)
-            finally:
-                transaction.abort()
 
     def close(self) -> None:
         """Drops what was not committed, waits for commits in the background, lets the next writer in."""
@@ -357,10 +285,12 @@ class Log:
             try:
                 if self._group is not None and self._pid == os.getpid():
                     self._group.stop()
-                    if self._failed is not None:
-                        self._check_failed()
-                elif self._writes() and self._failed is None:
+                    self._check_failed()
+                if self._writes() and self._failed is None:
+                    self._settle()
                     copies.trim(self._segments, self._state.rows)
+                    if self._journal is not None:
+                        self._journal.close(remove=True)
             finally:
                 self._release()
 
@@ -380,21 +310,13 @@ class Log:
             self._engine.close()
             self._engine = None
             self._segments.close()
+        if self._journal is not None:
+            self._journal.close(remove=False)
         if self._lock_fd is not None:
             os.close(self._lock_fd)
             self._lock_fd = None
 
     # Checks
-
-    def _writes(self) -> bool:
-        return self.mode == "w" and self._pid == os.getpid()
-
-    def _check_open(self) -> None:
-        if self.closed:
-            raise StoreError(f"store: {self.path} is closed")
-        if self._engine is None:  # a forked child opens its own
-            self._lock_fd = folder.lock_reader(self.path)
-            self._load()
 
     def _check_failed(self) -> None:
         if self._failed is not None:
@@ -427,6 +349,8 @@ class Log:
     def _after_fork(self) -> None:
         """In the child: the parent keeps its lock and its engine; this side opens its own when it is asked for something."""
         self._lock, self._group = threading.RLock(), None
+        if self._journal is not None:
+            self._journal.close(remove=False)
         if self._lock_fd is not None:
             os.close(self._lock_fd)
             self._lock_fd = None

@@ -93,9 +93,9 @@ class Segments:
 
     def _create(self, index: int) -> Segment:
         path = self.path(index)
-        segment = Segment(disk.open_file(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), path, 0)
+        segment = Segment(disk.open_file(path, os.O_RDWR | os.O_CREAT), path, 0)  # never cut: a reader may have it mapped
         disk.write_at(segment.fd, self.header(index).encode(), 0)
-        segment.size, segment.dirty, self.unnamed = HEADER, True, True
+        segment.size, segment.dirty, self.unnamed = os.fstat(segment.fd).st_size, True, True
         return segment
 
     def write(self, row: int, values: dict[str, Tensor], blocks: list[tuple[int, int]]) -> list[tuple[int, int]]:
