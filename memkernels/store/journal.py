@@ -148,5 +148,5 @@ class Journal:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-            if remove:
-                disk.remove(self.path)
+        if remove and self.path.exists():
+            disk.remove(self.path)
