@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def keys_of(batch):
     if batch.ints is not None:
         return batch.ints.tolist()
     raw, offsets = bytes(batch.data.tolist()), batch.offsets.tolist()
-    found = [raw[a:b] for a, b in zip(offsets, offsets[1:])]
+    found = [raw[a:b] for a, b in itertools.pairwise(offsets)]
     return [key.decode() for key in found] if batch.type == "str" else found
 
 

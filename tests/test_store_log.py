@@ -149,13 +149,13 @@ def test_a_large_commit_goes_into_pieces_and_small_ones_are_joined(tmp_path, eng
         log.commit()
         assert log.verify().runs == 7
     with Log.open(tmp_path / "s", "w") as log:
-        for i in range(300):
+        for i in range(100):
             put(log, [i], 2)
             log.commit()
             if i % 3 == 0:
                 log._settle()
-        assert log.verify().runs < 7 + 4 * 8
-    assert stored(tmp_path / "s") == dict.fromkeys(range(800), 1) | dict.fromkeys(range(300), 2)
+        assert log.verify().runs < 7 + 2 * 8
+    assert stored(tmp_path / "s") == dict.fromkeys(range(800), 1) | dict.fromkeys(range(100), 2)
 
 
 def test_small_commits_wait_in_the_journal_and_readers_see_them(tmp_path, monkeypatch):

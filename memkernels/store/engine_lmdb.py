@@ -11,6 +11,7 @@ from typing import Any
 
 import lmdb
 
+from memkernels.store import lmdb_pages
 from memkernels.store.errors import StoreError, StoreFormatError
 
 _MAP = 1 << 40  # bytes of address space; the file is as long as its pages
@@ -116,6 +117,8 @@ class LmdbEngine:
         with _lock:
             shared = _shared.get(self._key)
             if shared is None:
+                if not create:
+                    lmdb_pages.check(path)
                 shared = _shared[self._key] = Shared(path, write, sync)
             else:
                 shared.reopen(write, sync)
@@ -129,6 +132,10 @@ class LmdbEngine:
             return LmdbTransaction(self.path, self._shared.environment, write)
 
     def verify(self) -> list[str]:
+        try:
+            lmdb_pages.check(self.path)
+        except StoreError as error:
+            return [str(error)]
         return []
 
     def close(self) -> None:
