@@ -74,7 +74,7 @@ Chunks chunks_of(const char* op, const std::vector<TensorView>& views, const std
 
 template <int kFetch>  // 0: to read, 1: to write
 inline void prefetch_row(const char* row, int64_t width) {
-  for (int64_t at = 0; at < std::min<int64_t>(width, 512); at += 64) __builtin_prefetch(row + at, kFetch);
+  for (int64_t at = 0; at < std::min<int64_t>(width, 512); at += 64) __builtin_prefetch(row + at, kFetch, 2);
 }
 
 // Output that is larger than the caches goes past them: nobody reads it before it has left them anyway.
