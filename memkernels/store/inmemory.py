@@ -110,6 +110,8 @@ class InMemory:
         self.pool.clear()
         self.use = Use(self, self.on_full) if self.use else None
 
+    close = clear
+
     def compact(self, erase: bool) -> None:
         """Keys and rows move together into buffers of the size they need; with `erase` what is free is zeros, and so is what is given up."""
         if self.pool.fixed:
