@@ -15,6 +15,7 @@ namespace py = pybind11;
   OP(attention_varlen)    \
   OP(content)             \
   OP(dnc_sequence)        \
+  OP(crc32c)              \
   OP(gru_gates)           \
   OP(hopfield_retrieve)   \
   OP(link)                \
@@ -31,6 +32,9 @@ namespace py = pybind11;
   OP(recurrent)           \
   OP(retrieval_attention) \
   OP(segment_attention)   \
+  OP(store_keys)          \
+  OP(store_rows)          \
+  OP(store_table)         \
   OP(topk_read)           \
   OP(usage)               \
   OP(vec_math)            \
