@@ -14,8 +14,8 @@ namespace py = pybind11;
   OP(attention)           \
   OP(attention_varlen)    \
   OP(content)             \
-  OP(dnc_sequence)        \
   OP(crc32c)              \
+  OP(dnc_sequence)        \
   OP(gru_gates)           \
   OP(hopfield_retrieve)   \
   OP(link)                \
