@@ -68,8 +68,8 @@ def test_is_the_loop_of_steps(options, writers):
     wanted = by_steps(vectors, start, writers, options)
     torch.testing.assert_close((reads, tuple(state), weights), (wanted[0], tuple(wanted[1]), wanted[2]), atol=1e-10, rtol=1e-9)
     upstream = [torch.randn_like(t) for t in (reads, *state, weights)]
-    found = torch.autograd.grad((reads, *state, weights), (vectors, *start), upstream)
-    expected = torch.autograd.grad((wanted[0], *wanted[1], wanted[2]), (vectors, *start), upstream)
+    found = torch.autograd.grad((reads, *state, weights), (vectors, *start), upstream, materialize_grads=True)
+    expected = torch.autograd.grad((wanted[0], *wanted[1], wanted[2]), (vectors, *start), upstream, materialize_grads=True)
     torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-7)
 
 
@@ -129,7 +129,7 @@ def test_edges_stay_finite(dtype):
     vectors = vectors.requires_grad_()
     for options in OPTIONS[::2]:
         reads, state = mk.dnc_sequence(vectors, zeros(dtype=dtype), **options)
-        (grad,) = torch.autograd.grad(reads.float().square().mean(), vectors)
+        (grad,) = torch.autograd.grad(reads.float().mean(), vectors)
         assert all(t.isfinite().all() for t in (*state, grad))
 
 
@@ -188,7 +188,7 @@ def test_cell_clip_is_the_step_path():
 
 def test_errors():
     vectors = torch.zeros(2, B, features(), dtype=D)
-    with pytest.raises(ValueError, match=r"dnc_sequence: input: expected \[T B I\] with I=43, the interface of this memory, got 31"):
+    with pytest.raises(ValueError, match=r"dnc_sequence: input: expected \[T B I\] with I=45, the interface of this memory, got 33"):
         mk.dnc_sequence(vectors, zeros(), key_mask=True)
     with pytest.raises(ValueError, match="dnc_sequence: clip: expected a positive number or None, got 0"):
         mk.dnc_sequence(vectors, zeros(), clip=0)
