@@ -45,7 +45,8 @@ def _call(function, inputs, options):
 
 def _activated(vector, sizes, options):
     asked: dict[str, Any] = {}
-    shapes = interface_shapes(*sizes, options.get("key_mask", False), options.get("sharpen_links", False))
+    readers, writers, width = sizes
+    shapes = interface_shapes(readers, writers, width, options.get("key_mask", False), options.get("sharpen_links", False))
     for (name, shape), part in zip(shapes.items(), vector.split([torch.Size(s).numel() for s in shapes.values()], -1)):
         x = part.unflatten(-1, shape)
         if name in ("read_keys", "write_keys", "add"):
