@@ -13,22 +13,23 @@ from torch.nn import functional as F
 from memkernels import nn
 from memkernels.bench.row import Row
 from memkernels.bench.runner import Case, alternating
-from memkernels.testing.spec import Sample, specs
+from memkernels.testing.spec import specs
 
 
 def dnc_targets() -> Iterator[Target]:
-    """The layer's bars are those promised for `dnc_sequence`, one op for all steps, which is not there yet."""
+    """Links; `dnc_sequence` with a controller against a loop of torch ops; nn.DNC against the loop of pytorch-dnc, in its formulas."""
     yield Target("link_step", specs()["link_step"].sample("B8_N512"), "fwd+bwd", dict(eager=6, compile=3))
-    for batch, rows, width, bar in ((32, 64, 32, 12), (8, 256, 64, 10)):
-        sample = Sample(f"layer_B{batch}_N{rows}_W{width}_R4_T40", dict(B=batch, H=1, N=rows, R=4), dict(width=width))
-        yield Target("link_step", sample, "fwd+bwd", dict(eager=bar), rows=_layer)
+    for name, bar in (("B32_N64_W32_R4_T40", 12), ("B8_N256_W64_R4_T40", 10)):
+        sample = specs()["dnc_sequence"].sample(name)
+        yield Target("dnc_sequence", sample, "fwd+bwd", dict(eager=bar))
+        yield Target("dnc_sequence", dataclasses.replace(sample, name=f"layer_{name}"), "fwd+bwd", dict(eager=bar), rows=_layer)
 
 
 def _layer(case: Case, seconds: float) -> Iterable[Row]:
     """nn.DNC with pytorch-dnc's formulas over 40 steps, against a loop of torch ops as that package writes them."""
-    d, width = case.sample.dims, case.sample.options["width"]
-    dataclasses.replace(case, sample=specs()["link_step"].samples[0]).check()
-    layer = nn.DNC.ixaxaar(16, 64, slots=d["N"], width=width, read_heads=d["R"])
+    d = case.sample.dims
+    dataclasses.replace(case, sample=case.spec.samples[0]).check()
+    layer = nn.DNC.ixaxaar(16, 64, slots=d["N"], width=d["W"], read_heads=d["R"])
     controller = torch.nn.LSTM(layer.controller.input_size, 64, 2)
     controller.load_state_dict(layer.controller.state_dict())
     x = torch.randn(d["B"], 40, 16)

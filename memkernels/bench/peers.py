@@ -13,7 +13,7 @@ from memkernels.testing.spec import OpSpec
 Invoke = Callable[[dict[str, Any], dict[str, Any]], Any]  # (inputs, options) -> outputs
 
 # Eager is a loop over time steps or sequences there: torch.compile unrolls it and takes minutes.
-NOT_COMPILED = ("attention_varlen", "gru", "lstm", "ntm_sequence", "rnn")
+NOT_COMPILED = ("attention_varlen", "dnc_sequence", "gru", "lstm", "ntm_sequence", "rnn")
 
 
 def invoke(spec: OpSpec) -> Invoke:

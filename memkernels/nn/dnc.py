@@ -201,7 +201,8 @@ class DNC(nn.Module):
         return plain and same and not clipped and not x.is_cuda and len(x) > 0
 
     def _in_one_call(self, x: Tensor, state: DNCLayerState) -> tuple[Tensor, Tensor, DNCLayerState]:
-        lstm, layout = self.controller, self.layout
+        lstm: Any = self.controller
+        layout = self.layout
         into, from_reads = lstm.weight_ih_l0.split((self.input_size, layout.read_heads * layout.width), 1)
         bias, interface = lstm.bias_ih_l0 + lstm.bias_hh_l0, self.interface
         carried = (state.reads, state.hidden[0], state.cell[0])

@@ -69,6 +69,31 @@ void column_dots_all(const Args& a, const A* memory, int64_t stride, int64_t hea
   if (h < heads) column_dots_of<1>(a, memory, stride, key + h * a.width, dot + h * a.rows, squares);
 }
 
+// d[w][n] += sum_h x[h][n] v[h][w]
+template <int H, class Args, class A>
+void column_add_of(const Args& a, int64_t stride, const A* x, const A* v, A* d) {
+  using V = Vec<A>;
+  const int64_t width = a.width, rows = a.rows;
+  for_each_vec<V>(rows, [&](int64_t n, auto part) {
+    V own[H];
+    for (int h = 0; h < H; h++) own[h] = load<V>(x + h * rows + n, part);
+    A* to = d + n;
+    for (int64_t w = 0; w < width; w++, to += stride) {
+      V sum = load<V>(to, part);
+      for (int h = 0; h < H; h++) sum = fma(V::set1(v[h * width + w]), own[h], sum);
+      store(sum, to, part);
+    }
+  });
+}
+
+template <class Args, class A>
+void column_add(const Args& a, int64_t stride, int64_t heads, const A* x, const A* v, A* d) {
+  int64_t h = 0;
+  for (; h + 4 <= heads; h += 4) column_add_of<4>(a, stride, x + h * a.rows, v + h * a.width, d);
+  if (h + 2 <= heads) column_add_of<2>(a, stride, x + h * a.rows, v + h * a.width, d), h += 2;
+  if (h < heads) column_add_of<1>(a, stride, x + h * a.rows, v + h * a.width, d);
+}
+
 // out = memory after the write of all heads with weights [U][N]; may be the memory itself.
 template <class A, class Args, class Heads>
 void column_write(const Args& a, const A* memory, A* out, int64_t stride, const A* weights, const Heads& heads) {

@@ -134,6 +134,23 @@ struct DncHeadSlopes {
   const A *read = nullptr, *reads = nullptr;
 };
 
+// The gradient of the mask of head h: 2 mask (k along + d|m|^2 . m^2 + d|k|^2 k^2).
+template <class A>
+void dnc_mask_backward(const DncHeads<A>& a, const A* memory, int64_t stride, const DncContent<A>& c, int64_t h,
+                       A* to) {
+  using V = Vec<A>;
+  const A *shrink = c.slope + h * a.rows, *mask = a.mask + h * a.width, *key = a.key + h * a.width,
+          *along = c.along + h * a.width;
+  for (int64_t j = 0; j < a.width; j++) {
+    V squares = V::zero();
+    for_each_vec<V>(a.rows, [&](int64_t n, auto part) {
+      const V m = load<V>(memory + j * stride + n, part);
+      squares = fma(load<V>(shrink + n, part), m * m, squares);
+    });
+    to[j] = mask[j] * (key[j] * (2 * along[j] + c.turn[h] * key[j]) + reduce_add(squares));
+  }
+}
+
 // From dweights[h][n], overwritten, and what dnc_content left: fills `to`, adds to d, the gradient of the memory.
 template <class A>
 void dnc_content_backward(const DncHeads<A>& a, const A* memory, A* d, int64_t stride, const DncContent<A>& c,
@@ -162,29 +179,28 @@ void dnc_content_backward(const DncHeads<A>& a, const A* memory, A* d, int64_t s
     c.turn[h] = -reduce_max(over_root(V::set1(reduce_add(along)), of_key));  // 2 d|k|^2
   }
   column_sums(a, memory, stride, a.heads, dweights, c.along);
-  for (int64_t i = 0; i < a.heads * a.width; i++) {
-    const int64_t h = i / a.width;
-    const A key = a.key[i], slope = c.along[i] + c.turn[h] * key;
-    to.key[i] = a.mask ? c.squared[i] * slope : slope;
-    if (!a.mask) continue;
-    const A *shrink = c.slope + h * a.rows, *row = memory + (i - h * a.width) * stride;
-    V squares = V::zero();
-    for_each_vec<V>(a.rows, [&](int64_t n, auto part) {
-      const V m = load<V>(row + n, part);
-      squares = fma(load<V>(shrink + n, part), m * m, squares);
+  for (int64_t h = 0; h < a.heads; h++) {
+    const int64_t at = h * a.width;
+    const A *keys = a.key + at, *along = c.along + at, *squared = c.squared + at;
+    const V turn = V::set1(c.turn[h]);
+    const bool masked = a.mask != nullptr;
+    A* out = to.key + at;
+    for_each_vec<V>(a.width, [&](int64_t j, auto part) {
+      const V slope = fma(turn, load<V>(keys + j, part), load<V>(along + j, part));
+      store(masked ? load<V>(squared + j, part) * slope : slope, out + j, part);
     });
-    to.mask[i] = a.mask[i] * (key * (c.along[i] + slope) + reduce_add(squares));
+    if (masked) dnc_mask_backward(a, memory, stride, c, h, to.mask + at);
   }
+  column_add(a, stride, a.heads, dweights, a.mask ? c.seen : a.key, d);
+  if (to.reads) column_add(a, stride, a.heads, to.read, to.reads, d);
   for_each_vec<V>(a.rows, [&](int64_t n, auto part) {
+    const V shared = a.mask ? V::zero() : load<V>(c.slope + n, part);
     for (int64_t j = 0; j < a.width; j++) {
-      V sum = load<V>(d + j * stride + n, part), less = a.mask ? V::zero() : load<V>(c.slope + n, part);
-      for (int64_t h = 0; h < a.heads; h++) {
-        const int64_t at = h * a.width + j;
-        sum = fma(V::set1((a.mask ? c.seen : a.key)[at]), load<V>(dweights + h * a.rows + n, part), sum);
-        if (to.reads) sum = fma(V::set1(to.reads[at]), load<V>(to.read + h * a.rows + n, part), sum);
-        if (a.mask) less = fma(V::set1(c.squared[at]), load<V>(c.slope + h * a.rows + n, part), less);
-      }
-      store(fma(less, load<V>(memory + j * stride + n, part), sum), d + j * stride + n, part);
+      V less = shared;
+      for (int64_t h = 0; a.mask && h < a.heads; h++)
+        less = fma(V::set1(c.squared[h * a.width + j]), load<V>(c.slope + h * a.rows + n, part), less);
+      A* sum = d + j * stride + n;
+      store(fma(less, load<V>(memory + j * stride + n, part), load<V>(sum, part)), sum, part);
     }
   });
 }

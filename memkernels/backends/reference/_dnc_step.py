@@ -74,13 +74,12 @@ def step_backward(dreads, d, before, after, ask, parts, options):
         sharpness = ask["link_sharpness"].unbind(-1)
         dask["link_sharpness"] = torch.stack([(g * (f + EPS).log()).sum((2, 3)) for g, f in zip(dlogits, followed)], -1)
         dways = [s[..., None, None] * g / (f + EPS) for s, g, f in zip(sharpness, dlogits, followed)]
-    given = ask["read_keys"], ask["read_strengths"], ask.get("read_mask"), options.cosine
+    given: Any = (ask["read_keys"], ask["read_strengths"], ask.get("read_mask"), options.cosine)
     more, dask["read_keys"], dask["read_strengths"], dask["read_mask"] = content.backward(by_content * dread, similar, after.memory, *given)
     dmemory = d.memory + after.read.mT @ dreads + more
     dmemory, dwrite, dask["erase"], dask["add"] = memory_write.backward(dmemory, kept, after.write, ask["erase"], ask["add"])
-    dlink, dprecedence, more, dread = link_step.backward(
-        d.link, d.precedence, *dways, before.link, before.precedence, after.write, before.read
-    )
+    given = before.link, before.precedence, after.write, before.read
+    dlink, dprecedence, more, dread = link_step.backward(d.link, d.precedence, dways[0], dways[1], *given)
     dwrite = d.write + dwrite + more
     gate, wgate = ask["allocation_gate"], ask["write_gate"]
     mixed = wanted + gate[..., None] * (free - wanted)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from memkernels.backends.reference._dnc_interface import Layout, Options
@@ -42,7 +44,7 @@ def _run(inputs, options):
     x, *rest = (compute(t) for t in inputs)
     state, (reads, h, c), weights = State(*rest[:6]), rest[6:9], rest[9:]
     layout = Layout(state.read.shape[1], state.write.shape[1], state.memory.shape[2], options)
-    controller = None if h is None else _Controller(*weights, options.clip)
+    controller = None if h is None else _Controller(*[*weights, options.clip])
     kept, raw, of_controller = [], None, None
     for row in x:
         old = c
@@ -90,9 +92,14 @@ def backward(dreads, dhidden, dmemory, dusage, dlink, dprecedence, dweights, dce
     layout, controller, kept, (last, _, h, c) = _run(inputs, options)
     arrived = (dmemory, dusage, dlink, dprecedence, None, None)
     d = State(*(torch.zeros_like(t) if g is None else compute(g) for t, g in zip(last, arrived)))
-    of_reads = last.memory.new_zeros(len(last.memory), last.read.shape[1], last.memory.shape[2])
-    dh, dc = (None, None) if controller is None else (torch.zeros_like(h), torch.zeros_like(c) if dcell is None else compute(dcell))
-    found, draws, dgates = [], [], []
+    of_reads: Any = last.memory.new_zeros(len(last.memory), last.read.shape[1], last.memory.shape[2])
+    dh: Any = None
+    dc: Any = None
+    if controller is not None:
+        dh, dc = torch.zeros_like(h), torch.zeros_like(c) if dcell is None else compute(dcell)
+    found: list[Any] = []
+    draws: list[Any] = []
+    dgates: list[Any] = []
     for t, (before, old, raw, ask, _, parts, of_controller, _, after) in reversed(list(enumerate(kept))):
         if dweights is not None:
             read, write = compute(dweights[t]).split((d.read.shape[1], d.write.shape[1]), 1)

@@ -36,7 +36,7 @@ def _cycled(t, axis, size):
 def _call(function, inputs, options):
     state = DNCState(*(inputs[n] for n in _STATE))
     size = _features(state.read_weights.shape[1], state.write_weights.shape[1], state.memory.shape[2], options)
-    if inputs["hidden"] is None:
+    if inputs.get("hidden") is None:
         return function(_cycled(inputs["input"], 2, size), state, **options)
     controller = DNCController(*(inputs[n] for n in _CONTROLLER))
     interface, bias = (_cycled(t, 0, size) for t in controller[-2:])
@@ -45,7 +45,8 @@ def _call(function, inputs, options):
 
 def _activated(vector, sizes, options):
     asked: dict[str, Any] = {}
-    shapes = interface_shapes(*sizes, options.get("key_mask", False), options.get("sharpen_links", False))
+    readers, writers, width = sizes
+    shapes = interface_shapes(readers, writers, width, options.get("key_mask", False), options.get("sharpen_links", False))
     for (name, shape), part in zip(shapes.items(), vector.split([torch.Size(s).numel() for s in shapes.values()], -1)):
         x = part.unflatten(-1, shape)
         if name in ("read_keys", "write_keys", "add"):
@@ -176,9 +177,9 @@ SPEC = OpSpec(
     },
     call=_call,
     samples=(
-        Sample("typical", _dims(3, 2, 5, 3, 2, 1), _LET),
-        Sample("controller", _dims(3, 2, 5, 3, 1, 1, I=2, H=3), dict(clip=0.5, **_LET), present=_CONTROLLER),
-        Sample("package", _dims(3, 2, 4, 2, 1, 2), _PACKAGE),
+        Sample("typical", _dims(2, 2, 5, 3, 2, 1), _LET),
+        Sample("controller", _dims(2, 2, 5, 3, 1, 1, I=2, H=3), dict(clip=0.5, **_LET), present=_CONTROLLER),
+        Sample("package", _dims(2, 2, 4, 2, 1, 2), _PACKAGE),
         Sample("options", _dims(2, 2, 5, 2, 1, 1, **_MORE, I=2, H=3), _EXTRA, present=_CONTROLLER),
         Sample("fresh", _dims(2, 2, 5, 3, 1, 1), dict(cosine="roots_and_product"), twist=_fresh, hard=True),
         Sample("odd", _dims(5, 3, 19, 5, 5, 1, I=3, H=5), dict(cosine="product", **_LET), present=_CONTROLLER),
