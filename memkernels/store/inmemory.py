@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 
 from memkernels._checks import fail
+from memkernels.store.buffers import grown, wipe
 from memkernels.store.columns import Columns
-from memkernels.store.index import Index, grown, wipe
+from memkernels.store.index import Index
 from memkernels.store.keys import KeyBatch, join
 from memkernels.store.pool import Pool
 
