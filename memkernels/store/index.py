@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from memkernels.ops import ByteKeys, store_erase_, store_find, store_items, store_upsert_
+from memkernels.store.buffers import fresh, grown, wipe
 from memkernels.store.keys import KeyBatch, gather_runs, offsets_of, runs
 from memkernels.store.numbers import RowNumbers
 
@@ -16,12 +17,6 @@ MOST_LOAD, GROWTH = 0.85, 1.5  # 15 bytes an entry in a full table, 22.6 in one 
 LEAST_BUCKETS = 4
 LEAST_STEP = 256  # buckets of the old table that a call moves at least
 _PASSED = -(1 << 52)  # the bits of a bucket's last word that count the keys which passed it
-
-
-def wipe(tensor: torch.Tensor) -> None:
-    """What a buffer held must not be found in memory after it was given up."""
-    with torch.no_grad():
-        tensor.zero_()
 
 
 class Index:
@@ -55,7 +50,7 @@ class Index:
         return max(LEAST_BUCKETS, math.ceil(count / (PLACES * MOST_LOAD)))
 
     def _new_table(self, buckets: int) -> torch.Tensor:
-        return torch.zeros(buckets, 8, dtype=torch.int64, device=self.device)
+        return fresh((buckets, 8), torch.int64, self.device).zero_()
 
     def __len__(self) -> int:
         return self.count
@@ -272,11 +267,3 @@ class Texts:
     def clear(self) -> None:
         for tensor in (self.arena, self.spans, self.rows):
             wipe(tensor)
-
-
-def grown(tensor: torch.Tensor, size: int) -> torch.Tensor:
-    """A longer copy with zeros behind; the tensor itself is wiped."""
-    grown = tensor.new_zeros(size, *tensor.shape[1:])
-    grown[: tensor.shape[0]] = tensor
-    wipe(tensor)
-    return grown

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 
 from memkernels._checks import fail
+from memkernels.store.buffers import grown, wipe
 from memkernels.store.columns import Columns
-from memkernels.store.index import Index, grown, wipe
+from memkernels.store.index import Index
 from memkernels.store.keys import KeyBatch, join
 from memkernels.store.pool import Pool
 
@@ -203,8 +204,9 @@ class Use:
         if self.policy == "lfu":
             self.used.index_add_(0, rows, torch.ones_like(rows))
         else:
-            self.clock += 1
-            self.used[rows] = self.clock
+            times = torch.arange(self.clock + 1, self.clock + 1 + rows.shape[0], device=rows.device)
+            self.used.scatter_reduce_(0, rows, times, "amax")
+            self.clock += rows.shape[0]
 
     def forget(self, rows: torch.Tensor) -> None:
         rows = rows.to(self.store.device)

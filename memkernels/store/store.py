@@ -188,7 +188,7 @@ class KeyValueStore:
         return names
 
     def _read(self, name: str, rows: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
-        if self._parameters is None or not torch.is_grad_enabled() or name not in self._parameters:
+        if self._parameters is None or name not in self._parameters or not torch.is_grad_enabled():
             return self._data.read(name, rows, default)
         bank, there = self._parameters[name], (rows >= 0).view(-1, *[1] * len(self._columns[name][0]))
         if not bank.shape[0]:
