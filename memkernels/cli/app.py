@@ -157,7 +157,7 @@ def train(
     slots: Annotated[Optional[int], typer.Option(min=1, help="Rows of the external memory.")] = None,  # noqa: UP045
     width: Annotated[Optional[int], typer.Option(min=1, help="Columns of the external memory.")] = None,  # noqa: UP045
     read_heads: Annotated[Optional[int], typer.Option(min=1)] = None,  # noqa: UP045
-    mode: Annotated[Optional[str], typer.Option(help="Addressing of the external memory: content, ntm, dnc, topk or product.")] = None,  # noqa: UP045
+    mode: Annotated[Optional[str], typer.Option(help="Its addressing: content, ntm, dnc, topk, product or store.")] = None,  # noqa: UP045
     dropout: Annotated[Optional[float], typer.Option(min=0, max=1)] = None,  # noqa: UP045
     save_every: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 30.0,
     threads: Threads = None,
