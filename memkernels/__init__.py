@@ -52,6 +52,7 @@ from memkernels.ops import (
 
 if TYPE_CHECKING:
     from memkernels._backends import backends
+    from memkernels.store import KeyValueStore
 else:
     from memkernels import backends  # the package, which is callable
 
@@ -61,6 +62,7 @@ __all__ = [
     "BackendError",
     "DNCInterface",
     "DNCState",
+    "KeyValueStore",
     "NTMState",
     "SparseMemory",
     "allocation",
@@ -101,10 +103,12 @@ __all__ = [
     "weighted_bag",
 ]
 
-_LAZY = ("bench", "distributed", "integrations", "models", "nn", "plots", "testing")
+_LAZY = ("bench", "distributed", "integrations", "models", "nn", "plots", "store", "testing")
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return import_module(f"memkernels.{name}")
+    if name == "KeyValueStore":
+        return import_module("memkernels.store").KeyValueStore
     raise AttributeError(f"module 'memkernels' has no attribute {name!r}")

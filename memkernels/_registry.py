@@ -12,11 +12,23 @@ from memkernels import _autograd, _backends, _compat
 from memkernels._compat import PLAIN_CALL, RECORDED, ROUTED, autocast_enabled, forward_ad_active, functorch_active
 from memkernels._op import Arg, Op, Out, empty_like, new_empty
 
-__all__ = ["OPS", "Arg", "Out", "capture", "define_inplace", "define_op", "empty_like", "explain", "new_empty"]
+__all__ = [
+    "OPS",
+    "Arg",
+    "Out",
+    "capture",
+    "define_inplace",
+    "define_op",
+    "define_table_op",
+    "empty_like",
+    "explain",
+    "new_empty",
+]
 
 LIBRARY = torch.library.Library("memkernels", "DEF")
 OPS: dict[str, RoutedOp] = {}
 INPLACE: dict[str, InplaceOp] = {}
+TABLE: dict[str, TableOp] = {}
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
@@ -55,7 +67,7 @@ class RoutedOp(Op):
 class _Captured(Exception):
     """Carries the op and its flat arguments out of a public function."""
 
-    def __init__(self, op: RoutedOp, flat: tuple[Any, ...]):
+    def __init__(self, op: RoutedOp | TableOp, flat: tuple[Any, ...]):
         self.op, self.flat = op, flat
 
 
@@ -63,7 +75,7 @@ _capturing: int | None = None  # ident of the thread whose next op call is caugh
 _capture_lock = threading.Lock()
 
 
-def capture(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[RoutedOp, tuple[Any, ...]]:
+def capture(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[RoutedOp | TableOp, tuple[Any, ...]]:
     """The op that a public function would call, and the flat arguments it would pass; nothing is computed."""
     global _capturing
     with _capture_lock:
@@ -95,13 +107,14 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
     if isinstance(op, str):
         import memkernels
 
-        if op not in OPS and op not in INPLACE:
-            raise ValueError(f"explain: op: expected one of {', '.join(sorted([*OPS, *INPLACE]))}, got {op!r}")
-        function: Callable[..., Any] = getattr(memkernels, op)
+        known = sorted([*OPS, *INPLACE, *TABLE])
+        if op not in known:
+            raise ValueError(f"explain: op: expected one of {', '.join(known)}, got {op!r}")
+        function: Callable[..., Any] = getattr(memkernels.ops, op)
     else:
         function = op
     found, flat = capture(function, *args, **kwargs)
-    device = flat[0].device.type
+    device = _device(flat[0])
     order = _backends.ORDER.get(device, ("reference",))
     names = (*order, *(n for n in _backends.NAMES if n not in order))
     forced = _backends.forced_name()
@@ -194,3 +207,42 @@ def define_inplace(name: str, of: RoutedOp) -> InplaceOp:
     """Register `memkernels::<name>`, the in-place form of an op with one output."""
     INPLACE[name] = InplaceOp(name, of)
     return INPLACE[name]
+
+
+class TableOp:
+    """An op over the tensors of a hash table or of its rows: integers and bytes, no gradient, no transforms; it may write into its first input.
+
+    Call it with all inputs and options, positionally; it returns the tuple of all outputs, allocated as in `define_op`.
+    """
+
+    def __init__(self, name: str, schema: str, allocate: Callable[..., tuple[torch.Tensor, ...]]):
+        self.name, self.allocate = name, allocate
+        self.mutates = "(a!)" in schema
+        self.op = _define(name, name + schema, self.run, lambda *args: list(allocate(*args)))
+
+    def run(self, *args: Any) -> list[torch.Tensor]:
+        module, is_reference = _backends.choose(self.name, _device(args[0]), args)
+        if is_reference:
+            outputs = module.forward(*args)
+        else:
+            outputs = self.allocate(*args)
+            module.forward(*outputs, *args)
+        for written in (args[0] if isinstance(args[0], (list, tuple)) else args[:1]) if self.mutates else ():
+            if not written.is_inference():
+                torch.autograd.graph.increment_version(written)
+        return list(outputs)
+
+    def __call__(self, *args: Any) -> list[torch.Tensor]:
+        if _capturing is not None and _capturing == threading.get_ident():
+            raise _Captured(self, args)
+        return self.op(*args) if torch.compiler.is_compiling() else self.run(*args)
+
+
+def _device(first: Any) -> str:
+    return (first[0] if isinstance(first, (list, tuple)) else first).device.type
+
+
+def define_table_op(name: str, schema: str, allocate: Callable[..., tuple[torch.Tensor, ...]]) -> TableOp:
+    """Register `memkernels::<name>`, an op without gradient; its schema is given from the bracket on and returns Tensor[]."""
+    TABLE[name] = TableOp(name, schema, allocate)
+    return TABLE[name]

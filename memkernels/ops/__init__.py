@@ -1,5 +1,6 @@
 """One file per op: the public function, its checks and its declaration."""
 
+from memkernels.ops._store import ByteKeys
 from memkernels.ops.allocation import allocation
 from memkernels.ops.attention import attention
 from memkernels.ops.attention_varlen import attention_varlen
@@ -25,11 +26,18 @@ from memkernels.ops.retrieval_attention import retrieval_attention
 from memkernels.ops.rnn import rnn
 from memkernels.ops.segment_attention import segment_attention
 from memkernels.ops.sparse_memory import SparseMemory, sparse_read, sparse_write
+from memkernels.ops.store_erase_ import store_erase_
+from memkernels.ops.store_find import store_find
+from memkernels.ops.store_gather import store_gather
+from memkernels.ops.store_items import store_items
+from memkernels.ops.store_scatter_ import store_scatter_
+from memkernels.ops.store_upsert_ import store_upsert_
 from memkernels.ops.topk_read import topk_read
 from memkernels.ops.usage import usage
 from memkernels.ops.weighted_bag import weighted_bag
 
 __all__ = [
+    "ByteKeys",
     "DNCInterface",
     "DNCState",
     "NTMState",
@@ -63,6 +71,12 @@ __all__ = [
     "segment_attention",
     "sparse_read",
     "sparse_write",
+    "store_erase_",
+    "store_find",
+    "store_gather",
+    "store_items",
+    "store_scatter_",
+    "store_upsert_",
     "topk_read",
     "usage",
     "weighted_bag",

@@ -1,0 +1,129 @@
+"""Pool: rows of values in memory, in chunks, so that growing copies nothing that is large."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from memkernels._backends import kernel
+from memkernels._checks import fail
+from memkernels.ops import store_gather, store_scatter_
+from memkernels.store.columns import Columns, as_bytes, from_bytes, row_bytes
+from memkernels.store.index import wipe
+from memkernels.store.numbers import RowNumbers
+
+CHUNK_BYTES = 64 << 20  # of the widest column
+LEAST_ROWS, MOST_ROWS = 64, 1 << 22  # rows of the first chunk, which grows, and of every later one at most
+
+
+def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Uninitialised; on the CPU in huge pages where the system has them: rows are met in any order, and each small page costs a TLB miss."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    fast = kernel("cpp", "store_keys")
+    if device.type == "cpu" and tensor.numel() and not isinstance(fast, str):
+        fast.prefer_huge_pages(tensor.view(-1).view(torch.uint8))
+    return tensor
+
+
+class Pool:
+    """The values of the keys of a store, by row number.
+
+    Args:
+        columns: {name: (shape, dtype)}. device: where the values live.
+    """
+
+    def __init__(self, columns: Columns, device: torch.device):
+        self.columns, self.device, self.numbers = columns, device, RowNumbers(device)
+        widest = max([row_bytes(*column) for column in columns.values()] + [1])
+        self.chunk_rows = max(1, min(MOST_ROWS, CHUNK_BYTES // widest))
+        self.chunks: dict[str, list[torch.Tensor]] = {name: [] for name in columns}
+        self.rows = 0  # that the chunks hold
+        self.fixed = False  # one tensor in somebody's hands: no growth
+
+    @property
+    def nbytes(self) -> int:
+        return sum(chunk.nbytes for chunks in self.chunks.values() for chunk in chunks) + self.numbers.nbytes
+
+    def reserve(self, rows: int) -> None:
+        """Chunks for `rows` rows. The first one doubles up to its full size; then there is one more after another."""
+        if rows <= self.rows:
+            return
+        if self.fixed:
+            fail("store", "keys", f"at most {self.rows} rows, which the parameter of as_parameter() holds", f"{rows} rows")
+        if self.rows < self.chunk_rows:
+            size = min(self.chunk_rows, max(rows, 2 * self.rows, LEAST_ROWS))
+            for name, (shape, dtype) in self.columns.items():
+                first = fresh((size, *shape), dtype, self.device)
+                for before in self.chunks[name]:
+                    first[: self.rows] = before
+                    wipe(before)
+                self.chunks[name] = [first]
+            self.rows = size
+        while self.rows < rows:
+            for name, (shape, dtype) in self.columns.items():
+                self.chunks[name].append(fresh((self.chunk_rows, *shape), dtype, self.device))
+            self.rows += self.chunk_rows
+
+    def _bytes(self, name: str) -> tuple[list[torch.Tensor], list[int]]:
+        width = row_bytes(*self.columns[name])
+        return [as_bytes(chunk.detach(), width) for chunk in self.chunks[name]], [
+            i * self.chunk_rows for i in range(len(self.chunks[name]))
+        ]
+
+    def read(self, name: str, rows: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
+        """The values of `rows` in a column, `default` "1 ..." where the row is negative."""
+        shape, dtype = self.columns[name]
+        width = row_bytes(shape, dtype)
+        if not width:
+            return torch.empty(rows.shape[0], *shape, dtype=dtype, device=self.device)
+        chunks, firsts = self._bytes(name)
+        return from_bytes(store_gather(chunks, firsts, rows, as_bytes(default, width)), (shape, dtype))
+
+    def write(self, name: str, rows: torch.Tensor, values: torch.Tensor) -> None:
+        """Of equal rows the last one stays; a negative row is left out."""
+        width = row_bytes(*self.columns[name])
+        if width and rows.shape[0]:
+            chunks, firsts = self._bytes(name)
+            store_scatter_(chunks, firsts, rows, as_bytes(values, width))
+
+    def add(self, name: str, rows: torch.Tensor, values: torch.Tensor, new: torch.Tensor) -> None:
+        """Adds to the rows, in the order of the batch, in float32 for the half types; a row begins at zero where `new` is true."""
+        shape, dtype = self.columns[name]
+        distinct, place = torch.unique(rows, return_inverse=True)
+        begins_at_zero = torch.zeros_like(distinct, dtype=torch.bool)
+        begins_at_zero[place[new]] = True
+        zero = torch.zeros(1, *shape, dtype=dtype, device=self.device)
+        sums = self.read(name, torch.where(begins_at_zero, -1, distinct), zero)
+        wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+        self.write(name, distinct, sums.to(wide).index_add_(0, place, values.to(wide)).to(dtype))
+
+    def as_one(self, rows: int) -> None:
+        """Every column in one chunk of `rows` rows, which then stays as it is."""
+        for name, (shape, dtype) in self.columns.items():
+            one = fresh((rows, *shape), dtype, self.device)
+            one.zero_()
+            end = 0
+            for chunk in self.chunks[name]:
+                kept = chunk[: max(0, min(chunk.shape[0], rows - end))]
+                one[end : end + kept.shape[0]] = kept
+                end += chunk.shape[0]
+                wipe(chunk)
+            self.chunks[name] = [one]
+        self.rows = self.chunk_rows = rows
+        self.fixed = True
+
+    def wipe_free(self) -> None:
+        """Zeros in every row that holds no value."""
+        for name in self.columns:
+            free = self.numbers.free
+            self.write(name, free, torch.zeros(free.shape[0], *self.columns[name][0], dtype=self.columns[name][1], device=self.device))
+            for i, chunk in enumerate(self.chunks[name]):
+                wipe(chunk[max(0, self.numbers.end - i * self.chunk_rows) :])
+
+    def clear(self) -> None:
+        """No rows; what the chunks held is wiped."""
+        for chunks in self.chunks.values():
+            for chunk in chunks:
+                wipe(chunk)
+        self.__init__(self.columns, self.device)  # type: ignore[misc]

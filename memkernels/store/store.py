@@ -1,0 +1,319 @@
+"""KeyValueStore: store(k, v) and retrieve(k), exact."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memkernels._checks import check_choice, check_flag, fail
+from memkernels.store import exchange
+from memkernels.store.columns import ONE, as_columns, as_default, as_values
+from memkernels.store.inmemory import Evicted, InMemory
+from memkernels.store.keys import KEY_TYPES, KeyBatch, as_batch
+
+ON_FULL = ("grow", "error", "lru", "lfu")
+
+
+class KeyValueStore:
+    """A map from keys to tensors, exact: what was stored under a key is what it gives back, and an absent key is reported as absent.
+
+    Keys are int64 (the full range), bytes or str; values have one shape and dtype, or several named columns of their own. Batches in, batches
+    out. In a batch with equal keys the last one wins, on every run and backend.
+
+    Args:
+        value_shape: shape of one value; () is a number. dtype: of the values.
+        key_type: "int64", "bytes" or "str" (compared as UTF-8; a hash only says where to look, the key itself is always compared).
+        columns: {name: (shape, dtype)} in place of `value_shape` and `dtype`, which are short for one column named "value".
+        path: a directory to keep the store in (created); None: memory alone.
+        capacity: the most keys; None: as many as memory holds. on_full: what a store with a capacity does when it is full: "error" refuses the
+            batch and stays as it was; "lru" and "lfu" take out the keys used longest ago or least often (uses are `store`, `retrieve` and
+            `get`), none that the same batch names; "grow" goes beyond the capacity, which then is only the room made at the start.
+        device: where values and the table of int64 keys live. durability: of commits to a path: "none", "async" or "commit".
+
+    Growth: no call waits for the whole table. A call that finds the table 85% full begins one 1.5 times as large; it and those after it move
+    as many buckets as they bring keys, at least 256. Values lie in chunks of 64 MB which are never copied.
+
+    Raises:
+        TypeError, ValueError: an argument is not as it should be; the store stays as it was.
+
+    Example:
+        >>> import memkernels as mk
+        >>> from memkernels.store import text_of, text_rows
+        >>> s = mk.KeyValueStore(16, dtype=torch.uint8, key_type="str")
+        >>> s.store(["apple", "carrot"], text_rows(["A fruit", "A vegetable"], 16))
+        tensor([0, 0], dtype=torch.int8)
+        >>> values, found = s.retrieve(["apple", "pear"])
+        >>> text_of(values), found
+        (['A fruit', ''], tensor([ True, False]))
+        >>> "apple" in s, s.get("pear"), len(s)
+        (True, None, 2)
+    """
+
+    def __init__(
+        self,
+        value_shape: Any = (),
+        dtype: torch.dtype = torch.float32,
+        *,
+        key_type: str = "int64",
+        columns: Any = None,
+        path: Any = None,
+        capacity: int | None = None,
+        on_full: str = "grow",
+        device: Any = "cpu",
+        durability: str = "commit",
+    ):
+        op = "KeyValueStore"
+        check_choice(op, "key_type", key_type, KEY_TYPES)
+        check_choice(op, "on_full", on_full, ON_FULL)
+        check_choice(op, "durability", durability, ("none", "async", "commit"))
+        if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1):
+            fail(op, "capacity", "a number of keys above 0, or None", repr(capacity))
+        if capacity is None and on_full != "grow":
+            fail(op, "capacity", f"a number of keys with on_full={on_full!r}", "None")
+        self._columns = as_columns(op, value_shape, dtype, columns)
+        self._key_type, self._lock, self._device = key_type, threading.RLock(), torch.device(device)
+        self._parameters: Any = None
+        self._closed = False
+        self._path = path
+        if path is not None:
+            fail(op, "path", "None", repr(path))
+        self._data: Any = InMemory(key_type, self._columns, self._device, capacity, on_full)
+
+    # --- one batch
+
+    def store(
+        self, keys: Any, values: Any, *, if_absent: bool = False, accumulate: bool = False, return_evicted: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, Evicted | None]:
+        """Put values under keys; one element after the other, so of equal keys the last one wins.
+
+        Args:
+            keys: "n": a tensor or sequence of ints, or a sequence of bytes or str.
+            values: "n ...", a tensor of the store's dtype; with several columns a dict of them.
+            if_absent: leave keys that are there as they are. accumulate: add to the value that is there (an absent key begins at zero); in the
+                order of the batch, float16 and bfloat16 in float32 within a batch.
+            return_evicted: also return what had to go, `Evicted(keys, values)` or None.
+
+        Returns:
+            status: "n", int8: 0 the key is new, 1 its value was replaced, 2 it was there and was kept, 3 it was there and was added to.
+
+        Raises:
+            TypeError, ValueError: keys or values are not as they should be, or the store is full and refuses; it stays as it was.
+        """
+        op = "store"
+        check_flag(op, "if_absent", if_absent)
+        check_flag(op, "accumulate", accumulate)
+        if if_absent and accumulate:
+            fail(op, "accumulate", "False with if_absent", "True")
+        with self._opened(op):
+            batch = as_batch(op, self._key_type, keys)
+            given = as_values(op, self._columns, values, len(batch), self._device)
+            if accumulate:
+                for name, (_, dtype) in self._columns.items():
+                    if dtype == torch.bool:
+                        fail(op, "accumulate", "columns of numbers", f"bool in column {name!r}", TypeError)
+            status, evicted = self._data.put(batch, given, if_absent, accumulate)
+        return (status, evicted) if return_evicted else status
+
+    def retrieve(self, keys: Any, *, default: Any = None, columns: Any = None) -> tuple[Any, torch.Tensor]:
+        """The values of keys.
+
+        Args:
+            keys: "n", as for `store`.
+            default: what an absent key gives: a number or a tensor of the value's shape, or a dict of them for some columns; zeros if None.
+            columns: names of the columns wanted, of a store with several; None: all.
+
+        Returns:
+            (values, found): "n ..." (a dict of them for a store of several columns), and bool "n": whether the key is there.
+
+        Gradients:
+            To the stored values after `as_parameter`; otherwise none.
+        """
+        op = "retrieve"
+        with self._opened(op):
+            wanted = self._wanted(op, columns)
+            defaults = {name: as_default(op, name, self._columns[name], default, self._device) for name in wanted}
+            rows = self._data.rows(as_batch(op, self._key_type, keys), True)
+            values = {name: self._read(name, rows, defaults[name]) for name in wanted}
+        return (values[ONE] if list(self._columns) == [ONE] else values), rows >= 0
+
+    def _wanted(self, op: str, columns: Any) -> list[str]:
+        names = list(self._columns) if columns is None else [columns] if isinstance(columns, str) else list(columns)
+        for name in names:
+            check_choice(op, "columns", name, self._columns)
+        return names
+
+    def _read(self, name: str, rows: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
+        if self._parameters is None or not torch.is_grad_enabled() or name not in self._parameters:
+            return self._data.read(name, rows, default)
+        bank, there = self._parameters[name], (rows >= 0).view(-1, *[1] * len(self._columns[name][0]))
+        if not bank.shape[0]:
+            return default.expand(rows.shape[0], *self._columns[name][0]).clone()
+        return torch.where(there, bank.index_select(0, rows.clamp(min=0)), default)
+
+    def erase(self, keys: Any) -> torch.Tensor:
+        """Take keys out; bool "n": whether the key was there (of equal keys, for the first one). `compact(erase=True)` removes every trace."""
+        with self._opened("erase"):
+            return self._data.erase(as_batch("erase", self._key_type, keys))
+
+    def contains(self, keys: Any) -> torch.Tensor:
+        """Whether keys are there: bool "n". Does not count as a use."""
+        with self._opened("contains"):
+            return self._data.rows(as_batch("contains", self._key_type, keys), False) >= 0
+
+    # --- one key
+
+    def get(self, key: Any) -> Any:
+        """The value of one key (a dict with several columns), or None.
+
+        Example:
+            >>> import memkernels as mk
+            >>> s = mk.KeyValueStore(2)
+            >>> _ = s.store([7], torch.tensor([[1.0, 2.0]]))
+            >>> s.get(7), s.get(8)
+            (tensor([1., 2.]), None)
+        """
+        values, found = self.retrieve([key])
+        if not bool(found[0]):
+            return None
+        return {name: value[0] for name, value in values.items()} if isinstance(values, dict) else values[0]
+
+    def __contains__(self, key: Any) -> bool:
+        return bool(self.contains([key])[0])
+
+    def __len__(self) -> int:
+        with self._opened("len"):
+            return len(self._data)
+
+    # --- all keys
+
+    def items(self) -> Iterator[tuple[Any, Any]]:
+        """Batches (keys, values) of everything stored, in no order that means anything; nothing may be stored or erased meanwhile.
+
+        Keys come as a tensor of int64 or a list of bytes or str; values as `retrieve` gives them.
+        """
+        for batch, values in self._batches("items"):
+            yield batch.ints if batch.ints is not None else batch.tolist(), (values[ONE] if list(self._columns) == [ONE] else values)
+
+    def _batches(self, op: str) -> Iterator[tuple[KeyBatch, dict[str, torch.Tensor]]]:
+        with self._opened(op):
+            zero = {name: as_default(op, name, column, None, self._device) for name, column in self._columns.items()}
+            size = len(self)
+            for batch, rows in self._data.items():
+                yield batch, {name: self._data.read(name, rows, zero[name]) for name in self._columns}
+                if len(self) != size:
+                    raise RuntimeError(
+                        f"{op}: expected a store that stays as it is during iteration, got {len(self)} keys in place of {size}"
+                    )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory for keys, rows and values."""
+        return self._data.nbytes
+
+    @property
+    def columns(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """{name: (shape, dtype)}."""
+        return dict(self._columns)
+
+    @property
+    def key_type(self) -> str:
+        return self._key_type
+
+    def compact(self, erase: bool = False) -> None:
+        """Give back what erased and overwritten rows hold.
+
+        Args:
+            erase: also leave no trace: the bytes of erased and overwritten keys and values are overwritten with zeros, in memory and on disk.
+                Tensors that were given out are the caller's.
+        """
+        check_flag("compact", "erase", erase)
+        with self._opened("compact"):
+            self._data.compact(erase)
+
+    def as_parameter(self, capacity: int | None = None) -> Any:
+        """The stored values as an `nn.Parameter` "rows ..." (a ParameterDict with several columns): `retrieve` is then differentiable in them.
+
+        The values move into one tensor of a fixed number of rows: those in use, or `capacity`. Keys may still be stored, erased and replaced
+        as long as they fit; what an optimizer changes is what `retrieve` gives. Only floating columns take part.
+
+        Example:
+            >>> import memkernels as mk
+            >>> s = mk.KeyValueStore(2)
+            >>> _ = s.store([7, 8], torch.ones(2, 2))
+            >>> bank = s.as_parameter()
+            >>> s.retrieve([8, 9])[0].sum().backward()
+            >>> bank.grad.sum()
+            tensor(2.)
+        """
+        with self._opened("as_parameter"):
+            if self._path is not None:
+                fail("as_parameter", "store", "a store in memory", f"one with path {self._path!r}")
+            end = self._data.pool.numbers.end
+            if capacity is not None and (not isinstance(capacity, int) or capacity < end):
+                fail("as_parameter", "capacity", f"at least the {end} rows in use", repr(capacity))
+            floating = [name for name, (_, dtype) in self._columns.items() if dtype.is_floating_point or dtype.is_complex]
+            if not floating:
+                fail("as_parameter", "store", "a column of a floating dtype", "none", TypeError)
+            if self._parameters is None or capacity not in (None, self._data.pool.rows):
+                self._data.pool.as_one(capacity or max(end, 1))
+                self._parameters = torch.nn.ParameterDict()
+                for name in floating:
+                    self._parameters[name] = torch.nn.Parameter(self._data.pool.chunks[name][0])
+            return self._parameters[ONE] if list(self._columns) == [ONE] else self._parameters
+
+    # --- in and out
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Everything stored, as tensors: "keys" (bytes and str: "key_data" and "key_offsets") and "column.NAME" for each column."""
+        return exchange.to_tensors(self)
+
+    def load_state_dict(self, state: Any) -> None:
+        """Replace what is stored by a `state_dict`, of a store of the same key type and columns; errors leave the store as it was."""
+        exchange.from_tensors(self, "load_state_dict", state)
+
+    def export_safetensors(self, path: Any) -> None:
+        """Write `state_dict` to one safetensors file: beside it first, then renamed, so an interrupted export leaves what was there."""
+        exchange.export_file(self, Path(path))
+
+    def import_safetensors(self, path: Any) -> None:
+        """Store what `export_safetensors` wrote, over what is there."""
+        exchange.import_file(self, Path(path))
+
+    # --- life
+
+    def commit(self) -> int:
+        """Make what was stored and erased since the last commit durable and visible to other processes; its number. In memory: 0."""
+        with self._opened("commit"):
+            return self._data.commit() if self._path is not None else 0
+
+    def close(self) -> None:
+        """Give up the memory; what a store with a path did not commit is lost. May be called again."""
+        with self._lock:
+            if not self._closed:
+                self._data.clear()
+                self._closed = True
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def __enter__(self) -> KeyValueStore:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return "KeyValueStore(closed)"
+        shapes = ", ".join(f"{name}: {tuple(shape)} {str(dtype).removeprefix('torch.')}" for name, (shape, dtype) in self._columns.items())
+        return f"KeyValueStore({len(self)} {self._key_type} keys, {shapes})"
+
+    def _opened(self, op: str) -> Any:
+        if self._closed:
+            raise ValueError(f"{op}: store: expected an open store, got a closed one")
+        return self._lock
