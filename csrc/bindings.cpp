@@ -30,6 +30,9 @@ namespace py = pybind11;
   OP(recurrent)           \
   OP(retrieval_attention) \
   OP(segment_attention)   \
+  OP(store_keys)          \
+  OP(store_rows)          \
+  OP(store_table)         \
   OP(topk_read)           \
   OP(usage)               \
   OP(vec_math)            \

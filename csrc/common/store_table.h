@@ -1,0 +1,191 @@
+// The hash table of the key-value store: one layout and one hash for the CPU, for CUDA and for the reference in Python
+// (memkernels/backends/reference/_store_table.py), so that a table moves between them byte for byte.
+//
+// A bucket is one cache line of eight 64-bit words, little-endian:
+//   words 0-4        five keys (int64, or 64 bits of hash of a byte key)
+//   then 5 x 32 bits the low bits of their rows
+//   then 32 bits     meta: bit i: place i is taken; bits 5 + 3i: three more bits of row i; bits 20-31: passed
+// A free place is all zeros, so every 64-bit value may be a key and an erased key leaves nothing behind. `passed`
+// counts the keys that went on from this bucket to the next because it was full: a search goes on only past such a
+// bucket, and an erased key takes its counts back, so there are no tombstones. Keys and rows in one line: a search
+// costs one cache miss, where 8-bit digests in a line of their own would cost two.
+//
+// The home of a key is the high half of hash x buckets: the order of the buckets is the order of the hashes in a table
+// of any size, so a table that grows is copied front to back. A part is 256 buckets: a thread that owns parts may do
+// whatever stays inside them; what leaves its part is done afterwards, in the order of the batch. Hence the table does
+// not depend on who did what.
+#pragma once
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define MK_BOTH __host__ __device__ __forceinline__
+#else
+#define MK_BOTH inline __attribute__((always_inline))
+#endif
+
+namespace mk::store {
+
+constexpr int kPlaces = 5, kWords = 8;
+constexpr int64_t kPart = 256;
+constexpr int64_t kPending = int64_t(1) << 34;  // row kPending + i: "the new row of element i of this batch"
+constexpr uint32_t kMostPassed = 4095;          // a count that reaches this stays
+
+MK_BOTH uint64_t high_product(uint64_t a, uint64_t b) {
+#if defined(__CUDA_ARCH__)
+  return __umul64hi(a, b);
+#else
+  return uint64_t((unsigned __int128)a * b >> 64);
+#endif
+}
+
+MK_BOTH uint64_t mix(uint64_t key) {
+  key = (key ^ (key >> 32)) * 0xE9846AF9B1A615D5ull;
+  key = (key ^ (key >> 29)) * 0x9FB21C651E98DF25ull;
+  return key ^ (key >> 32);
+}
+
+MK_BOTH int64_t home_of(uint64_t key, int64_t buckets) { return int64_t(high_product(mix(key), uint64_t(buckets))); }
+
+MK_BOTH uint32_t meta_of(const uint64_t* bucket) { return uint32_t(bucket[7] >> 32); }
+MK_BOTH void set_meta(uint64_t* bucket, uint32_t meta) {
+  bucket[7] = (bucket[7] & 0xFFFFFFFFull) | uint64_t(meta) << 32;
+}
+MK_BOTH uint32_t passed_of(const uint64_t* bucket) { return meta_of(bucket) >> 20; }
+
+MK_BOTH int64_t row_at(const uint64_t* bucket, int place) {
+  const uint64_t low = bucket[5 + place / 2] >> (place % 2 * 32) & 0xFFFFFFFFull;
+  return int64_t(low | uint64_t(meta_of(bucket) >> (5 + 3 * place) & 7) << 32);
+}
+MK_BOTH void set_row(uint64_t* bucket, int place, int64_t row) {
+  const int shift = place % 2 * 32, high = 5 + 3 * place;
+  uint64_t& word = bucket[5 + place / 2];
+  word = (word & ~(0xFFFFFFFFull << shift)) | (uint64_t(row) & 0xFFFFFFFFull) << shift;
+  set_meta(bucket, (meta_of(bucket) & ~(7u << high)) | uint32_t(uint64_t(row) >> 32) << high);
+}
+
+// Bit i: place i is taken by this key.
+MK_BOTH uint32_t matches(const uint64_t* bucket, uint64_t key) {
+  uint32_t same = 0;
+  for (int i = 0; i < kPlaces; i++) same |= uint32_t(bucket[i] == key) << i;
+  return same & meta_of(bucket);
+}
+
+MK_BOTH int lowest(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __ffs(int(bits)) - 1;
+#else
+  return __builtin_ctz(bits);
+#endif
+}
+
+struct Place {
+  int64_t bucket;
+  int place;
+};
+constexpr int64_t kAbsent = -1, kOutside = -2;  // in Place::bucket: not there or no room; only known outside the part
+
+struct Table {
+  uint64_t* words;
+  int64_t buckets;
+  MK_BOTH uint64_t* at(int64_t bucket) const { return words + bucket * kWords; }
+  MK_BOTH int64_t wrapped(int64_t bucket) const { return bucket < buckets ? bucket : bucket - buckets; }
+  MK_BOTH int64_t part_end(int64_t home) const {
+    const int64_t end = (home / kPart + 1) * kPart;
+    return end < buckets ? end : buckets;
+  }
+
+  // Where a key lies. same(row) tells keys apart whose 64 bits agree.
+  template <class Same>
+  MK_BOTH Place find(uint64_t key, int64_t home, bool leave, const Same& same) const {
+    const int64_t end = part_end(home);
+    for (int64_t step = 0; step < buckets; step++) {
+      if (home + step >= end && !leave) return {kOutside, 0};
+      const int64_t b = wrapped(home + step);
+      const uint64_t* bucket = at(b);
+      for (uint32_t found = matches(bucket, key); found; found &= found - 1) {
+        const int place = lowest(found);
+        if (same(row_at(bucket, place))) return {b, place};
+      }
+      if (!passed_of(bucket)) break;
+    }
+    return {kAbsent, 0};
+  }
+
+  // An absent key goes to the first free place from its home on.
+  MK_BOTH Place put(uint64_t key, int64_t row, int64_t home, bool leave) const {
+    const int64_t end = part_end(home);
+    for (int64_t step = 0; step < buckets; step++) {
+      if (home + step >= end && !leave) return {kOutside, 0};
+      const int64_t b = wrapped(home + step);
+      uint64_t* bucket = at(b);
+      const uint32_t free = ~meta_of(bucket) & ((1u << kPlaces) - 1);
+      if (!free) continue;
+      const int place = lowest(free);
+      bucket[place] = key;
+      set_meta(bucket, meta_of(bucket) | 1u << place);
+      set_row(bucket, place, row);
+      for (int64_t back = 0; back < step; back++) count(wrapped(home + back), 1);
+      return {b, place};
+    }
+    return {kAbsent, 0};
+  }
+
+  MK_BOTH void take_out(Place where, int64_t home) const {
+    uint64_t* bucket = at(where.bucket);
+    set_row(bucket, where.place, 0);
+    set_meta(bucket, meta_of(bucket) & ~(1u << where.place));
+    bucket[where.place] = 0;
+    for (int64_t b = home; b != where.bucket; b = wrapped(b + 1)) count(b, -1);
+  }
+
+  MK_BOTH void count(int64_t b, int by) const {
+    uint64_t* bucket = at(b);
+    if (passed_of(bucket) < kMostPassed) set_meta(bucket, meta_of(bucket) + uint32_t(by) * (1u << 20));
+  }
+};
+
+struct Any {
+  MK_BOTH bool operator()(int64_t) const { return true; }
+};
+
+// What upserting does with a key that is there, and with one that is not.
+enum class Mode : int { replace, keep, assign, insert };
+
+struct Upserted {
+  int64_t now, old;  // old: -1 new, -2 no room
+  Place place;       // of a new key; kOutside: to be done again with leave = true
+};
+template <class Same>
+MK_BOTH Upserted upsert(const Table& table, uint64_t key, int64_t row, Mode mode, bool leave, const Same& same) {
+  const int64_t home = home_of(key, table.buckets);
+  Place found = mode == Mode::insert ? Place{kAbsent, 0} : table.find(key, home, leave, same);
+  if (found.bucket == kOutside) return {-1, -1, found};
+  if (found.bucket == kAbsent) {
+    found = table.put(key, row, home, leave);
+    if (found.bucket == kAbsent) return {-1, -2, found};
+    return {row, -1, found};
+  }
+  uint64_t* bucket = table.at(found.bucket);
+  const int64_t old = row_at(bucket, found.place);
+  if (mode == Mode::replace) set_row(bucket, found.place, row);
+  return {mode == Mode::replace ? row : old, old, {kAbsent, 0}};
+}
+
+// 64 bits of hash of a byte key: one bijection of the state a word of eight bytes.
+MK_BOTH uint64_t hash_bytes(const uint8_t* bytes, int64_t length) {
+  uint64_t state = uint64_t(length + 1) * 0x9E3779B97F4A7C15ull;
+  for (int64_t i = 0; i < length; i += 8) {
+    uint64_t word = 0;
+#if !defined(__CUDA_ARCH__)
+    if (i + 8 <= length)
+      __builtin_memcpy(&word, bytes + i, 8);
+    else
+#endif
+      for (int64_t k = i; k < length && k < i + 8; k++) word |= uint64_t(bytes[k]) << (k - i) * 8;
+    state = (state ^ word) * 0xD6E8FEB86659FD93ull;
+    state ^= state >> 32;
+  }
+  return state;
+}
+
+}  // namespace mk::store

@@ -1,0 +1,154 @@
+// store_gather and store_scatter_ on the CPU: rows of bytes in chunks. A row is some cache lines at a random place, so
+// the lines of rows further on are prefetched while one is copied. Of equal rows in a scatter the last one stays: a
+// thread owns stretches of 2 MB of rows and takes the batch in order.
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <vector>
+
+#include "common/checks.h"
+#include "common/parallel.h"
+
+namespace mk::cpu {
+namespace {
+
+constexpr int64_t kAhead = 16;
+
+struct Chunk {
+  char* data;
+  int64_t first, rows, stride;
+};
+
+struct Chunks {
+  std::vector<Chunk> all;
+  int64_t width = 0;
+  int shift = -1;  // every chunk but the last has 2^shift rows and none is missing in between
+
+  // The address of a row; null where no chunk holds it.
+  char* at(int64_t row) const {
+    size_t c = 0;
+    if (shift >= 0) {
+      c = size_t(row >> shift);
+      if (c >= all.size()) return nullptr;
+    } else {
+      size_t end = all.size();
+      while (end - c > 1) {
+        const size_t middle = (c + end) / 2;
+        (all[middle].first <= row ? c : end) = middle;
+      }
+      if (all.empty()) return nullptr;
+    }
+    const int64_t at = row - all[c].first;
+    return at >= 0 && at < all[c].rows ? all[c].data + at * all[c].stride : nullptr;
+  }
+};
+
+Chunks chunks_of(const char* op, const std::vector<TensorView>& views, const std::vector<int64_t>& firsts,
+                 size_t count) {
+  Chunks out;
+  MK_CHECK(firsts.size() == count, op, "firsts", std::to_string(count) + " numbers", std::to_string(firsts.size()));
+  for (size_t c = 0; c < count; c++) {
+    const TensorView& view = views[c];
+    check_rank(op, "chunks", view, 2);
+    check_inner(op, "chunks", view);
+    if (!c) out.width = view.size(1);
+    MK_CHECK(view.size(1) == out.width, op, "chunks", "rows of one size", describe(view));
+    MK_CHECK(!c || firsts[c] >= firsts[c - 1] + out.all[c - 1].rows, op, "firsts", "increasing rows", firsts[c]);
+    out.all.push_back({view.data<char>(), firsts[c], view.size(0), view.stride(0)});
+  }
+  if (count && firsts[0] == 0) {
+    int shift = 62;
+    if (count > 1)
+      for (shift = 0; int64_t(1) << shift < firsts[1]; shift++) {
+      }
+    for (size_t c = 0; c < count; c++)
+      if (firsts[c] != int64_t(c) << shift) return out;
+    out.shift = shift;
+  }
+  return out;
+}
+
+template <int kFetch>  // 0: to read, 1: to write
+inline void prefetch_row(const char* row, int64_t width) {
+  for (int64_t at = 0; at < std::min<int64_t>(width, 512); at += 64) __builtin_prefetch(row + at, kFetch);
+}
+
+[[noreturn]] void no_such_row(const char* op, int64_t row) {
+  throw pybind11::index_error(std::string(op) + ": rows: expected rows that a chunk holds, got " + std::to_string(row));
+}
+
+void gather(const TensorView& out, const std::vector<TensorView>& chunks_and_default,
+            const std::vector<int64_t>& firsts, const TensorView& rows_view) {
+  const char* op = "store_gather";
+  MK_CHECK(!chunks_and_default.empty(), op, "chunks", "the default at the end", "nothing");
+  const Chunks chunks = chunks_of(op, chunks_and_default, firsts, chunks_and_default.size() - 1);
+  const TensorView& fallback = chunks_and_default.back();
+  const int64_t n = rows_view.numel(), width = out.size(1);
+  MK_CHECK(fallback.ndim() == 2 && fallback.size(1) == width && fallback.size(0) > 0, op, "default", "[1, bytes]",
+           describe(fallback));
+  MK_CHECK(chunks.all.empty() || chunks.width == width, op, "chunks", "rows as wide as the default", chunks.width);
+  check_output(op, "rows", rows_view, {n}, DType::int64);
+  const int64_t* rows = rows_view.data<const int64_t>();
+  char* to = out.data<char>();
+  const char* absent = fallback.data<const char>();
+  int64_t bad = -1;
+  {
+    pybind11::gil_scoped_release nogil;
+    prefer_huge_pages(to, n * width);
+    std::atomic<int64_t> wrong{-1};
+    parallel_for(n, grain_for(2 * width), [&](int64_t begin, int64_t end) {
+      const char* from[kAhead];
+      for (int64_t i = begin; i < end + kAhead; i++) {
+        const int64_t done = i - kAhead;
+        if (done >= begin) std::memcpy(to + done * width, from[done % kAhead], size_t(width));
+        if (i >= end) continue;
+        const char* row = rows[i] < 0 ? absent : chunks.at(rows[i]);
+        if (!row) wrong = rows[i], row = absent;
+        from[i % kAhead] = row;
+        prefetch_row<0>(row, width);
+      }
+    });
+    bad = wrong;
+  }
+  if (bad >= 0) no_such_row(op, bad);
+}
+
+void scatter(const std::vector<TensorView>& chunk_views, const std::vector<int64_t>& firsts,
+             const TensorView& rows_view, const TensorView& values) {
+  const char* op = "store_scatter_";
+  const Chunks chunks = chunks_of(op, chunk_views, firsts, chunk_views.size());
+  const int64_t n = rows_view.numel();
+  check_output(op, "rows", rows_view, {n}, DType::int64);
+  check_rank(op, "values", values, 2);
+  check_inner(op, "values", values);
+  const int64_t width = values.size(1);
+  MK_CHECK(values.size(0) >= n && (chunks.all.empty() || chunks.width == width), op, "values", "a row for each of rows",
+           describe(values));
+  const int64_t* rows = rows_view.data<const int64_t>();
+  const char* from = values.data<const char>();
+  const int64_t step = values.stride(0);
+  for (int64_t i = 0; i < n; i++)
+    if (rows[i] >= 0 && !chunks.at(rows[i])) no_such_row(op, rows[i]);
+  pybind11::gil_scoped_release nogil;
+  int stretch = 0;  // 2^stretch rows: about 2 MB, a page of which two threads should not touch the first byte together
+  while (width << stretch < (int64_t(1) << 21)) stretch++;
+  const int64_t owners = n * width < 65536 ? 1 : num_threads();
+  parallel_for(owners, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t owner = begin; owner < end; owner++)
+      for (int64_t i = 0; i < n; i++) {
+        if (i + kAhead < n && rows[i + kAhead] >= 0 && (rows[i + kAhead] >> stretch) % owners == owner)
+          prefetch_row<1>(chunks.at(rows[i + kAhead]), width);
+        if (rows[i] >= 0 && (rows[i] >> stretch) % owners == owner)
+          std::memcpy(chunks.at(rows[i]), from + i * step, size_t(width));
+      }
+  });
+}
+
+}  // namespace
+
+void bind_store_rows(pybind11::module_& m) {
+  m.def("store_gather", &gather);
+  m.def("store_scatter_", &scatter);
+}
+
+}  // namespace mk::cpu

@@ -1,0 +1,283 @@
+// store_find, store_upsert_ and store_erase_ on the CPU: lookups are cache misses, so many are kept under way at once.
+// 32 keys are hashed and their buckets prefetched before the first one is looked at; a batch that writes is first
+// sorted by the part of its homes (counting sort, stable), so that every thread owns whole parts and meets them in
+// cache.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "common/arena.h"
+#include "common/checks.h"
+#include "common/store_table.h"
+#include "common/tasks.h"
+
+namespace mk::cpu {
+namespace {
+
+using namespace mk::store;
+
+constexpr int64_t kAhead = 32;  // keys whose buckets are under way
+
+struct ByteKeys {
+  const int64_t* spans;  // [entries, 2]; null: the keys are int64
+  int64_t entries;
+  const uint8_t *arena, *data;
+  const int64_t* offsets;
+
+  const uint8_t* key(int64_t i) const { return data + offsets[i]; }
+  int64_t length(int64_t i) const { return offsets[i + 1] - offsets[i]; }
+  bool same(int64_t i, int64_t row) const {
+    if (!spans) return true;
+    const int64_t n = length(i);
+    if (row >= kPending) return n == length(row - kPending) && !std::memcmp(key(i), key(row - kPending), size_t(n));
+    return row < entries && spans[2 * row + 1] == n && !std::memcmp(key(i), arena + spans[2 * row], size_t(n));
+  }
+};
+
+ByteKeys byte_keys(const char* op, int64_t n, const TensorView& spans, const TensorView& arena, const TensorView& data,
+                   const TensorView& offsets) {
+  if (!spans.defined()) return {};
+  check_rank(op, "spans", spans, 2);
+  check_output(op, "spans", spans, {spans.size(0), 2}, DType::int64);
+  check_rank(op, "arena", arena, 1);
+  check_rank(op, "data", data, 1);
+  check_rank(op, "offsets", offsets, 1);
+  MK_CHECK(offsets.size(0) > n && offsets.dtype() == DType::int64, op, "offsets", "int64, one more than keys",
+           describe(offsets));
+  static const int64_t none[2] = {0, 0};  // an empty tensor may have no memory
+  return {spans.size(0) ? spans.data<const int64_t>() : none, spans.size(0), arena.data<const uint8_t>(),
+          data.data<const uint8_t>(), offsets.data<const int64_t>()};
+}
+
+Table table_of(const char* op, const TensorView& table) {
+  check_rank(op, "table", table, 2);
+  check_output(op, "table", table, {table.size(0), kWords}, DType::int64);
+  MK_CHECK(table.size(0) > 0, op, "table", "at least one bucket", describe(table));
+  return {table.data<uint64_t>(), table.size(0)};
+}
+
+const uint64_t* keys_of(const char* op, const TensorView& keys) {
+  check_rank(op, "keys", keys, 1);
+  check_output(op, "keys", keys, {keys.size(0)}, DType::int64);
+  return keys.data<const uint64_t>();
+}
+
+// Rows of int64 keys [begin, end).
+void find_ints(const Table& table, const uint64_t* keys, int64_t* rows, int64_t begin, int64_t end) {
+  int64_t homes[kAhead];
+  for (int64_t first = begin; first < end; first += kAhead) {
+    const int64_t count = std::min(kAhead, end - first);
+    for (int64_t k = 0; k < count; k++) {
+      homes[k] = home_of(keys[first + k], table.buckets);
+      __builtin_prefetch(table.at(homes[k]));
+    }
+    for (int64_t k = 0; k < count; k++) {
+      const uint64_t key = keys[first + k];
+      const uint64_t* bucket = table.at(homes[k]);
+      const uint32_t found = matches(bucket, key);
+      if (found) {
+        rows[first + k] = row_at(bucket, lowest(found));
+      } else if (!passed_of(bucket)) {
+        rows[first + k] = -1;
+      } else {
+        const Place place = table.find(key, homes[k], true, Any());
+        rows[first + k] = place.bucket < 0 ? -1 : row_at(table.at(place.bucket), place.place);
+      }
+    }
+  }
+}
+
+// Entries of byte keys: the place by 64 bits first, then its span, then its bytes, a group of keys at a time.
+void find_bytes(const Table& table, const uint64_t* keys, const ByteKeys& text, int64_t* rows, int64_t begin,
+                int64_t end) {
+  for (int64_t first = begin; first < end; first += kAhead) {
+    const int64_t count = std::min(kAhead, end - first);
+    find_ints(table, keys, rows, first, first + count);
+    for (int64_t i = first; i < first + count; i++)
+      if (rows[i] >= 0 && rows[i] < text.entries) __builtin_prefetch(text.spans + 2 * rows[i]);
+    for (int64_t i = first; i < first + count; i++)
+      if (rows[i] >= 0 && rows[i] < text.entries) __builtin_prefetch(text.arena + text.spans[2 * rows[i]]);
+    for (int64_t i = first; i < first + count; i++) {
+      if (rows[i] < 0 || text.same(i, rows[i])) continue;
+      const auto same = [&](int64_t row) { return text.same(i, row); };  // another key with the same 64 bits
+      const Place place = table.find(keys[i], home_of(keys[i], table.buckets), true, same);
+      rows[i] = place.bucket < 0 ? -1 : row_at(table.at(place.bucket), place.place);
+    }
+  }
+}
+
+void find(const TensorView& rows, const TensorView& table_view, const TensorView& keys_view, const TensorView& spans,
+          const TensorView& arena, const TensorView& data, const TensorView& offsets) {
+  const char* op = "store_find";
+  const Table table = table_of(op, table_view);
+  const uint64_t* keys = keys_of(op, keys_view);
+  const int64_t n = keys_view.size(0);
+  check_output(op, "rows", rows, {n}, DType::int64);
+  const ByteKeys text = byte_keys(op, n, spans, arena, data, offsets);
+  int64_t* out = rows.data<int64_t>();
+  pybind11::gil_scoped_release nogil;
+  parallel_for(n, 2048, [&](int64_t begin, int64_t end) {
+    if (text.spans)
+      find_bytes(table, keys, text, out, begin, end);
+    else
+      find_ints(table, keys, out, begin, end);
+  });
+}
+
+struct Item {
+  uint64_t key;
+  int64_t i;  // place in the batch
+};
+
+// The batch, sorted by runs of parts.
+struct Runs {
+  Item* items;
+  std::vector<int64_t> begin;  // of each run, and the end
+  int64_t count() const { return int64_t(begin.size()) - 1; }
+};
+
+Runs sort_by_part(const Table& table, const uint64_t* keys, int64_t n, Scratch& scratch) {
+  const int64_t parts = (table.buckets + kPart - 1) / kPart;
+  int shift = 0;  // 2^shift parts a run: runs that stay in a core's cache, none of few keys
+  while (parts >> shift > 1 && (parts >> shift > 1024 || n / (parts >> shift) < 512)) shift++;
+  const int64_t runs = (parts + (int64_t(1) << shift) - 1) >> shift;
+  Runs out{scratch.take<Item>(n), std::vector<int64_t>(size_t(runs) + 1, 0)};
+  if (runs == 1) {
+    for (int64_t i = 0; i < n; i++) out.items[i] = {keys[i], i};
+    out.begin[1] = n;
+    return out;
+  }
+  const int64_t slices = std::min<int64_t>(num_threads(), std::max<int64_t>(1, n / 4096));
+  const int64_t each = (n + slices - 1) / slices;
+  const auto run_of = [&](uint64_t key) { return home_of(key, table.buckets) / kPart >> shift; };
+  std::vector<int64_t> counts(size_t(slices * runs), 0);
+  parallel_for(slices, 1, [&](int64_t from, int64_t to) {
+    for (int64_t s = from; s < to; s++)
+      for (int64_t i = s * each; i < std::min(n, (s + 1) * each); i++) counts[size_t(s * runs + run_of(keys[i]))]++;
+  });
+  int64_t total = 0;
+  for (int64_t r = 0; r < runs; r++) {
+    out.begin[size_t(r)] = total;
+    for (int64_t s = 0; s < slices; s++) {
+      const int64_t count = counts[size_t(s * runs + r)];
+      counts[size_t(s * runs + r)] = total;
+      total += count;
+    }
+  }
+  out.begin[size_t(runs)] = n;
+  parallel_for(slices, 1, [&](int64_t from, int64_t to) {
+    for (int64_t s = from; s < to; s++)
+      for (int64_t i = s * each; i < std::min(n, (s + 1) * each); i++)
+        out.items[counts[size_t(s * runs + run_of(keys[i]))]++] = {keys[i], i};
+  });
+  return out;
+}
+
+// step(item, leave) for every item, runs by several threads; those that answer false once more at the end, in order.
+template <class Step>
+std::vector<Item> in_parts(const Table& table, const Runs& runs, const Step& step) {
+  std::vector<std::vector<Item>> later(size_t(runs.count()));
+  run_tasks(runs.count(), double(runs.begin.back()) * 100, 0, [&](int64_t r, char*) {
+    const int64_t end = runs.begin[size_t(r) + 1];
+    for (int64_t i = runs.begin[size_t(r)]; i < end; i++) {
+      if (i + kAhead / 2 < end) __builtin_prefetch(table.at(home_of(runs.items[i + kAhead / 2].key, table.buckets)), 1);
+      if (!step(runs.items[i], false)) later[size_t(r)].push_back(runs.items[i]);
+    }
+  });
+  std::vector<Item> all;
+  for (const auto& some : later) all.insert(all.end(), some.begin(), some.end());
+  std::sort(all.begin(), all.end(), [](const Item& a, const Item& b) { return a.i < b.i; });
+  for (const Item& item : all) step(item, true);
+  return all;
+}
+
+// Rows for the new keys of the batch, in its order, in place of the pending ones.
+void assign_rows(const Table& table, const Runs& runs, const std::vector<Item>& later, const Place* places,
+                 const int64_t* rows, int64_t* now, int64_t* old, int64_t n) {
+  int64_t rank = 0;
+  for (int64_t i = 0; i < n; i++)
+    if (old[i] == -1)
+      now[i] = rows[rank++];
+    else if (old[i] >= kPending)
+      now[i] = old[i] = now[old[i] - kPending];
+  run_tasks(runs.count(), double(n) * 50, 0, [&](int64_t r, char*) {
+    for (int64_t k = runs.begin[size_t(r)]; k < runs.begin[size_t(r) + 1]; k++) {
+      const int64_t i = runs.items[k].i;
+      if (places[i].bucket >= 0) set_row(table.at(places[i].bucket), places[i].place, now[i]);
+    }
+  });
+  for (const Item& item : later) {
+    const Place place = {-places[item.i].bucket - 3, places[item.i].place};
+    if (place.bucket >= 0) set_row(table.at(place.bucket), place.place, now[item.i]);
+  }
+}
+
+void upsert(const TensorView& now_view, const TensorView& old_view, const TensorView& table_view,
+            const TensorView& keys_view, const TensorView& rows_view, const std::string& name, const TensorView& spans,
+            const TensorView& arena, const TensorView& data, const TensorView& offsets) {
+  const char* op = "store_upsert_";
+  const Table table = table_of(op, table_view);
+  const uint64_t* keys = keys_of(op, keys_view);
+  const int64_t n = keys_view.size(0);
+  check_output(op, "now", now_view, {n}, DType::int64);
+  check_output(op, "old", old_view, {n}, DType::int64);
+  check_rank(op, "rows", rows_view, 1);
+  MK_CHECK(rows_view.size(0) >= n, op, "rows", std::to_string(n) + " rows", describe(rows_view));
+  check_output(op, "rows", rows_view, {rows_view.size(0)}, DType::int64);
+  const ByteKeys text = byte_keys(op, n, spans, arena, data, offsets);
+  const Mode mode = name == "replace"  ? Mode::replace
+                    : name == "keep"   ? Mode::keep
+                    : name == "assign" ? Mode::assign
+                                       : Mode::insert;
+  const int64_t* rows = rows_view.data<const int64_t>();
+  int64_t *now = now_view.data<int64_t>(), *old = old_view.data<int64_t>();
+  pybind11::gil_scoped_release nogil;
+  Scratch scratch;
+  const Runs runs = sort_by_part(table, keys, n, scratch);
+  Place* places = mode == Mode::assign ? scratch.take<Place>(n) : nullptr;
+  const auto later = in_parts(table, runs, [&](const Item& item, bool leave) {
+    const int64_t i = item.i, row = mode == Mode::assign ? kPending + i : rows[i];
+    const Upserted done =
+        store::upsert(table, item.key, row, mode, leave, [&](int64_t other) { return text.same(i, other); });
+    if (done.place.bucket == kOutside) return false;
+    now[i] = done.now, old[i] = done.old;
+    // A place that was found at the end may lie in anybody's part: marked (-3, -4, ...) and given its row by one
+    // thread.
+    if (places)
+      places[i] = {leave && done.place.bucket >= 0 ? -done.place.bucket - 3 : done.place.bucket, done.place.place};
+    return true;
+  });
+  if (places) assign_rows(table, runs, later, places, rows, now, old, n);
+}
+
+void erase(const TensorView& removed_view, const TensorView& table_view, const TensorView& keys_view,
+           const TensorView& spans, const TensorView& arena, const TensorView& data, const TensorView& offsets) {
+  const char* op = "store_erase_";
+  const Table table = table_of(op, table_view);
+  const uint64_t* keys = keys_of(op, keys_view);
+  const int64_t n = keys_view.size(0);
+  check_output(op, "removed", removed_view, {n}, DType::int64);
+  const ByteKeys text = byte_keys(op, n, spans, arena, data, offsets);
+  int64_t* removed = removed_view.data<int64_t>();
+  pybind11::gil_scoped_release nogil;
+  Scratch scratch;
+  const Runs runs = sort_by_part(table, keys, n, scratch);
+  in_parts(table, runs, [&](const Item& item, bool leave) {
+    const int64_t home = home_of(item.key, table.buckets);
+    const Place found = table.find(item.key, home, leave, [&](int64_t row) { return text.same(item.i, row); });
+    if (found.bucket == kOutside) return false;
+    removed[item.i] = found.bucket < 0 ? -1 : row_at(table.at(found.bucket), found.place);
+    if (found.bucket >= 0) table.take_out(found, home);
+    return true;
+  });
+}
+
+}  // namespace
+
+void bind_store_table(pybind11::module_& m) {
+  m.def("store_find", &find);
+  m.def("store_upsert_", &upsert);
+  m.def("store_erase_", &erase);
+}
+
+}  // namespace mk::cpu

@@ -1,0 +1,9 @@
+"""store_find on the CPU (csrc/cpu/store_table.cpp)."""
+
+from memkernels._C import store_find as forward
+
+__all__ = ["forward", "supports"]
+
+
+def supports(table, keys, spans, arena, data, offsets):
+    return None

@@ -1,0 +1,230 @@
+"""The ops of the key-value store: the same table byte for byte from every backend, sequential meaning, errors that change nothing."""
+
+import random
+
+import pytest
+import torch
+
+import memkernels as mk
+from memkernels.backends.reference._store_table import mix
+from memkernels.ops import ByteKeys, store_erase_, store_find, store_gather, store_items, store_scatter_, store_upsert_
+from memkernels.store.keys import as_batch, hash_bytes
+
+CPP = pytest.mark.skipif(mk.backends()["cpp"] is not None, reason="the C++ extension is not built")
+
+
+def random_keys(seed, count, among):
+    source = random.Random(seed)
+    pool = [source.randrange(-(2**63), 2**63) for _ in range(among)]
+    return torch.tensor([source.choice(pool) for _ in range(count)], dtype=torch.int64)
+
+
+def table_of(buckets):
+    return torch.zeros(buckets, 8, dtype=torch.int64)
+
+
+def on_both(function):
+    """The result with the reference and with C++, which must be the same."""
+    with mk.backend("reference"):
+        expected = function()
+    with mk.backend("cpp"):
+        got = function()
+    assert len(expected) == len(got) and all(torch.equal(a, b) for a, b in zip(expected, got))
+    return got
+
+
+@CPP
+@pytest.mark.parametrize("mode", ["replace", "keep", "assign"])
+@pytest.mark.parametrize("buckets", [1, 7, 300, 700])
+def test_backends_write_the_same_bytes(mode, buckets):
+    """Tables that are nearly full, so that keys leave their part and wrap around; twice as many keys as places now and then."""
+
+    def run():
+        table, found = table_of(buckets), []
+        for step in range(4):
+            keys = random_keys(step % 3, 2 * buckets, 6 * buckets)
+            rows = torch.arange(2**34 - keys.shape[0], 2**34)
+            found += store_upsert_(table, keys, rows - 7 * step, mode)
+            found += [store_find(table, random_keys(step, buckets, 6 * buckets))]
+            found += [store_erase_(table, keys[step::2])]
+        return [*found, table]
+
+    on_both(run)
+
+
+@CPP
+def test_threads_write_the_same_bytes():
+    keys = random_keys(0, 60000, 40000)
+
+    def run():
+        table = table_of(9000)
+        found = store_upsert_(table, keys, torch.arange(60000), "assign")
+        removed = store_erase_(table, keys[::3])
+        return [*found, removed, table]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run()
+        for count in (2, 5):
+            torch.set_num_threads(count)
+            assert all(torch.equal(a, b) for a, b in zip(one, run()))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def expected_of(keys, rows, mode, there):
+    now, old, fresh = [], [], iter(rows)
+    for key, row in zip(keys, rows):
+        old.append(there.get(key, -1))
+        if key not in there:
+            there[key] = next(fresh) if mode == "assign" else row
+        elif mode == "replace":
+            there[key] = row
+        now.append(there[key])
+    return now, old
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("mode", ["replace", "keep", "assign"])
+def test_elements_are_taken_one_after_the_other(mode, backend):
+    table, there = table_of(400), {}
+    with mk.backend(backend):
+        for step in range(3):
+            keys = random_keys(step, 500, 300)
+            rows = torch.randperm(500) + 500 * step
+            now, old = store_upsert_(table, keys, rows, mode)
+            assert (now.tolist(), old.tolist()) == expected_of(keys.tolist(), rows.tolist(), mode, there)
+        gone = random_keys(1, 400, 300)
+        assert store_erase_(table, gone).tolist() == [there.pop(key, -1) for key in gone.tolist()]
+        assert dict(zip(*(side.tolist() for side in store_items(table)))) == there
+        everything = torch.tensor(list(there))
+        assert store_erase_(table, everything).tolist() == list(there.values())
+    assert not table.any()  # no tombstones, no counts, nothing of a key
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_a_full_table_says_so(backend):
+    table, keys = table_of(2), torch.arange(12)
+    with mk.backend(backend):
+        _, old = store_upsert_(table, keys, keys)
+        assert old.tolist() == [-1] * 10 + [-2] * 2
+        assert store_find(table, keys).tolist() == [*range(10), -1, -1]
+
+
+def same_home(count, buckets, home):
+    """Keys that all want one bucket: a run that passes several, and a count that grows large."""
+    found, key = [], 0
+    while len(found) < count:
+        if mix(key) * buckets >> 64 == home:
+            found.append(key)
+        key += 1
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_keys_of_one_home(backend):
+    keys = same_home(60, 16, 14)  # wraps around the end of the table
+    table = table_of(16)
+    with mk.backend(backend):
+        store_upsert_(table, keys, torch.arange(60))
+        assert store_find(table, keys).tolist() == list(range(60))
+        assert store_erase_(table, keys[::2]).tolist() == list(range(0, 60, 2))
+        assert store_find(table, keys).tolist() == [i if i % 2 else -1 for i in range(60)]
+        store_erase_(table, keys)
+    assert not table.any()
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_equal_hashes_are_told_apart(backend):
+    """Byte keys with the same 64 bits: the bytes decide."""
+    texts = ["apple", "pear", "apple", "", "plum"]
+    batch = as_batch("", "str", texts)
+    table, spans, arena = table_of(4), torch.zeros(8, 2, dtype=torch.int64), torch.zeros(64, dtype=torch.uint8)
+    same = torch.zeros(5, dtype=torch.int64)
+    byte_keys = ByteKeys(spans, arena, batch.data, batch.offsets)
+    with mk.backend(backend):
+        now, old = store_upsert_(table, same, torch.tensor([3, 1, 4, 0, 5]), "assign", byte_keys)
+        assert (now.tolist(), old.tolist()) == ([3, 1, 3, 4, 0], [-1, -1, 3, -1, -1])
+        for i, entry in enumerate(now.tolist()):
+            begin, end = batch.offsets[i : i + 2].tolist()
+            spans[entry] = torch.tensor([begin, end - begin])
+            arena[begin:end] = batch.data[begin:end]
+        assert store_find(table, same, byte_keys).tolist() == [3, 1, 3, 4, 0]
+        assert store_erase_(table, same[:1], byte_keys).tolist() == [3]
+        assert store_find(table, same, byte_keys).tolist() == [-1, 1, -1, 4, 0]
+
+
+@CPP
+def test_hashes_of_bytes():
+    keys = [b"", b"\0", b"\0\0", b"a" * 7, b"a" * 8, b"a" * 9, "ä".encode(), bytes(range(200))]
+    batch = as_batch("", "bytes", keys)
+    assert batch.hashes().tolist() == [hash_bytes(key) for key in keys]
+    assert len(set(batch.hashes().tolist())) == len(keys)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("sizes", [(8, 8, 3), (5, 1, 9), (1,), (0,)])
+def test_rows_of_chunks(backend, sizes):
+    chunks = [torch.randint(0, 255, (n, 11), dtype=torch.uint8)[:, 2:9] for n in sizes]  # rows with gaps between them
+    firsts = [sum(sizes[:i]) for i in range(len(sizes))]
+    everything = torch.cat(chunks)
+    default = torch.full((1, 7), 9, dtype=torch.uint8)
+    rows = torch.randint(-1, max(sum(sizes), 1), (50,)) if sum(sizes) else torch.full((3,), -1)
+    with mk.backend(backend):
+        assert torch.equal(store_gather(chunks, firsts, rows, default), torch.cat([everything, default])[rows])
+        values = torch.randint(0, 255, (rows.shape[0], 7), dtype=torch.uint8)
+        store_scatter_(chunks, firsts, rows, values)
+        for row, value in zip(rows.tolist(), values):
+            if row >= 0:
+                everything[row] = value
+        assert torch.equal(torch.cat(chunks), everything)
+        with pytest.raises(IndexError, match=r"store_scatter_: rows: expected rows that a chunk holds, got 99"):
+            store_scatter_(chunks, firsts, torch.tensor([0 if sum(sizes) else -1, 99]), values[:2] + 1)
+        with pytest.raises(IndexError, match=r"store_gather: rows: .*99"):
+            store_gather(chunks, firsts, torch.tensor([99]), default)
+    assert torch.equal(torch.cat(chunks), everything)
+
+
+def test_gaps_between_chunks():
+    chunks, default = [torch.full((2, 1), c, dtype=torch.uint8) for c in (1, 2)], torch.zeros(1, 1, dtype=torch.uint8)
+    for backend in ("reference", None):
+        with mk.backend(backend):
+            assert store_gather(chunks, [3, 8], torch.tensor([4, 8, 9, 3, -5]), default)[:, 0].tolist() == [1, 2, 2, 1, 0]
+            with pytest.raises(IndexError, match="got 5"):
+                store_gather(chunks, [3, 8], torch.tensor([5]), default)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda t, k: store_find(t.int(), k), TypeError, "store_find: table: expected int64, got int32"),
+        (lambda t, k: store_find(t[:, :7], k), ValueError, r"store_find: table: expected a contiguous tensor \[buckets, 8\], got shape"),
+        (lambda t, k: store_find(t[:0], k), ValueError, "store_find: table: expected at least one bucket, got none"),
+        (lambda t, k: store_find(t, k.float()), TypeError, "store_find: keys: expected int64, got float32"),
+        (lambda t, k: store_upsert_(t, k, k, "put"), ValueError, "store_upsert_: mode: expected one of 'replace', .* got 'put'"),
+        (lambda t, k: store_upsert_(t, k, k - 9), ValueError, "store_upsert_: rows: expected rows from 0 to .*, got -9 to"),
+        (lambda t, k: store_upsert_(t, k, k + 2**34), ValueError, "store_upsert_: rows: expected rows from 0"),
+        (lambda t, k: store_upsert_(t, k, k[:1]), ValueError, "store_upsert_: rows: expected 1 dimensions of at least 3"),
+        (lambda t, k: store_erase_(t, k[None]), ValueError, "store_erase_: keys: expected 1 dimensions, got shape"),
+        (lambda t, k: store_items(t, 3, 2), ValueError, "store_items: begin, end: expected 0 <= begin"),
+    ],
+)
+def test_errors_change_nothing(call, error, message):
+    table, keys = table_of(4), torch.arange(3)
+    store_upsert_(table, keys, keys)
+    before = table.clone()
+    with pytest.raises(error, match=message):
+        call(table, keys)
+    assert torch.equal(table, before)
+
+
+def test_explain_and_versions():
+    table, keys = table_of(4), torch.arange(3)
+    assert mk.explain("store_find", table, keys)["reference"] is None
+    assert mk.explain(store_upsert_, table, keys, keys)["reference"] is None
+    assert not table.any()
+    version = table._version
+    store_upsert_(table, keys, keys)
+    assert table._version > version
+    assert torch.ops.memkernels.store_find.default(table, keys, None, None, None, None)[0].tolist() == [0, 1, 2]
