@@ -14,6 +14,7 @@ namespace py = pybind11;
   OP(attention)           \
   OP(attention_varlen)    \
   OP(content)             \
+  OP(crc32c)              \
   OP(gru_gates)           \
   OP(hopfield_retrieve)   \
   OP(link)                \

@@ -18,6 +18,7 @@ ALLOWED = {
     "distributed": ("memkernels.distributed", "memkernels.ops", "memkernels.store", *HELPERS),
     "integrations": ("memkernels.ops", *HELPERS),
     "models": ("memkernels.models", "memkernels.nn", "memkernels.ops", "memkernels.store", *HELPERS),
+    "store": ("memkernels.store", "memkernels.ops", "memkernels._backends", *HELPERS),
     "ops": ("memkernels.ops", "memkernels._registry", *HELPERS),
     "backends/reference": ("memkernels.backends.reference",),
     "backends/triton": ("memkernels.backends.triton", "memkernels.backends._hopfield", "memkernels.backends._layout", *HELPERS),

@@ -12,8 +12,8 @@
 //
 // The home of a key is the high half of hash x buckets: the order of the buckets is the order of the hashes in a table
 // of any size, so a table that grows is copied front to back. A part is 256 buckets: a thread that owns parts may do
-// whatever stays inside them; what leaves its part is done afterwards, in the order of the batch. Hence the table does
-// not depend on who did what.
+// whatever stays inside them; what leaves its part is done at the end of the slice, in the order of the batch. Hence
+// the table does not depend on who did what.
 #pragma once
 #include <cstdint>
 
@@ -27,6 +27,7 @@ namespace mk::store {
 
 constexpr int kPlaces = 5, kWords = 8;
 constexpr int64_t kPart = 256;
+constexpr int64_t kSlice = 65536;  // elements of a batch that are taken together; the next ones come after them
 constexpr int64_t kPending = int64_t(1) << 34;  // row kPending + i: "the new row of element i of this batch"
 constexpr uint32_t kMostPassed = 4095;          // a count that reaches this stays
 

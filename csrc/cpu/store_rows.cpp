@@ -5,6 +5,9 @@
 
 #include <cstring>
 #include <vector>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #include "common/checks.h"
 #include "common/parallel.h"
@@ -13,6 +16,7 @@ namespace mk::cpu {
 namespace {
 
 constexpr int64_t kAhead = 16;
+constexpr int64_t kLarge = int64_t(4) << 20;  // bytes of output that the caches of two cores do not keep
 
 struct Chunk {
   char* data;
@@ -70,7 +74,20 @@ Chunks chunks_of(const char* op, const std::vector<TensorView>& views, const std
 
 template <int kFetch>  // 0: to read, 1: to write
 inline void prefetch_row(const char* row, int64_t width) {
-  for (int64_t at = 0; at < std::min<int64_t>(width, 512); at += 64) __builtin_prefetch(row + at, kFetch);
+  for (int64_t at = 0; at < std::min<int64_t>(width, 512); at += 64) __builtin_prefetch(row + at, kFetch, 2);
+}
+
+// Output that is larger than the caches goes past them: nobody reads it before it has left them anyway.
+inline void copy_row(char* to, const char* from, int64_t width, bool past_caches) {
+#if defined(__SSE2__)
+  if (past_caches) {
+    for (int64_t at = 0; at < width; at += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + at),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at)));
+    return;
+  }
+#endif
+  std::memcpy(to, from, size_t(width));
 }
 
 [[noreturn]] void no_such_row(const char* op, int64_t row) {
@@ -95,18 +112,22 @@ void gather(const TensorView& out, const std::vector<TensorView>& chunks_and_def
   {
     pybind11::gil_scoped_release nogil;
     prefer_huge_pages(to, n * width);
+    const bool past_caches = n * width >= kLarge && width % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 16 == 0;
     std::atomic<int64_t> wrong{-1};
     parallel_for(n, grain_for(2 * width), [&](int64_t begin, int64_t end) {
       const char* from[kAhead];
       for (int64_t i = begin; i < end + kAhead; i++) {
         const int64_t done = i - kAhead;
-        if (done >= begin) std::memcpy(to + done * width, from[done % kAhead], size_t(width));
+        if (done >= begin) copy_row(to + done * width, from[done % kAhead], width, past_caches);
         if (i >= end) continue;
         const char* row = rows[i] < 0 ? absent : chunks.at(rows[i]);
         if (!row) wrong = rows[i], row = absent;
         from[i % kAhead] = row;
         prefetch_row<0>(row, width);
       }
+#if defined(__SSE2__)
+      _mm_sfence();
+#endif
     });
     bad = wrong;
   }

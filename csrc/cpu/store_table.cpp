@@ -64,25 +64,25 @@ const uint64_t* keys_of(const char* op, const TensorView& keys) {
 
 // Rows of int64 keys [begin, end).
 void find_ints(const Table& table, const uint64_t* keys, int64_t* rows, int64_t begin, int64_t end) {
-  int64_t homes[kAhead];
+  int64_t homes[kAhead], on[kAhead];
   for (int64_t first = begin; first < end; first += kAhead) {
     const int64_t count = std::min(kAhead, end - first);
+    int64_t open = 0;  // keys not in their home, which has passed some on
     for (int64_t k = 0; k < count; k++) {
       homes[k] = home_of(keys[first + k], table.buckets);
       __builtin_prefetch(table.at(homes[k]));
     }
     for (int64_t k = 0; k < count; k++) {
-      const uint64_t key = keys[first + k];
       const uint64_t* bucket = table.at(homes[k]);
-      const uint32_t found = matches(bucket, key);
-      if (found) {
-        rows[first + k] = row_at(bucket, lowest(found));
-      } else if (!passed_of(bucket)) {
-        rows[first + k] = -1;
-      } else {
-        const Place place = table.find(key, homes[k], true, Any());
-        rows[first + k] = place.bucket < 0 ? -1 : row_at(table.at(place.bucket), place.place);
-      }
+      const uint32_t found = matches(bucket, keys[first + k]);
+      rows[first + k] = found ? row_at(bucket, lowest(found)) : -1;
+      on[open] = k;
+      open += !found && passed_of(bucket);
+    }
+    for (int64_t k = 0; k < open; k++) __builtin_prefetch(table.at(table.wrapped(homes[on[k]] + 1)));
+    for (int64_t k = 0; k < open; k++) {
+      const Place place = table.find(keys[first + on[k]], homes[on[k]], true, Any());
+      if (place.bucket >= 0) rows[first + on[k]] = row_at(table.at(place.bucket), place.place);
     }
   }
 }
@@ -129,31 +129,34 @@ struct Item {
   int64_t i;  // place in the batch
 };
 
-// The batch, sorted by runs of parts.
+// A slice of the batch, sorted by runs of parts.
 struct Runs {
   Item* items;
   std::vector<int64_t> begin;  // of each run, and the end
   int64_t count() const { return int64_t(begin.size()) - 1; }
 };
 
-Runs sort_by_part(const Table& table, const uint64_t* keys, int64_t n, Scratch& scratch) {
-  const int64_t parts = (table.buckets + kPart - 1) / kPart;
+Runs sort_by_part(const Table& table, const uint64_t* keys, int64_t from, int64_t to, Scratch& scratch) {
+  const int64_t parts = (table.buckets + kPart - 1) / kPart, n = to - from;
   int shift = 0;  // 2^shift parts a run: runs that stay in a core's cache, none of few keys
-  while (parts >> shift > 1 && (parts >> shift > 1024 || n / (parts >> shift) < 512)) shift++;
+  while (parts >> shift > 1 && (parts >> shift > 256 || n / (parts >> shift) < 256)) shift++;
   const int64_t runs = (parts + (int64_t(1) << shift) - 1) >> shift;
   Runs out{scratch.take<Item>(n), std::vector<int64_t>(size_t(runs) + 1, 0)};
+  out.begin[size_t(runs)] = n;
   if (runs == 1) {
-    for (int64_t i = 0; i < n; i++) out.items[i] = {keys[i], i};
-    out.begin[1] = n;
+    for (int64_t i = from; i < to; i++) out.items[i - from] = {keys[i], i};
     return out;
   }
   const int64_t slices = std::min<int64_t>(num_threads(), std::max<int64_t>(1, n / 4096));
   const int64_t each = (n + slices - 1) / slices;
-  const auto run_of = [&](uint64_t key) { return home_of(key, table.buckets) / kPart >> shift; };
+  uint8_t* run = scratch.take<uint8_t>(n);
   std::vector<int64_t> counts(size_t(slices * runs), 0);
-  parallel_for(slices, 1, [&](int64_t from, int64_t to) {
-    for (int64_t s = from; s < to; s++)
-      for (int64_t i = s * each; i < std::min(n, (s + 1) * each); i++) counts[size_t(s * runs + run_of(keys[i]))]++;
+  parallel_for(slices, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; s++)
+      for (int64_t i = s * each; i < std::min(n, (s + 1) * each); i++) {
+        run[i] = uint8_t(home_of(keys[from + i], table.buckets) / kPart >> shift);
+        counts[size_t(s * runs + run[i])]++;
+      }
   });
   int64_t total = 0;
   for (int64_t r = 0; r < runs; r++) {
@@ -164,11 +167,10 @@ Runs sort_by_part(const Table& table, const uint64_t* keys, int64_t n, Scratch& 
       total += count;
     }
   }
-  out.begin[size_t(runs)] = n;
-  parallel_for(slices, 1, [&](int64_t from, int64_t to) {
-    for (int64_t s = from; s < to; s++)
+  parallel_for(slices, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; s++)
       for (int64_t i = s * each; i < std::min(n, (s + 1) * each); i++)
-        out.items[counts[size_t(s * runs + run_of(keys[i]))]++] = {keys[i], i};
+        out.items[counts[size_t(s * runs + run[i])]++] = {keys[from + i], from + i};
   });
   return out;
 }
@@ -181,73 +183,86 @@ std::vector<Item> in_parts(const Table& table, const Runs& runs, const Step& ste
     const int64_t end = runs.begin[size_t(r) + 1];
     for (int64_t i = runs.begin[size_t(r)]; i < end; i++) {
       if (i + kAhead / 2 < end) __builtin_prefetch(table.at(home_of(runs.items[i + kAhead / 2].key, table.buckets)), 1);
-      if (!step(runs.items[i], false)) later[size_t(r)].push_back(runs.items[i]);
+      const Item item = runs.items[i];
+      if (!step(runs.items[i], false)) later[size_t(r)].push_back(item);
     }
   });
   std::vector<Item> all;
   for (const auto& some : later) all.insert(all.end(), some.begin(), some.end());
   std::sort(all.begin(), all.end(), [](const Item& a, const Item& b) { return a.i < b.i; });
-  for (const Item& item : all) step(item, true);
+  for (Item& item : all) step(item, true);
   return all;
 }
 
-// Rows for the new keys of the batch, in its order, in place of the pending ones.
-void assign_rows(const Table& table, const Runs& runs, const std::vector<Item>& later, const Place* places,
-                 const int64_t* rows, int64_t* now, int64_t* old, int64_t n) {
-  int64_t rank = 0;
-  for (int64_t i = 0; i < n; i++)
-    if (old[i] == -1)
-      now[i] = rows[rank++];
-    else if (old[i] >= kPending)
-      now[i] = old[i] = now[old[i] - kPending];
-  run_tasks(runs.count(), double(n) * 50, 0, [&](int64_t r, char*) {
-    for (int64_t k = runs.begin[size_t(r)]; k < runs.begin[size_t(r) + 1]; k++) {
-      const int64_t i = runs.items[k].i;
-      if (places[i].bucket >= 0) set_row(table.at(places[i].bucket), places[i].place, now[i]);
-    }
-  });
-  for (const Item& item : later) {
-    const Place place = {-places[item.i].bucket - 3, places[item.i].place};
-    if (place.bucket >= 0) set_row(table.at(place.bucket), place.place, now[item.i]);
-  }
+// The place of a new key, kept in its item in place of the key until it has its row.
+constexpr uint64_t kNoPlace = ~uint64_t(0);
+uint64_t code(Place place) { return place.bucket < 0 ? kNoPlace : uint64_t(place.bucket) * 8 + uint64_t(place.place); }
+void give_row(const Table& table, const Item& item, const int64_t* now) {
+  if (item.key != kNoPlace) set_row(table.at(int64_t(item.key / 8)), int(item.key % 8), now[item.i]);
 }
 
-void upsert(const TensorView& now_view, const TensorView& old_view, const TensorView& table_view,
-            const TensorView& keys_view, const TensorView& rows_view, const std::string& name, const TensorView& spans,
-            const TensorView& arena, const TensorView& data, const TensorView& offsets) {
+struct Upsert {
+  Table table;
+  const uint64_t* keys;
+  ByteKeys text;
+  Mode mode;
+  const int64_t* rows;
+  int64_t *now, *old, rank;  // rank: new keys so far
+
+  // One slice of the batch. Assigned rows are pending, by place in the batch, until the order of the new keys is known.
+  void slice(int64_t from, int64_t to) {
+    Scratch scratch;
+    const Runs runs = sort_by_part(table, keys, from, to, scratch);
+    const auto later = in_parts(table, runs, [&](Item& item, bool leave) {
+      const int64_t i = item.i, row = mode == Mode::assign ? kPending + i : rows[i];
+      const auto same = [&](int64_t other) { return text.same(i, other); };
+      const Upserted done = upsert(table, item.key, row, mode, leave, same);
+      item.key = code(done.place);
+      if (done.place.bucket == kOutside) return false;
+      now[i] = done.now, old[i] = done.old;
+      return true;
+    });
+    if (mode != Mode::assign) return;
+    for (int64_t i = from; i < to; i++)
+      if (old[i] == -1)
+        now[i] = rows[rank++];
+      else if (old[i] >= kPending)
+        now[i] = old[i] = now[old[i] - kPending];
+    run_tasks(runs.count(), double(to - from) * 50, 0, [&](int64_t r, char*) {
+      for (int64_t k = runs.begin[size_t(r)]; k < runs.begin[size_t(r) + 1]; k++) give_row(table, runs.items[k], now);
+    });
+    for (const Item& item : later) give_row(table, item, now);
+  }
+};
+
+Mode mode_of(const std::string& name) {
+  if (name == "replace") return Mode::replace;
+  if (name == "keep") return Mode::keep;
+  if (name == "assign") return Mode::assign;
+  MK_CHECK(name == "insert", "store_upsert_", "mode", "'replace', 'keep', 'assign' or 'insert'", name);
+  return Mode::insert;
+}
+
+void upsert_batch(const TensorView& now_view, const TensorView& old_view, const TensorView& table_view,
+                  const TensorView& keys_view, const TensorView& rows_view, const std::string& mode,
+                  const TensorView& spans, const TensorView& arena, const TensorView& data, const TensorView& offsets) {
   const char* op = "store_upsert_";
-  const Table table = table_of(op, table_view);
-  const uint64_t* keys = keys_of(op, keys_view);
   const int64_t n = keys_view.size(0);
   check_output(op, "now", now_view, {n}, DType::int64);
   check_output(op, "old", old_view, {n}, DType::int64);
   check_rank(op, "rows", rows_view, 1);
   MK_CHECK(rows_view.size(0) >= n, op, "rows", std::to_string(n) + " rows", describe(rows_view));
   check_output(op, "rows", rows_view, {rows_view.size(0)}, DType::int64);
-  const ByteKeys text = byte_keys(op, n, spans, arena, data, offsets);
-  const Mode mode = name == "replace"  ? Mode::replace
-                    : name == "keep"   ? Mode::keep
-                    : name == "assign" ? Mode::assign
-                                       : Mode::insert;
-  const int64_t* rows = rows_view.data<const int64_t>();
-  int64_t *now = now_view.data<int64_t>(), *old = old_view.data<int64_t>();
+  Upsert work{table_of(op, table_view),
+              keys_of(op, keys_view),
+              byte_keys(op, n, spans, arena, data, offsets),
+              mode_of(mode),
+              rows_view.data<const int64_t>(),
+              now_view.data<int64_t>(),
+              old_view.data<int64_t>(),
+              0};
   pybind11::gil_scoped_release nogil;
-  Scratch scratch;
-  const Runs runs = sort_by_part(table, keys, n, scratch);
-  Place* places = mode == Mode::assign ? scratch.take<Place>(n) : nullptr;
-  const auto later = in_parts(table, runs, [&](const Item& item, bool leave) {
-    const int64_t i = item.i, row = mode == Mode::assign ? kPending + i : rows[i];
-    const Upserted done =
-        store::upsert(table, item.key, row, mode, leave, [&](int64_t other) { return text.same(i, other); });
-    if (done.place.bucket == kOutside) return false;
-    now[i] = done.now, old[i] = done.old;
-    // A place that was found at the end may lie in anybody's part: marked (-3, -4, ...) and given its row by one
-    // thread.
-    if (places)
-      places[i] = {leave && done.place.bucket >= 0 ? -done.place.bucket - 3 : done.place.bucket, done.place.place};
-    return true;
-  });
-  if (places) assign_rows(table, runs, later, places, rows, now, old, n);
+  for (int64_t from = 0; from < n; from += kSlice) work.slice(from, std::min(n, from + kSlice));
 }
 
 void erase(const TensorView& removed_view, const TensorView& table_view, const TensorView& keys_view,
@@ -260,15 +275,52 @@ void erase(const TensorView& removed_view, const TensorView& table_view, const T
   const ByteKeys text = byte_keys(op, n, spans, arena, data, offsets);
   int64_t* removed = removed_view.data<int64_t>();
   pybind11::gil_scoped_release nogil;
-  Scratch scratch;
-  const Runs runs = sort_by_part(table, keys, n, scratch);
-  in_parts(table, runs, [&](const Item& item, bool leave) {
-    const int64_t home = home_of(item.key, table.buckets);
-    const Place found = table.find(item.key, home, leave, [&](int64_t row) { return text.same(item.i, row); });
-    if (found.bucket == kOutside) return false;
-    removed[item.i] = found.bucket < 0 ? -1 : row_at(table.at(found.bucket), found.place);
-    if (found.bucket >= 0) table.take_out(found, home);
-    return true;
+  for (int64_t from = 0; from < n; from += kSlice) {
+    Scratch scratch;
+    const Runs runs = sort_by_part(table, keys, from, std::min(n, from + kSlice), scratch);
+    in_parts(table, runs, [&](const Item& item, bool leave) {
+      const int64_t home = home_of(item.key, table.buckets);
+      const Place found = table.find(item.key, home, leave, [&](int64_t row) { return text.same(item.i, row); });
+      if (found.bucket == kOutside) return false;
+      removed[item.i] = found.bucket < 0 ? -1 : row_at(table.at(found.bucket), found.place);
+      if (found.bucket >= 0) table.take_out(found, home);
+      return true;
+    });
+  }
+}
+
+// Keys and rows in buckets [begin, end), a thread's share behind the one before it.
+void items(const TensorView& keys_view, const TensorView& rows_view, const TensorView& count_view,
+           const TensorView& table_view, int64_t begin, int64_t end) {
+  const char* op = "store_items";
+  const Table table = table_of(op, table_view);
+  MK_CHECK(0 <= begin && begin <= end && end <= table.buckets, op, "begin, end", table.buckets, end);
+  check_output(op, "keys", keys_view, {(end - begin) * kPlaces}, DType::int64);
+  check_output(op, "rows", rows_view, {(end - begin) * kPlaces}, DType::int64);
+  check_output(op, "count", count_view, {1}, DType::int64);
+  int64_t *keys = keys_view.data<int64_t>(), *rows = rows_view.data<int64_t>(), *count = count_view.data<int64_t>();
+  pybind11::gil_scoped_release nogil;
+  constexpr int64_t kEach = 4096;
+  const int64_t shares = (end - begin + kEach - 1) / kEach;
+  std::vector<int64_t> starts(size_t(shares) + 1, 0);
+  const auto each_share = [&](const auto& body) {
+    parallel_for(shares, 4, [&](int64_t from, int64_t to) {
+      for (int64_t s = from; s < to; s++) body(s, begin + s * kEach, std::min(end, begin + (s + 1) * kEach));
+    });
+  };
+  constexpr uint32_t kAll = (1u << kPlaces) - 1;
+  each_share([&](int64_t s, int64_t from, int64_t to) {
+    for (int64_t b = from; b < to; b++) starts[size_t(s) + 1] += __builtin_popcount(meta_of(table.at(b)) & kAll);
+  });
+  for (int64_t s = 0; s < shares; s++) starts[size_t(s) + 1] += starts[size_t(s)];
+  *count = starts[size_t(shares)];
+  each_share([&](int64_t s, int64_t from, int64_t to) {
+    int64_t at = starts[size_t(s)];
+    for (int64_t b = from; b < to; b++)
+      for (uint32_t taken = meta_of(table.at(b)) & kAll; taken; taken &= taken - 1, at++) {
+        const int place = lowest(taken);
+        keys[at] = int64_t(table.at(b)[place]), rows[at] = row_at(table.at(b), place);
+      }
   });
 }
 
@@ -276,8 +328,9 @@ void erase(const TensorView& removed_view, const TensorView& table_view, const T
 
 void bind_store_table(pybind11::module_& m) {
   m.def("store_find", &find);
-  m.def("store_upsert_", &upsert);
+  m.def("store_upsert_", &upsert_batch);
   m.def("store_erase_", &erase);
+  m.def("store_items", &items);
 }
 
 }  // namespace mk::cpu

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from memkernels._checks import fail
+from memkernels._registry import define_table_op
 from memkernels.ops._store import PLACES, check_table
 
 
 def store_items(table: torch.Tensor, begin: int = 0, end: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The keys and rows in some buckets of the hash table of a key-value store, in the order of the table; plain torch on every device.
+    """The keys and rows in some buckets of the hash table of a key-value store, in the order of the table.
 
     Args:
         table: "buckets 8", int64, contiguous. begin, end: the buckets to read.
@@ -32,9 +33,13 @@ def store_items(table: torch.Tensor, begin: int = 0, end: int | None = None) -> 
     end = table.shape[0] if end is None else end
     if not 0 <= begin <= end <= table.shape[0]:
         fail("store_items", "begin, end", f"0 <= begin <= end <= {table.shape[0]}", f"{begin}, {end}")
-    words = table[begin:end]
-    meta, place = words[:, 7:] >> 32, torch.arange(PLACES, device=table.device)
-    halves = words[:, 5:].contiguous().view(torch.int32).long() & 0xFFFFFFFF
-    taken = (meta >> place & 1).bool()
-    rows = halves[:, :PLACES] | (meta >> (5 + 3 * place) & 7) << 32
-    return words[:, :PLACES][taken], rows[taken]
+    keys, rows, count = OP(table, begin, end)
+    return keys[: int(count)], rows[: int(count)]
+
+
+def _allocate(table, begin, end):
+    most = PLACES * (end - begin)
+    return table.new_empty(most), table.new_empty(most), table.new_empty(1)
+
+
+OP = define_table_op("store_items", "(Tensor table, int begin, int end) -> Tensor[]", _allocate)

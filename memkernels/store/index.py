@@ -101,10 +101,7 @@ class Index:
 
     def assign(self, batch: KeyBatch, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """New keys get `rows` in order; never to be mixed with `upsert`. Returns the rows now, and before: -1 for the first of a new key."""
-        now, old = self._assign(batch, rows)
-        if self.texts is not None:
-            self.texts.rows[now] = now
-        return now, old
+        return self._assign(batch, rows)
 
     def _assign(self, batch: KeyBatch, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         keys, byte_keys = self._prepare(batch)
@@ -150,10 +147,7 @@ class Index:
     def _make_room(self, batch: KeyBatch) -> None:
         if self._fits(self.count + len(batch)):
             return
-        if len(batch) <= self.table.shape[0]:  # few, or none, of them may be new
-            new = int((self.entries(batch) < 0).sum())
-        else:
-            new = len(batch)
+        new = int((self.entries(batch) < 0).sum()) if self.count else len(batch)
         if self._fits(self.count + new):
             return
         self.reserve(self.count + new)
@@ -225,7 +219,7 @@ class Texts:
         return ByteKeys(self.spans, self.arena, batch.data, batch.offsets)
 
     def rows_of(self, entries: torch.Tensor) -> torch.Tensor:
-        if not self.rows.shape[0]:
+        if not self.numbers.end:  # rows are entries
             return entries
         return torch.where(entries < 0, entries, self.rows[entries.clamp(min=0)])
 

@@ -36,7 +36,7 @@ class InMemory:
         self.capacity, self.on_full = capacity, on_full
         self.index, self.pool = Index(key_type, device), Pool(columns, device)
         self.use = Use(self, on_full) if on_full in ("lru", "lfu") else None
-        if capacity is not None and self.use:
+        if capacity is not None:
             self.index.reserve(capacity)
 
     def __len__(self) -> int:

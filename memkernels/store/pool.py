@@ -36,7 +36,7 @@ class Pool:
     def __init__(self, columns: Columns, device: torch.device):
         self.columns, self.device, self.numbers = columns, device, RowNumbers(device)
         widest = max([row_bytes(*column) for column in columns.values()] + [1])
-        self.chunk_rows = max(1, min(MOST_ROWS, CHUNK_BYTES // widest))
+        self.chunk_rows = 1 << (max(1, min(MOST_ROWS, CHUNK_BYTES // widest)).bit_length() - 1)
         self.chunks: dict[str, list[torch.Tensor]] = {name: [] for name in columns}
         self.rows = 0  # that the chunks hold
         self.fixed = False  # one tensor in somebody's hands: no growth

@@ -8,6 +8,7 @@ import torch
 
 PLACES, WORDS, PART = 5, 8, 256  # places of a bucket, its words, and the buckets of a part: what one thread may change alone
 PENDING = 1 << 34  # a row number from here on stands for "the new row of element row - PENDING of this batch"
+SLICE = 65536  # elements of a batch that are taken together; the next ones come after them
 MOST_PASSED = 4095  # a count that reaches this stays
 MASK = (1 << 64) - 1
 
@@ -138,10 +139,12 @@ class Table:
             self.changed.add(b)
 
     def in_parts(self, step):
-        """step(i, leave=False) for every element; those it answers with None once more afterwards, in order, with leave=True.
+        """step(i, leave=False) for every element of a slice; those it answers with None once more afterwards, in order, with leave=True.
 
         Keys that stay inside the part of their home come first, so that threads which own parts give the same table as one does.
         """
-        later = [i for i in range(len(self.keys.hashes)) if step(i, False) is None]
-        for i in later:
-            step(i, True)
+        count = len(self.keys.hashes)
+        for begin in range(0, count, SLICE):
+            later = [i for i in range(begin, min(begin + SLICE, count)) if step(i, False) is None]
+            for i in later:
+                step(i, True)

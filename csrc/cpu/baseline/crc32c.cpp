@@ -1,0 +1,1 @@
+#include "cpu/generic/crc32c.inl.h"

@@ -1,0 +1,152 @@
+"""Every system call that changes a file of the store goes through here, so that a test can make any one of them fail."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+from typing import Any
+
+from memkernels.store.errors import StoreError, StoreFormatError
+
+NETWORK = {"9p", "afs", "beegfs", "ceph", "cifs", "davfs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "smb2", "smb3", "smbfs"}
+MOUNTS = Path("/proc/self/mountinfo")
+system: Any = os  # what the calls below call
+
+
+def open_file(path: Path, flags: int) -> int:
+    return system.open(path, flags | os.O_CLOEXEC, 0o666)
+
+
+def write_at(fd: int, data: Any, offset: int) -> None:
+    """All of `data`; a short write is continued."""
+    view = memoryview(data).cast("B")
+    while len(view):
+        written = system.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def read_at(fd: int, size: int, offset: int) -> bytes:
+    """Up to `size` bytes: fewer only at the end of the file."""
+    parts = []
+    while size and (part := system.pread(fd, size, offset)):
+        parts.append(part)
+        size, offset = size - len(part), offset + len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def resize(fd: int, size: int) -> None:
+    system.ftruncate(fd, size)
+
+
+def sync_data(fd: int) -> None:
+    getattr(system, "fdatasync", system.fsync)(fd)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes names created, renamed or removed in a directory durable."""
+    fd = system.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        system.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: Path, data: bytes, durable: bool = True) -> None:
+    """The file has either its old content or this one, whenever the machine stops."""
+    beside = path.with_name(path.name + ".new")
+    fd = open_file(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    try:
+        write_at(fd, data, 0)
+        if durable:
+            sync_data(fd)
+    finally:
+        os.close(fd)
+    system.rename(beside, path)
+    if durable:
+        sync_directory(path.parent)
+
+
+def overwrite(path: Path) -> None:
+    """Zeros in place of the bytes of a file, on disk."""
+    fd = open_file(path, os.O_WRONLY)
+    try:
+        size, zeros = os.fstat(fd).st_size, bytes(1 << 20)
+        for offset in range(0, size, len(zeros)):
+            write_at(fd, memoryview(zeros)[: size - offset], offset)
+        sync_data(fd)
+    finally:
+        os.close(fd)
+
+
+def remove(path: Path, erase: bool = False) -> None:
+    """Unlinks a file; with `erase`, overwrites it before."""
+    if erase:
+        overwrite(path)
+    system.unlink(path)
+
+
+def forget_cached(path: Path) -> None:
+    """Drops a file's pages from the system's cache: after a failed fsync they may hold what the disk does not."""
+    with contextlib.suppress(OSError, AttributeError):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+
+def lock(path: Path, exclusive: bool) -> int | None:
+    """A descriptor that holds the lock of a file until it is closed, or None while another one holds it."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError:
+        if exclusive:
+            raise
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        if isinstance(error, BlockingIOError):
+            return None
+        raise
+    return fd
+
+
+def file_system(path: Path) -> str:
+    """The type of the file system that a path is on, or "" where the system does not say."""
+    try:
+        lines = MOUNTS.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    real, best, found = os.path.realpath(path), -1, ""
+    for line in lines:
+        fields = line.split(" ")
+        point = fields[4].encode().decode("unicode_escape") if "\\" in fields[4] else fields[4]
+        inside = real == point or real.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= best and "-" in fields:  # of equal points the last mount is on top
+            best, found = len(point), fields[fields.index("-") + 1]
+    return found
+
+
+def refuse_network(path: Path) -> None:
+    kind = file_system(path)
+    if kind in NETWORK or kind.removeprefix("fuse.") in NETWORK | {"sshfs", "s3fs", "gcsfuse", "rclone", "mount.s3", "goofys", "curlftpfs"}:
+        raise StoreError(
+            f"store: {path} is on a network file system ({kind}), whose locks, memory maps and fsync do not keep what a store promises;"
+            " put it on a local disk and copy snapshots"
+        )
+
+
+def read_small(path: Path, limit: int) -> bytes:
+    """A file of at most `limit` bytes."""
+    fd = open_file(path, os.O_RDONLY)
+    try:
+        data = read_at(fd, limit + 1, 0)
+    finally:
+        os.close(fd)
+    if len(data) > limit:
+        raise StoreFormatError(f"store: {path} is longer than {limit} bytes")
+    return data

@@ -1,0 +1,151 @@
+"""LMDB as the engine of a log: one environment a process and file, a huge sparse map, no long-lived readers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from memkernels.store import lmdb_pages
+from memkernels.store.errors import StoreError, StoreFormatError
+
+_MAP = 1 << 40  # bytes of address space; the file is as long as its pages
+_shared: dict[tuple[int, int, int], Shared] = {}
+_inherited: list[Any] = []  # environments of a parent process: closing them here would harm it
+_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (lmdb.CorruptedError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.PageNotFoundError, lmdb.PanicError) as error:
+        raise StoreFormatError(f"store: {path} is damaged: {error}") from error
+    except lmdb.Error as error:
+        raise StoreError(f"store: {path}: {error}") from error
+
+
+class Shared:
+    """The one environment of this process on a file: LMDB must not open a file twice."""
+
+    def __init__(self, path: Path, write: bool, sync: bool) -> None:
+        self.path, self.users, self.write, self.sync = path, 0, write, sync
+        self.environment = self._open()
+
+    def _open(self) -> Any:
+        writable = os.access(self.path.parent, os.W_OK)
+        with _errors(self.path):
+            return lmdb.open(
+                str(self.path),
+                map_size=_MAP,
+                subdir=False,
+                readonly=not self.write,
+                lock=writable,  # without it nobody else can write either
+                sync=self.sync,
+                readahead=True,
+                create=self.write,
+                max_spare_txns=4,
+            )
+
+    def reopen(self, write: bool, sync: bool) -> None:
+        """For a user who needs more than the others."""
+        if (write and not self.write) or (write and sync != self.sync):
+            self.environment.close()
+            self.write, self.sync = self.write or write, sync
+            self.environment = self._open()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()
+    _inherited.extend(_shared.values())
+    _shared.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class LmdbTransaction:
+    def __init__(self, path: Path, environment: Any, write: bool) -> None:
+        self._path = path
+        with _errors(path):
+            self._transaction = environment.begin(write=write)
+
+    def get(self, key: bytes) -> bytes | None:
+        with _errors(self._path):
+            return self._transaction.get(key)
+
+    def put(self, key: bytes, value: bytes) -> None:
+        with _errors(self._path):
+            self._transaction.put(key, value)
+
+    def delete(self, key: bytes) -> None:
+        with _errors(self._path):
+            self._transaction.delete(key)
+
+    def scan(self, prefix: bytes, after: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Entries of a prefix behind a key, in order."""
+        with _errors(self._path):
+            cursor = self._transaction.cursor()
+            more = cursor.set_range(max(after, prefix))
+            if more and cursor.key() == after:
+                more = cursor.next()
+            while more and cursor.key().startswith(prefix):
+                yield cursor.item()
+                more = cursor.next()
+
+    def commit(self) -> None:
+        with _errors(self._path):
+            self._transaction.commit()
+
+    def abort(self) -> None:
+        self._transaction.abort()
+
+
+class LmdbEngine:
+    def __init__(self, path: Path, write: bool, sync: bool, create: bool) -> None:
+        self.path, self._pid = path, os.getpid()
+        if create:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666))
+        found = os.stat(path)
+        self._key = (self._pid, found.st_dev, found.st_ino)
+        with _lock:
+            shared = _shared.get(self._key)
+            if shared is None:
+                if not create:
+                    lmdb_pages.check(path)
+                shared = _shared[self._key] = Shared(path, write, sync)
+            else:
+                shared.reopen(write, sync)
+            shared.users += 1
+            self._shared: Shared | None = shared
+
+    def begin(self, write: bool) -> LmdbTransaction:
+        with _lock:
+            if self._shared is None:
+                raise StoreError(f"store: {self.path} is closed")
+            return LmdbTransaction(self.path, self._shared.environment, write)
+
+    def verify(self) -> list[str]:
+        try:
+            lmdb_pages.check(self.path)
+        except StoreError as error:
+            return [str(error)]
+        return []
+
+    def close(self) -> None:
+        with _lock:
+            shared, self._shared = self._shared, None
+            if shared is None:
+                return
+            if self._pid != os.getpid():
+                return
+            shared.users -= 1
+            if not shared.users:
+                del _shared[self._key]
+                shared.environment.close()

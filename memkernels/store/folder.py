@@ -1,0 +1,84 @@
+"""The directory of a store: who may use it, which of its files are in use, and what is left over."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+from memkernels.store import disk
+from memkernels.store.engine import engine_files
+from memkernels.store.errors import StoreError, StoreFormatError
+from memkernels.store.format import MARKER, Marker, State
+from memkernels.store.segments import file_name
+
+_OWN = re.compile(r"LOCK|READERS|JOURNAL|ENGINE\.new|index-\d{8,}\.(lmdb|sqlite)(-\w+)?|segment-\d{8,}\.mkv")
+
+
+def read_marker(folder: Path) -> Marker:
+    try:
+        return Marker.decode(disk.read_small(folder / "ENGINE", MARKER))
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreError(f"store: there is no store at {folder}") from None
+
+
+def write_marker(folder: Path, marker: Marker, durable: bool) -> None:
+    disk.replace_file(folder / "ENGINE", marker.encode(), durable)
+
+
+def lock_writer(folder: Path) -> int:
+    """The descriptor that makes this the one writer."""
+    path = folder / "LOCK"
+    fd = disk.lock(path, exclusive=True)
+    if fd is None:
+        with contextlib.suppress(OSError, StoreFormatError, ValueError):
+            pid = int(disk.read_small(path, 32))
+            raise StoreError(f"store: {folder} is being written by process {pid}; a store has one writer")
+        raise StoreError(f"store: {folder} is being written by another process; a store has one writer")
+    try:
+        disk.resize(fd, 0)
+        disk.write_at(fd, str(os.getpid()).encode(), 0)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def lock_reader(folder: Path) -> int | None:
+    """The descriptor that keeps the files from being erased; None where nothing can be written, so that nobody can erase either."""
+    try:
+        fd = disk.lock(folder / "READERS", exclusive=False)
+    except OSError:
+        return None
+    if fd is None:
+        raise StoreError(f"store: {folder} is being erased by its writer; open it when that is done")
+    return fd
+
+
+def lock_out_readers(folder: Path) -> int:
+    fd = disk.lock(folder / "READERS", exclusive=True)
+    if fd is None:
+        raise StoreError(f"store: {folder} is open for reading elsewhere: what others still read cannot be erased; close the readers first")
+    return fd
+
+
+def prepare_new(folder: Path) -> None:
+    """For a store about to be created, locked: refuses what is not empty, removes what a creation that was cut off left."""
+    if (folder / "ENGINE").exists():
+        raise StoreError(f"store: there is a store at {folder} already")
+    names = sorted(os.listdir(folder))
+    if other := [name for name in names if not _OWN.fullmatch(name)]:
+        raise StoreError(f"store: {folder} is not empty: {', '.join(other[:5])}")
+    for name in names:
+        if name not in ("LOCK", "READERS"):
+            disk.remove(folder / name)
+
+
+def remove_unused(folder: Path, marker: Marker, state: State) -> None:
+    """Removes the files that neither the marker nor the state names: of a commit or a rewrite that was cut off, or rewritten."""
+    used = {path.name for path in engine_files(folder, marker.engine, marker.number)} | {"LOCK", "READERS", "JOURNAL"}
+    used |= {file_name(state.first_segment + i) for i in range(state.segments)}
+    for name in sorted(os.listdir(folder)):
+        if name not in used and _OWN.fullmatch(name):
+            disk.remove(folder / name, marker.erase)

@@ -1,0 +1,54 @@
+"""The thread that commits in the background: what gathers while it writes goes into one transaction."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+
+class Group:
+    """`write(items)` in a thread, for all items given since the last call; a failure ends it and is raised from then on by the log."""
+
+    def __init__(self, write: Callable[[list[Any]], None]) -> None:
+        self._write = write
+        self._items: list[Any] = []
+        self._busy = self._stop = False
+        self._change = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="memkernels-store", daemon=True)
+        self._thread.start()
+
+    def submit(self, item: Any) -> None:
+        with self._change:
+            self._items.append(item)
+            self._change.notify_all()
+
+    def wait(self) -> None:
+        """Until everything given is written, or writing has failed."""
+        with self._change:
+            while (self._items or self._busy) and self._thread.is_alive():
+                self._change.wait(0.1)
+
+    def stop(self) -> None:
+        self.wait()
+        with self._change:
+            self._stop = True
+            self._change.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._change:
+                while not self._items and not self._stop:
+                    self._change.wait()
+                if not self._items:
+                    return
+                items, self._items, self._busy = self._items, [], True
+            try:
+                self._write(items)
+            except BaseException:  # kept by the log, which refuses to go on
+                return
+            finally:
+                with self._change:
+                    self._busy = False
+                    self._change.notify_all()

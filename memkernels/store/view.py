@@ -1,0 +1,234 @@
+"""What a log reads: its newest commit, in the engine and in the journal behind it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from memkernels.store import catalog, copies, folder, journal
+from memkernels.store.checks import Report, verify
+from memkernels.store.engine import Engine, Transaction, open_engine
+from memkernels.store.errors import StoreError, StoreFormatError
+from memkernels.store.format import Schema, State, damaged
+from memkernels.store.journal import Record
+from memkernels.store.keys import KeyBatch
+from memkernels.store.segments import Chunk, Segments
+from memkernels.store.tail import Tail
+
+
+@dataclass
+class Changes:
+    """Batches of keys and rows (-1: erased), later ones win; iterate it once, to its end. `restart`: they replace all that was known."""
+
+    restart: bool = False
+    batches: Iterator[tuple[KeyBatch, Tensor]] = field(default_factory=lambda: iter(()))
+
+    def __iter__(self) -> Iterator[tuple[KeyBatch, Tensor]]:
+        return self.batches
+
+
+class View:
+    """The reading half of a log."""
+
+    schema: Schema
+    _segments: Segments
+    _state: State
+    _tail: Tail
+
+    def __init__(self, path: Path, mode: str) -> None:
+        if mode not in ("r", "w"):
+            raise ValueError(f"store: mode: expected r or w, got {mode!r}")
+        self.path, self.mode = Path(path), mode
+        self.closed = True
+        self._lock, self._pid = threading.RLock(), os.getpid()
+        self._lock_fd: int | None = None
+        self._engine: Engine | None = None
+        self._records: list[Record] = []  # a reader's: commits that the journal holds and the engine does not
+
+    @property
+    def commit_number(self) -> int:
+        """Of the last commit that this log has seen in the engine."""
+        return self._state.commit
+
+    @property
+    def generation(self) -> int:
+        """How often the store was rewritten; rows are numbered anew in each generation."""
+        return self._state.generation
+
+    @property
+    def rows(self) -> int:
+        """Rows given out, of which those behind the last commit can still be rolled back."""
+        return self._tail.rows
+
+    @property
+    def engine(self) -> str:
+        return self._marker.engine
+
+    def nbytes(self) -> int:
+        """Bytes on disk, as the file system counts them."""
+        return sum(f.stat().st_blocks * 512 for f in self.path.iterdir() if f.is_file())
+
+    def chunks(self) -> list[Chunk]:
+        """Every row in memory that is mapped, in order. Ask again after `append`, `refresh` and `rewrite`."""
+        with self._lock:
+            self._check_open()
+            return self._segments.chunks()
+
+    def replay(self) -> Iterator[tuple[KeyBatch, Tensor]]:
+        """Keys and rows (-1: erased) of all commits, in batches of at most a million; of equal keys the later one holds."""
+        with self._lock:
+            self._settle()
+            transaction = self._see()
+            return catalog.replay(transaction, self.schema, self._state, self._records)
+
+    def refresh(self) -> Changes:
+        """For a reader: what was committed since it last looked."""
+        with self._lock:
+            self._check_open()
+            if self._writes():
+                return Changes()
+            if folder.read_marker(self.path) != self._marker:
+                engine, segments = self._engine, self._segments
+                self._load()
+                segments.close()
+                if engine is not None:
+                    engine.close()
+                return Changes(True, self.replay())
+            before = self._state.commit
+            transaction = self._see()
+            if self._state.commit == before:
+                transaction.abort()
+                return Changes()
+            return Changes(False, catalog.replay(transaction, self.schema, self._state, self._records, before))
+
+    def _see(self) -> Transaction:
+        """A transaction on the newest commit; a reader's snapshot moves to it."""
+        self._check_open()
+        assert self._engine is not None
+        for attempt in range(1000):
+            transaction = self._engine.begin(False)
+            try:
+                if self._writes():
+                    return transaction
+                base = catalog.read_state(transaction)
+                records, missed = journal.read(self.path, self.schema, self._segments.layout.stride, base)
+                whole = not missed and self._newest() == base.commit  # else the writer began the journal anew meanwhile
+                if whole and self._adopt(base, records):
+                    return transaction
+            except BaseException:
+                transaction.abort()
+                raise
+            transaction.abort()
+            if whole:
+                self._recover_for_reader()
+            time.sleep(min(0.01, 0.0001 * attempt))
+        raise StoreError(f"store: {self.path}: no commit could be read: they come too fast, or the journal is damaged")
+
+    def _newest(self) -> int:
+        assert self._engine is not None
+        transaction = self._engine.begin(False)
+        try:
+            return catalog.read_state(transaction).commit
+        finally:
+            transaction.abort()
+
+    def _adopt(self, base: State, records: list[Record]) -> bool:
+        """Whether the rows of the journal are in the segments, as they are until the machine stops; if so, this is what is seen."""
+        self._segments.open(base, False)
+        state, stride = base, self._segments.layout.stride
+        for record in records:
+            state = record.state(state)
+        try:
+            self._segments.open(state, False)
+        except (StoreFormatError, FileNotFoundError):
+            return False
+        for record in records:
+            if record.commit > self._state.commit:
+                for row, data in journal.blocks(record, stride):
+                    if self._segments.read(row, len(data) // stride) != data:
+                        return False
+        self._state, self._tail.rows, self._records = state, state.rows, records
+        return True
+
+    def _load(self) -> None:
+        """Opens what the marker names; a writer may rename it meanwhile."""
+        for attempt in range(100):
+            self._marker = folder.read_marker(self.path)
+            try:
+                return self._load_marked()
+            except (FileNotFoundError, StoreFormatError) as error:
+                if attempt == 99 or folder.read_marker(self.path) == self._marker:
+                    if isinstance(error, FileNotFoundError):
+                        raise damaged(str(self.path), f"{error.filename} is missing") from None
+                    raise
+
+    def _load_marked(self) -> None:
+        write = self.mode == "w" and self._pid == os.getpid()
+        engine = open_engine(self.path, self._marker.engine, self._marker.number, write, self._syncs())
+        try:
+            transaction = engine.begin(False)
+            try:
+                state, schema = catalog.read_state(transaction), catalog.read_schema(transaction)
+            finally:
+                transaction.abort()
+            try:
+                segments = Segments(self.path, schema, state)
+            except ValueError as error:
+                raise damaged("the schema", str(error)) from error
+            segments.open(state, write)
+            self._catalog = catalog.Catalog(engine, schema, segments.layout.stride, state)
+            if write:
+                self._catalog.load()
+        except BaseException:
+            engine.close()
+            raise
+        self._engine, self.schema, self._state, self._segments = engine, schema, state, segments
+        self._tail = Tail(segments, state.rows)
+
+    def snapshot(self, path: str | os.PathLike[str]) -> None:
+        """A copy of the newest commit as a store of its own, every checksum compared on the way."""
+        with self._lock:
+            self._settle()
+            transaction = self._see()
+            try:
+                copies.snapshot(self, transaction, Path(path))
+            finally:
+                transaction.abort()
+
+    def verify(self) -> Report:
+        """Compares every checksum."""
+        with self._lock:
+            self._settle()
+            transaction = self._see()
+            try:
+                assert self._engine is not None
+                return verify(self._engine, transaction, self._segments, self._state, self._records)
+            finally:
+                transaction.abort()
+
+    def _writes(self) -> bool:
+        return self.mode == "w" and self._pid == os.getpid()
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise StoreError(f"store: {self.path} is closed")
+        if self._engine is None:  # a forked child opens its own
+            self._lock_fd = folder.lock_reader(self.path)
+            self._load()
+
+    # What the writing half does
+
+    def _syncs(self) -> bool:
+        return True
+
+    def _settle(self) -> None:
+        """The engine has every commit."""
+
+    def _recover_for_reader(self) -> None:
+        raise NotImplementedError
