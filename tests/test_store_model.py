@@ -1,5 +1,7 @@
 """The key-value store against a dict: random steps, every key type, every backend."""
 
+import tempfile
+
 import pytest
 import torch
 from hypothesis import settings
@@ -85,6 +87,69 @@ class Model(RuleBasedStateMachine):
     def size(self):
         if hasattr(self, "store"):
             assert len(self.store) == len(self.model)
+
+
+class LoggedModel(Model):
+    """The same with a path: commits, rollbacks, and what a new process would find."""
+
+    @initialize(key_type=st.sampled_from(list(KEYS)), backend=st.sampled_from(["reference", None]))
+    def begin(self, key_type, backend):
+        self.key_type, self.backend, self.model, self.clock, self.committed = key_type, backend, {}, 0, {}
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = f"{self.folder.name}/store"
+        self.store = self.open_it()
+
+    def open_it(self):
+        return mk.KeyValueStore((2,), torch.int64, key_type=self.key_type, path=self.path, durability="none")
+
+    @rule()
+    def commit(self):
+        self.store.commit()
+        self.committed = dict(self.model)
+
+    @rule()
+    def rollback(self):
+        self.store.rollback()
+        self.model = dict(self.committed)
+
+    @rule()
+    def reopen(self):
+        self.store.close()
+        self.model = dict(self.committed)
+        with mk.backend(self.backend):
+            self.store = self.open_it()
+
+    @rule()
+    def read(self):
+        with mk.KeyValueStore.open(self.path) as reader:
+            found = {}
+            for keys, values in reader.items():
+                found |= zip(keys.tolist() if self.key_type == "int64" else keys, values.tolist())
+        assert found == self.committed
+
+    @rule(erase=st.booleans())
+    @precondition(lambda self: len(self.model) < 200)
+    def compact(self, erase):
+        self.store.compact(erase=erase)
+        self.committed = dict(self.model)
+
+    @rule()
+    def reload(self):
+        self.store.load_state_dict(self.store.state_dict())
+
+    def teardown(self):
+        if hasattr(self, "store"):
+            self.store.close()
+            self.folder.cleanup()
+
+
+def test_store_is_a_dict_on_disk():
+    run_state_machine_as_test(LoggedModel, settings=settings(max_examples=25, stateful_step_count=12, deadline=None))
+
+
+@pytest.mark.slow
+def test_store_is_a_dict_on_disk_long():
+    run_state_machine_as_test(LoggedModel, settings=settings(max_examples=300, stateful_step_count=40, deadline=None))
 
 
 def test_store_is_a_dict():

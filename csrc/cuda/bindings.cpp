@@ -5,6 +5,7 @@
 #include "common/checks.h"
 #include "cuda/lstm_gates.h"
 #include "cuda/memory_write.h"
+#include "cuda/store_table.h"
 
 namespace py = pybind11;
 
@@ -180,6 +181,73 @@ void memory_write_gradient(TensorView dmemory, TensorView dweights, TensorView d
   launch.done(memory_write_backward(args, gradients, dtype, launch.stream));
 }
 
+template <class T = int64_t>
+T* integers(const char* op, const char* name, const TensorView& t, int64_t n) {
+  check_output(op, name, t, {n}, DType::int64);
+  return static_cast<T*>(t.data());
+}
+
+int64_t store_buckets(const char* op, const TensorView& table) {
+  check_rank(op, "table", table, 2);
+  check_output(op, "table", table, {table.size(0), 8}, DType::int64);
+  MK_CHECK(table.size(0) > 0, op, "table", "at least one bucket", describe(table));
+  return table.size(0);
+}
+
+void find_in_store(TensorView rows, TensorView table, TensorView keys) {
+  const char* op = "store_find";
+  const int64_t n = keys.numel(), buckets = store_buckets(op, table);
+  const auto* found = integers<const uint64_t>(op, "keys", keys, n);
+  const Launch launch(op, table);
+  launch.done(store_find(static_cast<const uint64_t*>(table.data()), buckets, found, integers(op, "rows", rows, n), n,
+                         launch.stream));
+}
+
+void parts_of_store(TensorView parts, TensorView table, TensorView keys) {
+  const char* op = "store_parts";
+  const int64_t n = keys.numel(), buckets = store_buckets(op, table);
+  const auto* found = integers<const uint64_t>(op, "keys", keys, n);
+  const Launch launch(op, table);
+  launch.done(store_parts(buckets, found, integers(op, "parts", parts, n), n, launch.stream));
+}
+
+// order and starts, or later: the elements that were left over come first in it.
+StoreSlice store_slice(const char* op, const TensorView& table, const TensorView& keys, const TensorView& flags,
+                       const TensorView& order, const TensorView& starts, const TensorView& later) {
+  const int64_t n = keys.numel(), buckets = store_buckets(op, table);
+  const int64_t parts = (buckets + 255) / 256;
+  check_output(op, "flags", flags, {n}, DType::boolean);
+  return {static_cast<uint64_t*>(table.data()),
+          buckets,
+          integers<const uint64_t>(op, "keys", keys, n),
+          n,
+          integers(op, "order", order, n),
+          integers(op, "starts", starts, parts + 1),
+          parts,
+          static_cast<uint8_t*>(flags.data()),
+          later.defined() ? integers(op, "later", later, n) : nullptr};
+}
+
+void upsert_in_store(TensorView table, TensorView keys, TensorView flags, TensorView order, TensorView starts,
+                     TensorView later, TensorView rows, int mode, TensorView now, TensorView old, TensorView codes,
+                     bool give_rows) {
+  const char* op = "store_upsert_";
+  const int64_t n = keys.numel();
+  const StoreSlice slice = store_slice(op, table, keys, flags, order, starts, later);
+  const StoreUpsert work{integers(op, "rows", rows, rows.numel()), mode, integers(op, "now", now, n),
+                         integers(op, "old", old, n), integers(op, "codes", codes, n)};
+  const Launch launch(op, table);
+  launch.done(give_rows ? store_give_rows(slice, work, launch.stream) : store_upsert(slice, work, launch.stream));
+}
+
+void erase_in_store(TensorView table, TensorView keys, TensorView flags, TensorView order, TensorView starts,
+                    TensorView later, TensorView removed) {
+  const char* op = "store_erase_";
+  const StoreSlice slice = store_slice(op, table, keys, flags, order, starts, later);
+  const Launch launch(op, table);
+  launch.done(store_erase(slice, integers(op, "removed", removed, keys.numel()), launch.stream));
+}
+
 }  // namespace
 }  // namespace mk::cuda
 
@@ -192,4 +260,8 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.def("memory_write", &mk::cuda::memory_write_forward);
   m.def("memory_write_backward", &mk::cuda::memory_write_gradient);
   m.def("memory_write_scratch", &mk::cuda::memory_write_scratch);
+  m.def("store_find", &mk::cuda::find_in_store);
+  m.def("store_parts", &mk::cuda::parts_of_store);
+  m.def("store_upsert_", &mk::cuda::upsert_in_store);
+  m.def("store_erase_", &mk::cuda::erase_in_store);
 }

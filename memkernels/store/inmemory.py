@@ -110,6 +110,8 @@ class InMemory:
         self.pool.clear()
         self.use = Use(self, self.on_full) if self.use else None
 
+    close = clear
+
     def compact(self, erase: bool) -> None:
         """Keys and rows move together into buffers of the size they need; with `erase` what is free is zeros, and so is what is given up."""
         if self.pool.fixed:
@@ -201,8 +203,9 @@ class Use:
         if self.policy == "lfu":
             self.used.index_add_(0, rows, torch.ones_like(rows))
         else:
-            self.clock += 1
-            self.used[rows] = self.clock
+            times = torch.arange(self.clock + 1, self.clock + 1 + rows.shape[0], device=rows.device)
+            self.used.scatter_reduce_(0, rows, times, "amax")
+            self.clock += rows.shape[0]
 
     def forget(self, rows: torch.Tensor) -> None:
         rows = rows.to(self.store.device)

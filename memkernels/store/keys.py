@@ -84,6 +84,27 @@ def join(batches: Sequence[KeyBatch]) -> KeyBatch:
     return KeyBatch(first.type, None, data, offsets_of(torch.cat([b.lengths() for b in batches])))
 
 
+def distinct(batch: KeyBatch, last: bool = False) -> torch.Tensor:
+    """bool "n": true for the first (or last) one of equal keys."""
+    count = len(batch)
+    if batch.ints is None:
+        places: dict[Any, int] = {}
+        for i, key in enumerate(batch.tolist() if batch.type == "bytes" else KeyBatch("bytes", None, batch.data, batch.offsets).tolist()):
+            if last:
+                places[key] = i
+            else:
+                places.setdefault(key, i)
+        chosen = torch.tensor(list(places.values()), dtype=torch.int64)
+    else:
+        ordered, order = torch.sort(batch.ints, stable=True)
+        other = ordered[1:] != ordered[:-1]
+        end = torch.ones(min(count, 1), dtype=torch.bool, device=other.device)
+        chosen = order[torch.cat([other, end] if last else [end, other])]
+    mask = torch.zeros(count, dtype=torch.bool, device=chosen.device)
+    mask[chosen] = True
+    return mask
+
+
 def as_batch(op: str, key_type: str, keys: Any, argument: str = "keys") -> KeyBatch:
     """The keys of a call as a batch.
 

@@ -26,6 +26,11 @@ def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     return tensor
 
 
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """What values of this dtype are added up in."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
 class Pool:
     """The values of the keys of a store, by row number.
 
@@ -95,7 +100,7 @@ class Pool:
         begins_at_zero[place[new]] = True
         zero = torch.zeros(1, *shape, dtype=dtype, device=self.device)
         sums = self.read(name, torch.where(begins_at_zero, -1, distinct), zero)
-        wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+        wide = wider(dtype)
         self.write(name, distinct, sums.to(wide).index_add_(0, place, values.to(wide)).to(dtype))
 
     def as_one(self, rows: int) -> None:

@@ -78,10 +78,51 @@ class KeyValueStore:
         self._key_type, self._lock, self._device = key_type, threading.RLock(), torch.device(device)
         self._parameters: Any = None
         self._closed = False
-        self._path = path
-        if path is not None:
-            fail(op, "path", "None", repr(path))
-        self._data: Any = InMemory(key_type, self._columns, self._device, capacity, on_full)
+        self._path, self._extra = None if path is None else Path(path), {"capacity": capacity, "on_full": on_full}
+        if self._path is None:
+            self._data: Any = InMemory(key_type, self._columns, self._device, capacity, on_full)
+            return
+        if on_full in ("lru", "lfu"):
+            fail(op, "on_full", "'grow' or 'error' with a path", repr(on_full))
+        if self._device.type != "cpu":
+            fail(op, "device", "'cpu' with a path", repr(device))
+        self._data = self._logged(self._path, durability, capacity if on_full == "error" else None)
+
+    def _logged(self, path: Path, durability: str, capacity: int | None) -> Any:
+        """The store of this path, created or opened to write."""
+        from memkernels.store import logged
+
+        if not logged.Log.exists(path):
+            return logged.Logged(logged.create(path, self._key_type, self._columns, self._extra, durability), capacity)
+        log = logged.Log.open(path, "w", durability)
+        schema = log.schema
+        if schema.key_type != self._key_type or schema.columns != self._columns:
+            log.close()
+            got = f"one of {schema.key_type} keys and columns {schema.columns} at {str(path)!r}"
+            fail("KeyValueStore", "path", f"a store of {self._key_type} keys and columns {self._columns}", got)
+        return logged.Logged(log, capacity)
+
+    @classmethod
+    def open(cls, path: Any, mode: str = "r", *, durability: str = "commit") -> KeyValueStore:
+        """The store that lies in a directory, with the key type, columns and capacity it was created with.
+
+        Args:
+            path: the directory. mode: "r": what was committed, as of now and of each `refresh`; "w": to write too, by one process at a time.
+            durability: of commits, as in `KeyValueStore`.
+
+        Raises:
+            StoreError: somebody else writes, or the place is not fit for a store. StoreFormatError: no store, a damaged or a newer one.
+        """
+        from memkernels.store import logged
+
+        check_choice("KeyValueStore.open", "mode", mode, ("r", "w"))
+        log = logged.Log.open(Path(path), mode, durability)
+        self = cls.__new__(cls)
+        self._columns, self._key_type, self._extra = log.schema.columns, log.schema.key_type, dict(log.schema.extra)
+        self._lock, self._device, self._parameters, self._closed = threading.RLock(), torch.device("cpu"), None, False
+        self._path = Path(path)
+        self._data = logged.Logged(log, self._extra.get("capacity") if self._extra.get("on_full") == "error" else None)
+        return self
 
     # --- one batch
 
@@ -220,6 +261,11 @@ class KeyValueStore:
         return dict(self._columns)
 
     @property
+    def path(self) -> Path | None:
+        """The directory, or None for a store in memory."""
+        return self._path
+
+    @property
     def key_type(self) -> str:
         return self._key_type
 
@@ -286,16 +332,48 @@ class KeyValueStore:
     # --- life
 
     def commit(self) -> int:
-        """Make what was stored and erased since the last commit durable and visible to other processes; its number. In memory: 0."""
+        """Make what was stored and erased since the last commit durable (as `durability` says) and visible to others; its number. In memory: 0."""
         with self._opened("commit"):
             return self._data.commit() if self._path is not None else 0
 
+    def rollback(self) -> None:
+        """Back to the last commit: what was stored and erased since is undone. Only a store with a path has commits to go back to."""
+        with self._opened("rollback"):
+            self._need_path("rollback")
+            self._data.rollback()
+
+    def refresh(self) -> bool:
+        """Take in what another process has committed since this store was opened or last refreshed; whether there was anything."""
+        with self._opened("refresh"):
+            self._need_path("refresh")
+            return self._data.refresh()
+
+    def verify(self) -> Any:
+        """Compare every checksum on disk; a report."""
+        with self._opened("verify"):
+            self._need_path("verify")
+            return self._data.log.verify()
+
+    def snapshot(self, path: Any) -> None:
+        """A copy in a new directory, to be opened on its own: of the last commit, or of all that a store in memory holds."""
+        with self._opened("snapshot"):
+            if self._path is not None:
+                self._data.snapshot(Path(path))
+                return
+            from memkernels.store import logged
+
+            logged.write_snapshot(Path(path), self._key_type, self._columns, self._extra, self._batches("snapshot"))
+
+    def _need_path(self, op: str) -> None:
+        if self._path is None:
+            fail(op, "store", "a store with a path", "one in memory")
+
     def close(self) -> None:
-        """Give up the memory; what a store with a path did not commit is lost. May be called again."""
+        """Give up the memory and let the next writer in; what a store with a path did not commit is lost. May be called again."""
         with self._lock:
             if not self._closed:
-                self._data.clear()
                 self._closed = True
+                self._data.close()
 
     @property
     def closed(self) -> bool:

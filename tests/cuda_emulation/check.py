@@ -117,6 +117,10 @@ def main(path):
     for name, kernels in zip(NAMES, (lstm_gates, memory_write)):
         found, n = check(name, kernels)
         failures, count = failures + found, count + n
+    import store
+
+    found, n = store.check()
+    failures, count = failures + found, count + n
     print(f"{count} cases, {len(failures)} failures", *failures[:40], sep="\n")
     return 1 if failures else 0
 

@@ -1,0 +1,18 @@
+"""store_erase_ on CUDA devices (csrc/cuda/store_table.cu)."""
+
+import torch
+
+from memkernels import _C_cuda
+from memkernels.backends.cuda._store import left_over, refuse, slices, sorted_by_part
+
+
+def supports(table, keys, spans, arena, data, offsets):
+    return refuse(table, spans)
+
+
+def forward(removed, table, keys, spans, arena, data, offsets):
+    for part in slices(keys.shape[0]):
+        order, starts = sorted_by_part(table, keys[part])
+        flags = torch.zeros_like(order, dtype=torch.bool)
+        _C_cuda.store_erase_(table, keys[part], flags, order, starts, None, removed[part])
+        _C_cuda.store_erase_(table, keys[part], flags, order, starts, left_over(flags), removed[part])

@@ -1,0 +1,189 @@
+"""What a store with a path keeps: an index in memory over the rows of a log on disk. Every write takes a new row; a commit makes it last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from memkernels._checks import fail
+from memkernels.ops import store_gather
+from memkernels.store.columns import Columns, as_bytes, from_bytes, row_bytes
+from memkernels.store.index import Index
+from memkernels.store.inmemory import ADDED, KEPT, NEW, REPLACED, Evicted, Values
+from memkernels.store.keys import KeyBatch, distinct, join
+from memkernels.store.log import Log, Schema
+from memkernels.store.pool import wider
+
+CPU = torch.device("cpu")
+
+
+class Logged:
+    """Keys and rows of values in a log.
+
+    Args:
+        log: opened. capacity: the most keys, or None, beyond which `put` refuses.
+    """
+
+    use = None
+
+    def __init__(self, log: Log, capacity: int | None):
+        self.log, self.capacity = log, capacity
+        self.columns: Columns = log.schema.columns
+        self.key_type = log.schema.key_type
+        self.index = Index(self.key_type)
+        self._undo: list[tuple[KeyBatch, torch.Tensor]] = []  # keys written since the last commit, with the rows they had
+        self._seen: tuple[int, int] = (-1, -1)
+        self._chunks: dict[str, list[torch.Tensor]] = {}
+        self._firsts: list[int] = []
+        self._apply(log.replay())
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def nbytes(self) -> int:
+        return self.index.nbytes
+
+    def _apply(self, batches: Iterator[tuple[KeyBatch, torch.Tensor]]) -> None:
+        for batch, rows in batches:
+            if bool((rows < 0).any()):
+                last = distinct(batch, last=True)
+                batch, rows = batch.select(last), rows[last]
+                gone = rows < 0
+                self.index.erase(batch.select(gone))
+                batch, rows = batch.select(~gone), rows[~gone]
+            self.index.upsert(batch, rows)
+
+    def refresh(self) -> bool:
+        """For a reader: takes in what was committed since; whether there was anything."""
+        before = self.log.commit_number
+        changes = self.log.refresh()
+        if changes.restart:
+            self.index.clear()
+        self._apply(iter(changes))
+        self._seen = (-1, -1)
+        return changes.restart or before != self.log.commit_number
+
+    # --- writing: the log first, which may refuse; then the index, which does not
+
+    def put(self, batch: KeyBatch, values: Values, if_absent: bool, accumulate: bool) -> tuple[torch.Tensor, Evicted | None]:
+        """Stores a batch; what was done with each element. Nobody has to go."""
+        before = self.index.find(batch)
+        first = distinct(batch)
+        new = first & (before < 0)
+        if self.capacity is not None and len(self) + int(new.sum()) > self.capacity:
+            got = f"{len(self) + int(new.sum())} with this batch"
+            fail("store", "keys", f"at most {self.capacity} keys in the store (capacity, on_full='error')", got)
+        chosen = new if if_absent else first if accumulate else distinct(batch, last=True)
+        written = batch.select(chosen)
+        if accumulate:
+            values = self._sums(batch, before, values, chosen)
+        elif not bool(chosen.all()):
+            values = {name: value[chosen] for name, value in values.items()}
+        rows = self.log.append(written, values) if len(written) else torch.empty(0, dtype=torch.int64)
+        self._undo.append((written, before[chosen]))
+        self.index.upsert(written, rows)
+        known = KEPT if if_absent else ADDED if accumulate else REPLACED
+        return torch.where(new, NEW, known).to(torch.int8), None
+
+    def _sums(self, batch: KeyBatch, before: torch.Tensor, values: Values, first: torch.Tensor) -> Values:
+        """What there is plus what is added, for each distinct key, in the order of the batch."""
+        scratch = Index(self.key_type)
+        place, _ = scratch.assign(batch, torch.arange(len(batch)))
+        found = {}
+        for name, value in values.items():
+            wide = wider(value.dtype)
+            sums = self.read(name, before[first], torch.zeros(1, *value.shape[1:], dtype=value.dtype)).to(wide)
+            found[name] = sums.index_add_(0, place, value.to(wide)).to(value.dtype)
+        return found
+
+    def erase(self, batch: KeyBatch) -> torch.Tensor:
+        before = self.index.find(batch)
+        there = (before >= 0) & distinct(batch)
+        gone = batch.select(there)
+        if len(gone):
+            self.log.forget(gone)
+            self._undo.append((gone, before[there]))
+            self.index.erase(gone)
+        return there
+
+    def commit(self) -> int:
+        number = self.log.commit()
+        self._undo.clear()
+        return number
+
+    def rollback(self) -> None:
+        """Every key as it was at the last commit."""
+        self.log.rollback()
+        for batch, rows in reversed(self._undo):
+            was = rows >= 0
+            self.index.erase(batch.select(~was))
+            self.index.upsert(batch.select(was), rows[was])
+        self._undo.clear()
+        self._seen = (-1, -1)
+
+    def clear(self) -> None:
+        """Erases every key; the rows stay on disk until `compact`."""
+        keys = [batch for batch, _ in self.index.items()]
+        if keys:
+            self.erase(join(keys))
+
+    def compact(self, erase: bool) -> None:
+        """Commits, then writes what lives into new files."""
+        self.commit()
+        self.log.rewrite(((batch, self._row_values(rows)) for batch, rows in self.index.items()), erase)
+        self._seen = (-1, -1)
+        self.index.clear()
+        self._apply(self.log.replay())
+
+    def _row_values(self, rows: torch.Tensor) -> Values:
+        return {name: self.read(name, rows, torch.zeros(1, *shape, dtype=dtype)) for name, (shape, dtype) in self.columns.items()}
+
+    def snapshot(self, path: Path) -> None:
+        self.log.snapshot(path)
+
+    def close(self) -> None:
+        self._chunks.clear()
+        self.log.close()
+        self.index.clear()
+
+    # --- reading
+
+    def rows(self, batch: KeyBatch, touch: bool) -> torch.Tensor:
+        return self.index.find(batch)
+
+    def read(self, name: str, rows: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
+        shape, dtype = self.columns[name]
+        width = row_bytes(shape, dtype)
+        if not width:
+            return torch.empty(rows.shape[0], *shape, dtype=dtype)
+        self._map()
+        return from_bytes(store_gather(self._chunks[name], self._firsts, rows, as_bytes(default, width)), (shape, dtype))
+
+    def _map(self) -> None:
+        """The chunks of the log, seen as bytes; asked for again when rows came."""
+        now = (self.log.generation, self.log.rows)
+        if now == self._seen:
+            return
+        chunks = [chunk for chunk in self.log.chunks() if chunk.rows]
+        self._firsts = [chunk.first_row for chunk in chunks]
+        for name, column in self.columns.items():
+            self._chunks[name] = [as_bytes(chunk.columns[name], row_bytes(*column)) for chunk in chunks] if row_bytes(*column) else []
+        self._seen = now
+
+    def items(self) -> Iterator[tuple[KeyBatch, torch.Tensor]]:
+        return self.index.items()
+
+
+def create(path: Path, key_type: str, columns: Columns, extra: dict[str, object], durability: str) -> Log:
+    return Log.create(path, Schema(key_type, columns, extra), durability)
+
+
+def write_snapshot(path: Path, key_type: str, columns: Columns, extra: dict[str, object], batches: Iterator[tuple[KeyBatch, Values]]) -> None:
+    """A new store on disk that holds these batches."""
+    with create(path, key_type, columns, extra, "commit") as log:
+        for batch, values in batches:
+            log.append(batch, {name: value.cpu().contiguous() for name, value in values.items()})
+        log.commit()
