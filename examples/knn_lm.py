@@ -2,9 +2,9 @@
 
 python examples/knn_lm.py [--seconds 30] [--folder FOLDER] [--text FILE ...]
 
-A small character model is trained for a short time on the first 80% of the text; its hidden states there become the rows of a
-`memkernels.KeyValueStore`. The next 5% choose k, temperature and weight, text behind them is scored. With --folder, model and datastore
-are kept there: a run that was stopped goes on where it stood.
+Of every ten blocks of 8,192 characters, eight train a small character model for a short time, and its hidden states there become the rows
+of a `memkernels.KeyValueStore`; the ninth helps to choose k, temperature and weight, the tenth is scored. With --folder, model and
+datastore are kept there: a run that was stopped goes on where it stood.
 """
 
 import argparse
@@ -35,6 +35,14 @@ def trained(text: str, seconds: float) -> MemoryLM:
     return model
 
 
+def parts(text: str) -> tuple[str, str, str]:
+    """Blocks to train on, to choose with, and to score."""
+    blocks = [text[i : i + 8192] for i in range(0, len(text), 8192)]
+    chosen = [i for i in range(len(blocks)) if i % 10 == 8], [i for i in range(len(blocks)) if i % 10 == 9]
+    train = [i for i in range(len(blocks)) if i % 10 < 8]
+    return tuple("".join(blocks[i] for i in part) for part in (train, *chosen))  # type: ignore[return-value]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, nargs="*", help="UTF-8 files instead of Python's documentation")
@@ -44,17 +52,17 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where model and datastore are kept")
     args = parser.parse_args()
     text = read_texts(args.text) if args.text else python_documentation()
-    ends = [round(len(text) * part) for part in (0.8, 0.85)]
+    seen_text, choosing_text, held_out_text = parts(text)
     saved = args.folder / "model.safetensors" if args.folder else None
     if saved is not None and saved.exists():
         model = MemoryLM.load(saved)
     else:
-        model = trained(text[: ends[0]], args.seconds)
+        model = trained(seen_text, args.seconds)
         if saved is not None:
             args.folder.mkdir(parents=True, exist_ok=True)
             model.save(saved)
-    parts = text[: ends[0]], text[ends[0] : ends[1]][: args.characters // 2], text[ends[1] :][: args.characters]
-    seen, choosing, held_out = (model.vocabulary.encode(part) for part in parts)
+    seen = model.vocabulary.encode(seen_text)
+    choosing, held_out = (model.vocabulary.encode(part)[: args.characters] for part in (choosing_text, held_out_text))
 
     store = KnnLM.datastore(model, args.folder and args.folder / "datastore", dtype=torch.bfloat16)
     lm, begin = KnnLM(model, store), time.monotonic()

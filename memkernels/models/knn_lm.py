@@ -17,6 +17,7 @@ from memkernels.models.memory_lm import check_tokens, windows
 from memkernels.nn._arguments import check_probability, check_sizes
 from memkernels.ops.topk_read import check_slots, topk_read
 from memkernels.store import KeyValueStore
+from memkernels.store.log import Log
 
 NAME = "KnnLM"
 SIMILARITIES = ("l2", "dot", "cosine")
@@ -67,19 +68,20 @@ class KnnLM(nn.Module):
         check_slots(NAME, k)
         check_choice(NAME, "similarity", similarity, SIMILARITIES)
         check_probability(NAME, "weight", weight)
-        self.model, self.store, self.k, self.weight = model, store, k, float(weight)
+        self.model: Any = model
+        self.store, self.k, self.weight = store, k, float(weight)
         self.temperature, self.similarity = _temperature(temperature), similarity
         self._rows: tuple[Tensor, Tensor] | None = None  # the datastore, once it was read
 
     @staticmethod
-    def datastore(model: nn.Module, path: str | os.PathLike[str] | None = None, dtype: torch.dtype | None = None) -> KeyValueStore:
+    def datastore(model: Any, path: str | os.PathLike[str] | None = None, dtype: torch.dtype | None = None) -> KeyValueStore:
         """A store for the rows of `model`: in memory, or at `path`, opened if it is there.
 
         Args:
             dtype: of the hidden states in it, those of the model if None; bfloat16 is half the bytes and the faster search.
         """
-        if path is not None and os.path.exists(path):
-            return KeyValueStore.open(path)
+        if path is not None and Log.exists(path):
+            return KeyValueStore.open(path, mode="w")
         weight = model.dense.weight
         assert isinstance(weight, Tensor)
         columns = {"hidden": ((weight.shape[1],), dtype or weight.dtype), "token": ((), torch.int64)}
