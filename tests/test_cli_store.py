@@ -47,6 +47,8 @@ def test_apple_is_a_fruit(run, tmp_path):
     assert "2 keys" in run("compact", "food", "--erase")[0]
     assert run("get", "food", "apple", "--text")[0] == "A tree\n"
     assert "all right" in run("verify", "food")[0]
+    run("put", "one", "", "1", "--key-type", "str", "--column", "value:int64")  # a commit whose keys have no byte
+    assert run("get", "one", "")[0] == "1\n"
 
 
 COLUMNS = ("--column", "v:float32:2", "--column", "n:int64", "--column", "ok:bool", "--column", "t:uint8:9")
