@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
     "nn.graph_attention", "nn.gru", "nn.gru_cell", "nn.lstm", "nn.lstm_cell", "nn.rnn", "nn.rnn_cell", "nn.multihead_attention",
     "nn.external_memory", "nn.ntm", "nn.dnc", "nn.sam", "nn.hopfield_retrieval", "nn.product_key_memory", "models.vocabulary",
-    "models.memory_lm",
+    "models.memory_lm", "models.knn_lm",
 )  # fmt: skip
 
 

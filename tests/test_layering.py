@@ -15,9 +15,9 @@ HELPERS = ("memkernels._checks", "memkernels._compat", "memkernels._config")
 # What a layer may import of memkernels: names of modules, each with everything below it.
 ALLOWED = {
     "nn": ("memkernels.nn", "memkernels.ops", *HELPERS),
-    "distributed": ("memkernels.distributed", "memkernels.ops", *HELPERS),
+    "distributed": ("memkernels.distributed", "memkernels.ops", "memkernels.store", *HELPERS),
     "integrations": ("memkernels.ops", *HELPERS),
-    "models": ("memkernels.models", "memkernels.nn", "memkernels.ops", *HELPERS),
+    "models": ("memkernels.models", "memkernels.nn", "memkernels.ops", "memkernels.store", *HELPERS),
     "store": ("memkernels.store", "memkernels.ops", "memkernels._backends", *HELPERS),
     "ops": ("memkernels.ops", "memkernels._registry", *HELPERS),
     "backends/reference": ("memkernels.backends.reference",),

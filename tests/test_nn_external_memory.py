@@ -208,7 +208,7 @@ def test_an_exported_layer_is_saved_with_its_state(mode):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: make("dream"), "mode: expected one of 'content', 'ntm', 'dnc', 'topk', 'product', got 'dream'"),
+        (lambda: make("dream"), "mode: expected one of 'content', 'ntm', 'dnc', 'topk', 'product', 'store', got 'dream'"),
         (lambda: make("topk", similarity="l2"), "similarity: expected 'cosine' or 'dot' in mode 'topk', got 'l2'"),
         (lambda: nn.ExternalMemory(6, 8, 4, 1, "product"), "slots: expected a square number in mode 'product', got 8"),
         (lambda: nn.ExternalMemory(6, 9, 3, 1, "product"), "width: expected an even number in mode 'product', got 3"),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from rich.console import Console
+
+from memkernels.cli.command import console, one_line_errors
+from memkernels.cli.store_app import store_app
 
 app = typer.Typer(
     add_completion=False,
@@ -19,34 +19,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Fused memory mechanisms for PyTorch: what is built, is it right, is it fast, does it learn.",
 )
-console = Console(width=None if sys.stdout.isatty() else 120)
+app.add_typer(store_app, name="store")
 
 Texts = Annotated[Optional[list[Path]], typer.Option("--text", help="UTF-8 text file; may be given several times.")]  # noqa: UP045 (typer on 3.10)
 MoreTexts = Annotated[Optional[list[Path]], typer.Argument(metavar="FILE", help="More text files, as in --text *.txt.", show_default=False)]  # noqa: UP045
 Threads = Annotated[Optional[int], typer.Option(min=1, help="Threads; default: torch's own.")]  # noqa: UP045
 Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the result here.")]  # noqa: UP045
-
-
-def one_line_errors(command: Callable[..., int | None]) -> Callable[..., None]:
-    """What a user did wrong becomes one line on stderr and exit code 1, 2 for an option; Ctrl-C exit code 130."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        from memkernels._checks import BackendError
-        from memkernels.cli.errors import UserError
-
-        try:
-            code = command(*args, **kwargs)
-        except (UserError, ValueError, OSError, ImportError, BackendError) as error:
-            message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-            print(f"memkernels: {' '.join(message.split())}", file=sys.stderr)
-            code = error.code if isinstance(error, UserError) else 1
-        except KeyboardInterrupt:
-            print("memkernels: stopped", file=sys.stderr)
-            code = 130
-        raise typer.Exit(code or 0)
-
-    return wrapped
 
 
 def _threads(threads: int | None) -> None:
@@ -157,7 +135,7 @@ def train(
     slots: Annotated[Optional[int], typer.Option(min=1, help="Rows of the external memory.")] = None,  # noqa: UP045
     width: Annotated[Optional[int], typer.Option(min=1, help="Columns of the external memory.")] = None,  # noqa: UP045
     read_heads: Annotated[Optional[int], typer.Option(min=1)] = None,  # noqa: UP045
-    mode: Annotated[Optional[str], typer.Option(help="Addressing of the external memory: content, ntm, dnc, topk or product.")] = None,  # noqa: UP045
+    mode: Annotated[Optional[str], typer.Option(help="Its addressing: content, ntm, dnc, topk, product or store.")] = None,  # noqa: UP045
     dropout: Annotated[Optional[float], typer.Option(min=0, max=1)] = None,  # noqa: UP045
     save_every: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 30.0,
     threads: Threads = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,3 +45,49 @@ def summed(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     if total.numel():
         dist.all_reduce(total, group=group)
     return total
+
+
+def agree(
+    op: str, argument: str, equal: tuple[str, ...], told: tuple[str, ...], plan: Any, device: Any, group: Any
+) -> list[dict[str, float]]:
+    """What all ranks plan to do; every one raises if a rank refuses its arguments or plans something else."""
+    problem, own = None, dict.fromkeys((*equal, *told), 0.0)
+    try:
+        own = {name: float(v) for name, v in plan().items()}
+    except (TypeError, ValueError, IndexError) as error:
+        problem = error
+    lines = tell([float(problem is not None), *(own[name] for name in (*equal, *told))], device, group)
+    if problem is not None:
+        raise problem
+    for rank, line in enumerate(lines):
+        if line[0]:
+            fail(op, f"rank {rank}", "arguments like here", "some that it refused", RuntimeError)
+    plans = [dict(zip((*equal, *told), line[1:], strict=True)) for line in lines]
+    for name in equal:
+        values = [p[name] for p in plans]
+        if len(set(values)) > 1:
+            kind = TypeError if name == "dtype" else ValueError
+            fail(op, argument, f"the same {name} on all ranks", ", ".join(f"{v:g}" for v in values), kind)
+    return plans
+
+
+def tell_text(text: str, device: torch.device, group: Any) -> list[str]:
+    """What every rank says, in rank order."""
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    sizes = [int(line[0]) for line in tell([float(len(data))], device, group)]
+    return [bytes(part.tolist()).decode() for part in gathered(data, sizes, group).split(sizes)]
+
+
+def together(op: str, call: Callable[[], Any], device: torch.device, group: Any) -> Any:
+    """What `call` returns, if it raised on no rank; else all raise: the others say which rank it was."""
+    problem, found = None, None
+    try:
+        found = call()
+    except Exception as error:
+        problem = error
+    lines = tell([float(problem is not None)], device, group)
+    if problem is not None:
+        raise problem
+    if failed := [rank for rank, line in enumerate(lines) if line[0]]:
+        fail(op, f"rank {failed[0]}", "what succeeds here", "an error there", RuntimeError)
+    return found

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from memkernels._checks import FLOATS, Signature, check_choice, check_flag, check_number, fail
-from memkernels.distributed._collectives import check_group, gathered, summed, tell
+from memkernels.distributed._collectives import agree, check_group, gathered, summed, tell
 from memkernels.ops.attention import attention
 from memkernels.ops.topk_read import MOST, topk_read
 from memkernels.ops.weighted_bag import weighted_bag
@@ -57,7 +57,7 @@ class ShardedMemory:
             }
 
         device = key.device if isinstance(key, torch.Tensor) else torch.device("cpu")
-        plans = _agree("key", ("W", "V", "dtype", "value"), ("n",), plan, device, group)
+        plans = agree(NAME, "key", ("W", "V", "dtype", "value"), ("n",), plan, device, group)
         self.key, self.value, self.rank = key, value, dist.get_rank(group)
         self.sizes = [int(p["n"]) for p in plans]
         self.rows, self.offset = sum(self.sizes), sum(self.sizes[: self.rank])
@@ -82,7 +82,7 @@ class ShardedMemory:
             wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (key, strength, self.key, self.value))
             return {"similarity": SIMILARITIES.index(similarity), "gradients": wants, "R": dims["R"]}
 
-        plans = _agree("key", ("similarity", "gradients"), ("R",), plan, self.key.device, self.group)
+        plans = agree(NAME, "key", ("similarity", "gradients"), ("R",), plan, self.key.device, self.group)
         sizes = [int(p["R"]) for p in plans]
         return _ContentRead.apply(self.key, key, strength, self.value, mask, similarity, sizes, self.group)
 
@@ -109,7 +109,7 @@ class ShardedMemory:
             wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, self.key, self.value))
             return {"k": k, "scale": factor, "gradients": wants, "Q": dims["Q"]}
 
-        plans = _agree("query", ("k", "scale", "gradients"), ("Q",), plan, self.key.device, self.group)
+        plans = agree(NAME, "query", ("k", "scale", "gradients"), ("Q",), plan, self.key.device, self.group)
         sizes = [int(p["Q"]) for p in plans]
         with torch.no_grad():
             queries = gathered(query, sizes, self.group)
@@ -133,7 +133,7 @@ class ShardedMemory:
                 fail(NAME, "index", f"rows 0 to N-1={self.rows - 1}", f"{int(index.min())} to {int(index.max())}", IndexError)
             return {"accumulate": accumulate, "M": index.shape[0]}
 
-        _agree("index", ("accumulate",), ("M",), plan, self.key.device, self.group)
+        agree(NAME, "index", ("accumulate",), ("M",), plan, self.key.device, self.group)
         ends = torch.tensor(self.sizes, device=index.device).cumsum(0)
         owner = torch.searchsorted(ends, index, right=True)
         order = torch.sort(owner, stable=True).indices
@@ -192,28 +192,6 @@ def _put(rows: torch.Tensor, index: torch.Tensor, given: torch.Tensor, accumulat
         last = turn.new_full((rows.shape[0],), -1).scatter_reduce(0, index, turn, "amax")
         wins = last[index] == turn
         rows[index[wins]] = given[wins]
-
-
-def _agree(argument: str, equal: tuple[str, ...], told: tuple[str, ...], plan: Any, device: Any, group: Any) -> list[dict[str, float]]:
-    """What all ranks plan to do; every one raises if a rank refuses its arguments or plans something else."""
-    problem, own = None, dict.fromkeys((*equal, *told), 0.0)
-    try:
-        own = {name: float(v) for name, v in plan().items()}
-    except (TypeError, ValueError, IndexError) as error:
-        problem = error
-    lines = tell([float(problem is not None), *(own[name] for name in (*equal, *told))], device, group)
-    if problem is not None:
-        raise problem
-    for rank, line in enumerate(lines):
-        if line[0]:
-            fail(NAME, f"rank {rank}", "arguments like here", "some that it refused", RuntimeError)
-    plans = [dict(zip((*equal, *told), line[1:], strict=True)) for line in lines]
-    for name in equal:
-        values = [p[name] for p in plans]
-        if len(set(values)) > 1:
-            kind = TypeError if name == "dtype" else ValueError
-            fail(NAME, argument, f"the same {name} on all ranks", ", ".join(f"{v:g}" for v in values), kind)
-    return plans
 
 
 class _ContentRead(torch.autograd.Function):

@@ -108,7 +108,12 @@ class MemoryLM(nn.Module):
 
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Logits "B T V" of the next token after each of `tokens` "B T" int64, and the state after them."""
-        _check_tokens("MemoryLM", tokens, 2, "[B T]")
+        x, state = self.hidden(tokens, state)
+        return self.dense(x), state
+
+    def hidden(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """What `dense` makes logits of, "B T H", and the state after the last token."""
+        check_tokens("MemoryLM", tokens, 2, "[B T]")
         if state is not None and not (isinstance(state, tuple) and len(state) == 3):
             fail("MemoryLM", "state", "what the last call returned, or None", type(state).__name__, TypeError)
         if state is not None:
@@ -128,8 +133,7 @@ class MemoryLM(nn.Module):
             x = x + y
         else:
             x, middle = self.memory(x, middle)
-        x = F.dropout(x, self.config.dropout, self.training)
-        return self.dense(x), (first, middle, last)
+        return F.dropout(x, self.config.dropout, self.training), (first, middle, last)
 
     def _check_state(self, state: tuple[Any, Any, Any], batch: int) -> None:
         """Its parts have the sizes of this model and of this batch."""
@@ -160,7 +164,7 @@ class MemoryLM(nn.Module):
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean cross-entropy in nats of tokens[:, 1:] given what precedes them in `tokens` "B T+1"."""
-        _check_tokens("MemoryLM", tokens, 2, "[B T+1]")
+        check_tokens("MemoryLM", tokens, 2, "[B T+1]")
         if tokens.shape[0] < 1 or tokens.shape[1] < 2:
             fail("MemoryLM", "tokens", "[B T+1] with B and T of at least 1", f"shape {tuple(tokens.shape)}")
         logits, _ = self(tokens[:, :-1])
@@ -183,17 +187,13 @@ class MemoryLM(nn.Module):
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, window: int = 128, batch: int = 32) -> float:
         """Bits per character over `tokens` "L" (L >= 2): every token but the first is predicted once, from within its window of steps."""
-        _check_tokens("MemoryLM.evaluate", tokens, 1, "[L]")
+        check_tokens("MemoryLM.evaluate", tokens, 1, "[L]")
         check_sizes("MemoryLM.evaluate", window=window, batch=batch)
         if len(tokens) < 2:
             raise ValueError(f"MemoryLM.evaluate: tokens: expected at least 2 tokens, got {len(tokens)}")
         training = self.training
         self.eval()
-        whole = (len(tokens) - 1) // window
-        pieces = list(tokens[: whole * window + 1].unfold(0, window + 1, window).split(batch)) if whole else []
-        rest = tokens[whole * window :]
-        pieces += [rest[None]] if len(rest) > 1 else []
-        total = sum(self.loss(piece).item() * (piece.shape[1] - 1) * piece.shape[0] for piece in pieces)
+        total = sum(self.loss(piece).item() * (piece.shape[1] - 1) * piece.shape[0] for piece in windows(tokens, window, batch))
         self.train(training)
         return total / (len(tokens) - 1) / math.log(2)
 
@@ -264,7 +264,15 @@ class MemoryLM(nn.Module):
         return model.to(device), tensors, header.get("training")
 
 
-def _check_tokens(owner: str, tokens: Any, rank: int, dims: str) -> None:
+def windows(tokens: Tensor, window: int, batch: int) -> list[Tensor]:
+    """Up to `batch` windows "B T+1" at a time, so that every token of "L" but the first is the next one of some step once."""
+    whole = (len(tokens) - 1) // window
+    pieces = list(tokens[: whole * window + 1].unfold(0, window + 1, window).split(batch)) if whole else []
+    rest = tokens[whole * window :]
+    return pieces + ([rest[None]] if len(rest) > 1 else [])
+
+
+def check_tokens(owner: str, tokens: Any, rank: int, dims: str) -> None:
     check_tensor(owner, "tokens", tokens)
     if tokens.dim() != rank:
         fail(owner, "tokens", f"{rank} dimensions {dims}", f"shape {tuple(tokens.shape)}")

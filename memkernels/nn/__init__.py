@@ -1,5 +1,6 @@
 """Modules on top of the ops: drop-in where torch.nn has the module."""
 
+from memkernels.nn._store_memory import StoreState
 from memkernels.nn.dnc import DNC, DNCLayerState
 from memkernels.nn.external_memory import ExternalMemory, ExternalMemoryState, Trace
 from memkernels.nn.graph_attention import GraphAttention, csr_from_edges
@@ -33,6 +34,7 @@ __all__ = [
     "ProductKeyMemory",
     "RNNCell",
     "SAMState",
+    "StoreState",
     "Trace",
     "csr_from_edges",
 ]

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 from memkernels._checks import check_choice, check_flag, check_tensor, fail
 from memkernels._compat import register_namedtuple
+from memkernels.nn import _store_memory
 from memkernels.nn._arguments import check_sizes, time_first
 from memkernels.nn._dnc_interface import Interface
+from memkernels.nn._store_memory import StoreState
 from memkernels.ops.content_address import content_address
 from memkernels.ops.content_read import content_read
 from memkernels.ops.dnc_step import DNCState, dnc_step
@@ -23,7 +25,7 @@ from memkernels.ops.product_key_search import product_key_search
 from memkernels.ops.topk_read import topk_read
 from memkernels.ops.weighted_bag import weighted_bag
 
-MODES = ("content", "ntm", "dnc", "topk", "product")
+MODES = ("content", "ntm", "dnc", "topk", "product", "store")
 SIMILARITIES = ("cosine", "dot", "l2")
 
 
@@ -44,7 +46,7 @@ register_namedtuple(ExternalMemoryState)
 class Trace(NamedTuple):
     """Which rows a call read and wrote at each step, and how much: "T B ...", or "B T ..." with `batch_first`.
 
-    `read`: weights "T B R N"; in modes "topk" and "product" "T B R k", of the rows int64 "T B R k", of which -1 is absent.
+    `read`: weights "T B R N"; in modes "topk", "product" and "store" (k = 1) "T B R k", of the rows int64 "T B R k", of which -1 is absent.
     `write`: weights "T B H N". `rows`: None where all rows are read.
     """
 
@@ -74,6 +76,14 @@ class ExternalMemory(nn.Module):
     - "product": rows have learned addresses, the S * S pairs of two sets of S subkeys a head; every head reads or writes the `k` rows whose
       addresses fit its key best, with the weights ``softmax(b scores)``. `slots` is a square number, `width` even.
 
+    - "store": an exact key-value store, ``store(k_{t-1}, v_t)``, then ``r_t = retrieve(k_t)``: values v (one a write head) are linear in
+      the input, keys are integers, and a read is the value that was stored last under exactly its key, or zeros where there is none. So a
+      step recalls what came after the last step like itself. The key k_t of a head are the `bits` sides of fixed random planes that x_t
+      lies on (kept in the state_dict, not trained); read head r looks where write head r % H stores: its first probe is the key itself,
+      further ones differ in the least certain bit, in the second least certain one, and so on. Or a call is given its `keys`, any int64.
+      Equal keys overwrite each other; a new key past `slots` takes the row that was stored longest ago. It starts empty; the state is a
+      `StoreState`.
+
     and the output is ``W_o [x_t, r_t] + b_o``. A step sees only inputs up to its own: the layer is causal.
 
     Args:
@@ -81,12 +91,13 @@ class ExternalMemory(nn.Module):
         slots: memory rows N.
         width: memory columns W.
         read_heads: read heads R.
-        mode: "content", "ntm", "dnc", "topk" or "product".
+        mode: "content", "ntm", "dnc", "topk", "product" or "store".
         write_heads: write heads H.
         output_size: features O of the output; `input_size` if None.
-        similarity: "cosine", "dot" or, not with "topk", "l2"; "dnc" knows "cosine" alone, "product" has dot products.
+        similarity: "cosine", "dot" or, not with "topk", "l2"; "dnc" knows "cosine" alone, "product" has dot products, "store" has none.
         k: "topk" and "product" only: rows of a read (and of a write in "product").
         shift: "ntm" only: the largest shift S in rows; any value, also beyond `slots`.
+        bits: "store" only: planes of a key, 1 to 48.
         batch_first: input and output are "B T I" and "B T O" (default), else "T B I" and "T B O".
         device, dtype: of the parameters.
 
@@ -94,7 +105,7 @@ class ExternalMemory(nn.Module):
     Raises: ValueError for an unknown mode or similarity, a size that is not positive, and for an input or state of another size;
         TypeError for an argument of another type.
     Source: Graves, Wayne and Danihelka 2014 (arXiv 1410.5401), equations 2 to 9; "dnc": Graves et al. 2016;
-        "product": Lample et al. 2019.
+        "product": Lample et al. 2019; "store": Charikar 2002 (keys of random planes), Lv et al. 2007 (probes).
 
     Example:
         >>> layer = ExternalMemory(8, slots=16, width=4, read_heads=2)
@@ -117,6 +128,7 @@ class ExternalMemory(nn.Module):
         similarity: str = "cosine",
         k: int = 8,
         shift: int = 1,
+        bits: int = 12,
         batch_first: bool = True,
         device=None,
         dtype=None,
@@ -126,11 +138,12 @@ class ExternalMemory(nn.Module):
         check_choice("ExternalMemory", "similarity", similarity, SIMILARITIES)
         output_size = input_size if output_size is None else output_size
         sizes = dict(input_size=input_size, slots=slots, width=width, read_heads=read_heads, write_heads=write_heads)
-        check_sizes("ExternalMemory", **sizes, output_size=output_size, k=k)
+        check_sizes("ExternalMemory", **sizes, output_size=output_size, k=k, bits=bits)
         check_sizes("ExternalMemory", 0, shift=shift)
         check_flag("ExternalMemory", "batch_first", batch_first)
         _check_mode(mode, similarity, slots, width)
-        self.k = min(k, slots)
+        self.k = 1 if mode == "store" else min(k, slots)
+        self.bits = bits
         self.input_size, self.slots, self.width, self.mode = input_size, slots, width, mode
         self.read_heads, self.write_heads, self.similarity, self.shift = read_heads, write_heads, similarity, shift
         self.output_size, self.batch_first = output_size, batch_first
@@ -142,19 +155,26 @@ class ExternalMemory(nn.Module):
         self._asks = Interface(slots, width, read_heads, write_heads) if mode == "dnc" else None
         if self._asks is not None:
             self._sizes = [self._asks.features()]
+        if mode == "store":
+            _store_memory.check_heads(read_heads, write_heads, bits)
+            self._sizes = [write_heads * width]
         self.interface = nn.Linear(input_size, sum(self._sizes), **factory)
         self.output = nn.Linear(input_size + read_heads * width, self.output_size, **factory)
-        self.initial_memory = nn.Parameter(torch.empty(slots, width, **factory))
+        self.initial_memory = None if mode == "store" else nn.Parameter(torch.empty(slots, width, **factory))
         self.initial_weights = nn.Parameter(torch.empty(heads, slots, **factory)) if mode == "ntm" else None
         shape = (heads, 2, isqrt(slots), width // 2)
         self.subkeys = nn.Parameter(torch.empty(shape, **factory)) if mode == "product" else None
+        self.register_buffer("planes", torch.empty(write_heads, bits, input_size, **factory) if mode == "store" else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Random distinct memory rows, so that content can tell them apart; "ntm" heads start on the first row."""
         self.interface.reset_parameters()
         self.output.reset_parameters()
-        nn.init.normal_(self.initial_memory, std=self.width**-0.5)
+        if self.initial_memory is not None:
+            nn.init.normal_(self.initial_memory, std=self.width**-0.5)
+        if isinstance(self.planes, Tensor):
+            nn.init.normal_(self.planes)
         if self.initial_weights is not None:
             nn.init.zeros_(self.initial_weights)
             with torch.no_grad():
@@ -166,51 +186,88 @@ class ExternalMemory(nn.Module):
         text = f"{self.input_size}, slots={self.slots}, width={self.width}, read_heads={self.read_heads}, mode={self.mode!r}"
         return text + ("" if self.write_heads == 1 else f", write_heads={self.write_heads}")
 
-    def initial_state(self, batch: int) -> ExternalMemoryState | DNCState:
-        """The learned state before the first step, for `batch` sequences."""
+    def initial_state(self, batch: int) -> ExternalMemoryState | DNCState | StoreState:
+        """The state before the first step, for `batch` sequences: learned, but in mode "store", where it is empty."""
+        if self.initial_memory is None:
+            return _store_memory.empty_state(self.interface.weight, batch, self.slots, self.width, self.write_heads)
         memory = self.initial_memory.expand(batch, -1, -1)
         if self._asks is not None:
             return self._asks.nothing(self.initial_memory, batch)._replace(memory=memory)
         weights = None if self.initial_weights is None else torch.softmax(self.initial_weights, -1).expand(batch, -1, -1)
         return ExternalMemoryState(memory, weights)
 
-    def forward(self, input: Tensor, state: ExternalMemoryState | DNCState | None = None, *, return_trace: bool = False) -> Any:
+    def forward(
+        self,
+        input: Tensor,
+        state: ExternalMemoryState | DNCState | StoreState | None = None,
+        *,
+        keys: tuple[Tensor, Tensor] | None = None,
+        return_trace: bool = False,
+    ) -> Any:
         """Runs over all steps.
 
         Args:
             input: "B T I" (`batch_first`) or "T B I".
-            state: what the last call returned, or None for the learned initial state.
+            state: what the last call returned, or None for the initial state.
+            keys: mode "store" only, instead of those of the input: int64 "B T H" that each step stores its values under, and "B T R" that
+                it retrieves then ("T B H" and "T B R" without `batch_first`); the full range of int64.
             return_trace: also return a `Trace`: the rows that each step read and wrote, and their weights.
 
         Returns:
             output "B T O" or "T B O", and the state after the last step; with ``return_trace`` the `Trace` too.
 
-        Gradients: to the input, the state and all parameters.
+        Gradients: to the input, the state and all parameters; in mode "store" to the values that are retrieved, and none through keys.
         """
         x = time_first("ExternalMemory", input, self.input_size, self.batch_first, self.interface.weight)
         batch = x.shape[1]
         state = self.initial_state(batch) if state is None else self._checked(state, batch)
+        if keys is not None and self.mode != "store":
+            fail("ExternalMemory", "keys", f"None in mode {self.mode!r}", type(keys).__name__)
         # All that is linear in the input is computed for all steps at once; the parameters stay float32 under autocast.
         parts = self.interface(x).to(state.memory.dtype).split(self._sizes, -1)
         check_flag("ExternalMemory", "return_trace", return_trace)
-        run: Any = {"ntm": self._ntm, "dnc": self._dnc, "product": self._product}.get(self.mode, self._content)
-        reads, state, traces = run(parts, state, return_trace)
-        stacked = torch.stack(reads).flatten(2) if reads else x.new_zeros(0, batch, self.read_heads * self.width)
+        if isinstance(state, StoreState):
+            stacked, state, traces = self._store(x, parts[0], state, keys, return_trace)
+        else:
+            run: Any = {"ntm": self._ntm, "dnc": self._dnc, "product": self._product}.get(self.mode, self._content)
+            reads, state, traces = run(parts, state, return_trace)
+            stacked = torch.stack(reads).flatten(2) if reads else x.new_zeros(0, batch, self.read_heads * self.width)
         output = self.output(torch.cat([x, stacked.to(x.dtype)], -1))
         output = output.transpose(0, 1) if self.batch_first else output
         return (output, state, self._traced(traces, stacked, batch)) if return_trace else (output, state)
 
     def _traced(self, traces: list[tuple[Tensor, ...]], like: Tensor, batch: int) -> Trace:
         """The traces of all steps, stacked."""
-        sparse = self.mode in ("topk", "product")
+        sparse = self.mode in ("topk", "product", "store")
         stacked = [torch.stack(of_steps) for of_steps in zip(*traces, strict=True)]
         if not traces:
             read = like.new_zeros(0, batch, self.read_heads, self.k if sparse else self.slots)
             stacked = [read, like.new_zeros(0, batch, self.write_heads, self.slots), *([read.long()] if sparse else [])]
         return Trace(*(t.transpose(0, 1) if self.batch_first else t for t in stacked))
 
-    def _checked(self, state: Any, batch: int) -> ExternalMemoryState | DNCState:
+    def _store(self, x: Tensor, values: Tensor, state: StoreState, keys: Any, traced: bool) -> tuple[Tensor, StoreState, Any]:
+        """All steps of mode "store": reads "T B R*W", the state, the traces of the steps."""
+        heads, valid = (self.write_heads, self.read_heads), None
+        if keys is not None:
+            store, retrieve = _store_memory.given_keys(keys, x.shape[0], x.shape[1], heads, self.batch_first, x.device)
+            last = state.last
+        else:
+            assert isinstance(self.planes, Tensor)
+            own, retrieve = _store_memory.hashed_keys(x, self.planes, self.read_heads)
+            store, valid = torch.cat([state.last[None], own])[:-1], state.last != _store_memory.NO_KEY
+            last = torch.cat([state.last[None], own])[-1]
+        values = values.unflatten(-1, (self.write_heads, self.width))
+        read, state, rows, written = _store_memory.run(state, values, store, retrieve, valid, last)
+        traces: Any = ()
+        if traced:
+            slots = torch.arange(self.slots, device=x.device)
+            traces = zip((rows >= 0)[..., None].to(read.dtype), (written[..., None] == slots).to(read.dtype), rows[..., None])
+        return read.flatten(2), state, list(traces)
+
+    def _checked(self, state: Any, batch: int) -> ExternalMemoryState | DNCState | StoreState:
         """The state that a caller passes, or one clear error."""
+        if self.mode == "store":
+            return _store_memory.checked_state(state, batch, self.slots, self.width, self.write_heads)
         if self._asks is not None:
             if not isinstance(state, (tuple, list)) or len(state) != len(DNCState._fields):
                 fail("ExternalMemory", "state", "a DNCState or None", type(state).__name__, TypeError)

@@ -1,0 +1,36 @@
+"""What the commands share: where they print, and how errors end them."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from rich.console import Console
+
+console = Console(width=None if sys.stdout.isatty() else 120)
+
+
+def one_line_errors(command: Callable[..., int | None]) -> Callable[..., None]:
+    """What a user did wrong becomes one line on stderr and exit code 1, 2 for an option; Ctrl-C exit code 130."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        from memkernels._checks import BackendError
+        from memkernels.cli.errors import UserError
+        from memkernels.store.errors import StoreError
+
+        try:
+            code = command(*args, **kwargs)
+        except (UserError, ValueError, OSError, ImportError, BackendError, StoreError) as error:
+            message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+            print(f"memkernels: {' '.join(message.split())}", file=sys.stderr)
+            code = error.code if isinstance(error, UserError) else 1
+        except KeyboardInterrupt:
+            print("memkernels: stopped", file=sys.stderr)
+            code = 130
+        raise typer.Exit(code or 0)
+
+    return wrapped

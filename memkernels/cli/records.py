@@ -1,0 +1,220 @@
+"""Rows of a key-value store as lines of a CSV or JSONL file, both ways."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+
+from memkernels.cli.errors import OptionError, UserError
+
+FORMATS = (".csv", ".jsonl")
+DTYPES = (
+    "float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
+)  # fmt: skip
+BATCH = 8192  # rows
+Columns = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class Codec(NamedTuple):
+    """What keys and values look like: `key` is the name of the key's field; `text`: rows of uint8 are text, zero bytes behind."""
+
+    key_type: str
+    columns: Columns
+    key: str = "key"
+    text: bool = False
+
+    def parse_key(self, got: Any) -> Any:
+        """A key, from what a line or the command line has: bytes are written in hexadecimal."""
+        if self.key_type == "int64":
+            number = got if isinstance(got, int) and not isinstance(got, bool) else None
+            if isinstance(got, str) and re.fullmatch(r"\s*[+-]?\d+\s*", got):
+                number = int(got)
+            if number is None or not -(2**63) <= number < 2**63:
+                raise UserError(f"{self.key}: expected an int64, got {got!r}")
+            return number
+        if not isinstance(got, str):
+            raise UserError(f"{self.key}: expected a string, got {got!r}")
+        if self.key_type == "str":
+            return got
+        try:
+            return bytes.fromhex(got)
+        except ValueError:
+            raise UserError(f"{self.key}: expected bytes in hexadecimal, got {got!r}") from None
+
+    def show_key(self, key: Any) -> Any:
+        return key.hex() if isinstance(key, bytes) else key
+
+    def is_text(self, column: str) -> bool:
+        shape, dtype = self.columns[column]
+        return self.text and dtype == torch.uint8 and len(shape) == 1
+
+    def parse_value(self, column: str, got: Any) -> torch.Tensor:
+        """One value, from a string of the command line or of a CSV cell, or from what JSON has."""
+        shape, dtype = self.columns[column]
+        if self.is_text(column):
+            return self._text(column, got, shape[0])
+        try:
+            plain = json.loads(got.lower() if got in ("True", "False") else got) if isinstance(got, str) else got
+            if not dtype.is_floating_point:
+                _whole(plain, dtype)
+            value = torch.tensor(plain, dtype=dtype)
+        except (ValueError, TypeError, RuntimeError, OverflowError):
+            raise UserError(f"{column}: expected {describe(shape, dtype)}, got {_short(got)}") from None
+        if tuple(value.shape) != shape:
+            raise UserError(f"{column}: expected {describe(shape, dtype)}, got shape {list(value.shape)}")
+        return value
+
+    def _text(self, column: str, got: Any, width: int) -> torch.Tensor:
+        data = got.encode() if isinstance(got, str) else None
+        if data is None or len(data) > width or data.endswith(b"\0"):
+            what = f"{len(data)} bytes" if data is not None else _short(got)
+            raise UserError(f"{column}: expected a text of at most {width} bytes of UTF-8, got {what}")
+        return torch.tensor(list(data.ljust(width, b"\0")), dtype=torch.uint8)
+
+    def show_value(self, column: str, value: torch.Tensor) -> Any:
+        """The value as JSON has it."""
+        if self.is_text(column):
+            return bytes(value.tolist()).rstrip(b"\0").decode("utf-8", "replace")
+        return value.tolist()
+
+    def batch(self, rows: list[tuple[Any, dict[str, torch.Tensor]]]) -> tuple[Any, dict[str, torch.Tensor]]:
+        """Rows as the keys and values of one call of `store`."""
+        keys = [key for key, _ in rows]
+        values = {name: torch.stack([row[name] for _, row in rows]) for name in self.columns}
+        return (torch.tensor(keys) if self.key_type == "int64" else keys), values
+
+    def read(self, path: Path) -> Iterator[tuple[int, Any, dict[str, torch.Tensor]]]:
+        """The rows of a file and, before each, how many bytes of it are done. Raises UserError that names file and row."""
+        with _opened(path) as file:
+            lines = _counted(file)
+            for number, (done, record) in enumerate(_csv(path, lines) if path.suffix == ".csv" else _jsonl(path, lines), 1):
+                try:
+                    yield done, *self._row(record)
+                except UserError as error:
+                    raise UserError(f"{path}: row {number}: {error}") from None
+
+    def _row(self, record: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
+        expected = [self.key, *self.columns]
+        if set(record) != set(expected):
+            raise UserError(f"expected fields {', '.join(expected)}, got {', '.join(map(str, record)) or 'none'}")
+        return self.parse_key(record[self.key]), {name: self.parse_value(name, record[name]) for name in self.columns}
+
+    def write(self, file: IO[str], suffix: str, batches: Iterable[tuple[Any, dict[str, torch.Tensor]]]) -> Iterator[int]:
+        """Writes rows; yields the number of them after every batch."""
+        names, rows = [self.key, *self.columns], 0
+        table = csv.writer(file)
+        if suffix == ".csv":
+            table.writerow(names)
+        for keys, values in batches:
+            plain = keys.tolist() if isinstance(keys, torch.Tensor) else keys
+            for i, key in enumerate(plain):
+                fields = [self.show_key(key), *(self.show_value(name, values[name][i]) for name in self.columns)]
+                if suffix == ".csv":
+                    table.writerow([f if isinstance(f, str) else json.dumps(f) for f in fields])
+                else:
+                    file.write(json.dumps(dict(zip(names, fields)), ensure_ascii=False) + "\n")
+            rows += len(plain)
+            yield rows
+
+
+def batches(rows: Iterator[tuple[int, Any, dict[str, torch.Tensor]]]) -> Iterator[tuple[int, list[tuple[Any, dict[str, torch.Tensor]]]]]:
+    """Rows of `Codec.read`, many at a time, and how many bytes are done then."""
+    while some := list(itertools.islice(rows, BATCH)):
+        yield some[-1][0], [(key, values) for _, key, values in some]
+
+
+def as_columns(options: list[str]) -> Columns:
+    """--column NAME:DTYPE[:SIZE,SIZE...] as the columns of a store."""
+    found: Columns = {}
+    for option in options:
+        name, _, rest = option.partition(":")
+        dtype, _, sizes = rest.partition(":")
+        if not name or dtype not in DTYPES or not re.fullmatch(r"(\d+(,\d+)*)?", sizes) or name in found:
+            raise OptionError(f"--column: expected distinct NAME:DTYPE or NAME:DTYPE:SIZES (DTYPE: {', '.join(DTYPES)}), got {option!r}")
+        found[name] = tuple(int(n) for n in sizes.split(",") if n), getattr(torch, dtype)
+    return found
+
+
+def describe(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return f"{name} {list(shape)}" if shape else f"one {name}"
+
+
+def check_suffix(path: Path) -> None:
+    if path.suffix not in FORMATS:
+        raise OptionError(f"FILE: expected a name that ends in {' or '.join(FORMATS)}, got {path.name!r}")
+
+
+def _whole(got: Any, dtype: torch.dtype) -> None:
+    """torch.tensor cuts 1.5 to 1, and True counts as 1: here neither fits."""
+    if isinstance(got, list):
+        for item in got:
+            _whole(item, dtype)
+    elif not isinstance(got, int) or isinstance(got, bool) != (dtype == torch.bool):
+        raise ValueError
+    elif dtype != torch.bool and not torch.iinfo(dtype).min <= got <= torch.iinfo(dtype).max:
+        raise ValueError
+
+
+def _short(got: Any) -> str:
+    text = repr(got)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+class _counted:
+    """The lines of a file as text, and how many bytes of it they were."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.done = file, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for number, line in enumerate(self.file, 1):
+            self.done += len(line)
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{self.file.name}: line {number}: not UTF-8 text (byte 0x{line[error.start]:02x})") from None
+
+
+def _csv(path: Path, lines: _counted) -> Iterator[tuple[int, dict[str, Any]]]:
+    table = csv.reader(lines, strict=True)
+    try:
+        names = next(table, [])
+        for cells in table:
+            if len(cells) != len(names):
+                raise UserError(f"{path}: line {table.line_num}: expected {len(names)} fields as in the first line, got {len(cells)}")
+            yield lines.done, dict(zip(names, cells))
+    except csv.Error as error:
+        raise UserError(f"{path}: line {table.line_num}: {error}") from None
+
+
+def _jsonl(path: Path, lines: _counted) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}: line {number}: not JSON ({error})") from None
+        except RecursionError:
+            raise UserError(f"{path}: line {number}: not JSON (nested too deep)") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}: line {number}: expected an object with fields, got {_short(record)}")
+        yield lines.done, record

@@ -1,0 +1,254 @@
+"""An exact key-value store whose keys are spread over several processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from memkernels._checks import check_choice, check_flag, fail
+from memkernels.distributed import _shards
+from memkernels.distributed._collectives import agree, check_group, tell, tell_text, together
+from memkernels.distributed._routing import Route
+from memkernels.store import KeyValueStore
+from memkernels.store.columns import Columns, as_default, as_values
+from memkernels.store.keys import as_batch
+
+NAME = "ShardedStore"
+STATUS: Columns = {"status": ((), torch.int8)}
+FOUND: Columns = {"found": ((), torch.bool)}
+
+
+class ShardedStore:
+    """`KeyValueStore` over the ranks of a process group: each key lies on one rank, which its hash says; every rank may ask for any key.
+
+    Each rank passes a batch of its own, which may be empty. All ranks of the group must make every call together (``len(store)`` too); only
+    `local`, `columns` and `key_type` are this rank's own. Rows travel once to their owners (``all_to_all``) and answers once back. Of equal
+    keys in the batches of several ranks the last one wins, ranks in order, on every run.
+
+    Args:
+        value_shape, dtype, key_type, columns, durability: as `KeyValueStore` takes them, the same on all ranks.
+        path: a folder, made by this call, that is the same on all ranks that share a disk; each rank keeps its shard in a folder of its own
+            below it. None: in memory. See `open`.
+        device: of keys and values on this rank and of what is sent: "cpu" for gloo, this rank's GPU for nccl.
+        group: the process group; None is the default group.
+
+    Attributes: `local`: the `KeyValueStore` of the keys that this rank owns.
+
+    Durability: `commit` makes each rank's shard durable; all are when it returns. A crash while it runs leaves each shard whole, with this
+        commit or without it.
+    Raises: RuntimeError without a process group, or where another rank refused its arguments or failed (its own error is raised there; what
+        the other ranks stored in such a call stays stored, not committed); ValueError, TypeError for arguments of this rank, or that differ
+        between ranks.
+
+    Example:
+        >>> store = ShardedStore(64, path="shards")  # on each of 4 ranks  # doctest: +SKIP
+        >>> status = store.store(torch.arange(1000), torch.randn(1000, 64))  # doctest: +SKIP
+        >>> values, found = store.retrieve([7, 2**40])  # whoever stored them  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        value_shape: Any = (),
+        dtype: torch.dtype = torch.float32,
+        *,
+        key_type: str = "int64",
+        columns: Any = None,
+        path: str | os.PathLike[str] | None = None,
+        device: Any = "cpu",
+        durability: str = "commit",
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self._join(device, group)
+
+        def make() -> KeyValueStore:
+            shape = _shards.shape_of(value_shape, dtype, columns)
+            if path is None:
+                return KeyValueStore(columns=shape, key_type=key_type, device=device, durability=durability)
+            _shards.prepare(Path(path))
+            own = _shards.folder(path, 1, self.rank, self.size)
+            return KeyValueStore(columns=shape, key_type=key_type, path=own, durability=durability)
+
+        self.local = together(NAME, make, self.device, group)
+        self._same_schema("path" if path is not None else "")
+        if path is not None:
+            together(NAME, lambda: _shards.write_current(Path(path), 1, self.size), self.device, group)
+
+    def _join(self, device: Any, group: Any) -> None:
+        check_group(NAME, group)
+        self.group, self.device = group, torch.device(device)
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def _same_schema(self, more: str = "") -> None:
+        """All ranks have the same keys and columns."""
+        said = tell_text(f"{self.key_type} keys, {self.columns} {more}", self.device, self.group)
+        if len(set(said)) > 1:
+            self.local.close()
+            fail(NAME, "columns", "the same keys and columns on all ranks", "; ".join(dict.fromkeys(said)))
+
+    @classmethod
+    def open(
+        cls, path: str | os.PathLike[str], mode: str = "w", *, device: Any = "cpu", durability: str = "commit", group: Any = None
+    ) -> ShardedStore:
+        """The store that lies at `path`, written by this number of ranks or by another one.
+
+        With another one (and mode "w") every key is sent to its new owner, into new folders that replace the old ones once all of them are
+        complete; a crash before that leaves the old ones. Each old folder is read by one of the ranks that can see it.
+
+        Args:
+            mode: "w", or "r" to read what the writers commit; "r" needs as many ranks as have written it.
+        """
+        self = cls.__new__(cls)
+        self._join(device, group)
+        check_choice(NAME, "mode", mode, ("r", "w"))
+        root = Path(path)
+        number, ranks = _shards.current(root, self.device, group)
+        if ranks == self.size:
+            own = _shards.folder(root, number, self.rank, ranks)
+            self.local = together(NAME, lambda: KeyValueStore.open(own, mode, durability=durability), self.device, group)
+            if mode == "w":
+                _shards.remove_others(root, number)
+        else:
+            if mode == "r":
+                fail(NAME, "mode", f"'w' to spread the keys of {ranks} ranks over {self.size}", "'r'")
+            self._spread(root, number, ranks, durability)
+        self._same_schema()
+        return self
+
+    def _spread(self, root: Path, number: int, ranks: int, durability: str) -> None:
+        """Takes over the shards of `ranks` ranks as a new generation of folders."""
+        mine = _shards.shared_out(root, number, ranks, self.device, self.group)
+        old = together(NAME, lambda: [KeyValueStore.open(folder, mode="r") for folder in mine], self.device, self.group)
+        said = tell_text(_shards.as_text(old[0]) if old else "", self.device, self.group)
+        key_type, columns = _shards.from_text(next(text for text in said if text))
+
+        def make() -> KeyValueStore:
+            folder = _shards.folder(root, number + 1, self.rank, self.size)
+            return KeyValueStore(columns=columns, key_type=key_type, path=folder, durability=durability)
+
+        # All leftovers are gone before a rank makes its folder.
+        together(NAME, lambda: _shards.remove_others(root, number), self.device, self.group)
+        self.local = together(NAME, make, self.device, self.group)
+        batches = (batch for store in old for batch in store.items())
+        while True:
+            keys, values = next(batches, (None, None))
+            if not any(line[0] for line in tell([float(keys is not None)], self.device, self.group)):
+                break
+            if keys is None:
+                keys = [] if key_type != "int64" else torch.empty(0, dtype=torch.int64)
+                values = {name: torch.empty(0, *shape, dtype=dtype) for name, (shape, dtype) in columns.items()}
+            self.store(keys, values)
+        self.commit()
+        together(NAME, lambda: _shards.write_current(root, number + 1, self.size), self.device, self.group)
+        for store in old:
+            store.close()
+        together(NAME, lambda: _shards.remove_others(root, number + 1), self.device, self.group)
+
+    @property
+    def columns(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """{name: (shape, dtype)}."""
+        return self.local.columns
+
+    @property
+    def key_type(self) -> str:
+        return self.local.key_type
+
+    def store(self, keys: Any, values: Any, *, if_absent: bool = False, accumulate: bool = False) -> torch.Tensor:
+        """As `KeyValueStore.store`, of this rank's "n" keys and values; returns the status of each, int8 "n"."""
+        checked: dict[str, torch.Tensor] = {}
+
+        def plan(count: int) -> dict[str, float]:
+            check_flag(NAME, "if_absent", if_absent)
+            check_flag(NAME, "accumulate", accumulate)
+            checked.update(as_values(NAME, self.columns, values, count, self.device))
+            return {"if_absent": if_absent, "accumulate": accumulate}
+
+        route = self._route("store", keys, ("if_absent", "accumulate"), plan)
+        arrived, rows = route.arrived(checked, self.columns, self.group)
+        status = together(
+            NAME, lambda: self.local.store(arrived, rows, if_absent=if_absent, accumulate=accumulate), self.device, self.group
+        )
+        return route.answers({"status": status}, STATUS, self.group)["status"]
+
+    def retrieve(self, keys: Any, *, default: Any = None, columns: Any = None) -> tuple[Any, torch.Tensor]:
+        """As `KeyValueStore.retrieve`, of this rank's "n" keys; `columns` must be the same on all ranks. Without gradients."""
+        names = list(self.columns) if columns is None else [columns] if isinstance(columns, str) else list(columns)
+        defaults: dict[str, torch.Tensor] = {}
+
+        def plan(count: int) -> dict[str, float]:
+            for name in names:
+                check_choice(NAME, "columns", name, self.columns)
+            defaults.update({name: as_default(NAME, name, self.columns[name], default, self.device) for name in names})
+            return {"columns": float(sum(1 << i for i, name in enumerate(self.columns) if name in names))}
+
+        route = self._route("retrieve", keys, ("columns",), plan)
+        arrived, _ = route.arrived({}, {}, self.group)
+        wanted = {name: column for name, column in self.columns.items() if name in names}
+        values, found = together(NAME, lambda: self.local.retrieve(arrived, columns=list(wanted)), self.device, self.group)
+        values = values if isinstance(values, dict) else dict.fromkeys(wanted, values)
+        answers = route.answers({**values, "found": found}, {**wanted, **FOUND}, self.group)
+        found = answers.pop("found")
+        for name in names if default is not None else ():
+            there = found.view(-1, *[1] * len(wanted[name][0]))
+            answers[name] = torch.where(there, answers[name], defaults[name])
+        return (answers["value"] if list(self.columns) == ["value"] else {name: answers[name] for name in names}), found
+
+    def erase(self, keys: Any) -> torch.Tensor:
+        """Takes this rank's "n" keys out, wherever they lie; bool "n": which were there (of equal keys the first one, ranks in order)."""
+        return self._asked("erase", keys)
+
+    def contains(self, keys: Any) -> torch.Tensor:
+        """Whether this rank's "n" keys are there: bool "n"."""
+        return self._asked("contains", keys)
+
+    def _asked(self, op: str, keys: Any) -> torch.Tensor:
+        route = self._route(op, keys, (), lambda count: {})
+        arrived, _ = route.arrived({}, {}, self.group)
+        found = together(NAME, lambda: getattr(self.local, op)(arrived), self.device, self.group)
+        return route.answers({"found": found}, FOUND, self.group)["found"]
+
+    def _route(self, op: str, keys: Any, equal: tuple[str, ...], plan: Any) -> Route:
+        """The way of this rank's keys, once all ranks agree to make the same call with good arguments."""
+        found: list[Route] = []
+        told = tuple(f"{what} {rank}" for what in ("rows", "bytes") for rank in range(self.size))
+        codes = {name: code for code, name in enumerate(("store", "retrieve", "erase", "contains"))}
+
+        def whole() -> dict[str, float]:
+            batch = as_batch(NAME, self.key_type, keys)
+            agreed = plan(len(batch))
+            route = Route(batch, self.size, self.device)
+            found.append(route)
+            return {"call": codes[op], **agreed, **dict(zip(told, map(float, (*route.rows, *route.bytes))))}
+
+        plans = agree(NAME, "keys", ("call", *equal), told, whole, self.device, self.group)
+        found[0].expect([int(p[f"rows {self.rank}"]) for p in plans], [int(p[f"bytes {self.rank}"]) for p in plans])
+        return found[0]
+
+    def __len__(self) -> int:
+        """Keys on all ranks; a call of all ranks, as every other."""
+        return int(sum(line[0] for line in tell([float(len(self.local))], self.device, self.group)))
+
+    def items(self) -> Iterator[tuple[Any, Any]]:
+        """Batches of the keys that this rank owns, with their values: all ranks' together are everything. Of this rank alone."""
+        return self.local.items()
+
+    def commit(self) -> None:
+        """Makes what was stored and erased durable on every rank; when it returns on one, it has happened on all."""
+        together(NAME, self.local.commit, self.device, self.group)
+
+    def close(self) -> None:
+        """Closes this rank's shard; what was not committed is lost. Of this rank alone."""
+        self.local.close()
+
+    def __enter__(self) -> ShardedStore:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"ShardedStore(rank {self.rank} of {self.size}: {self.local!r})"

@@ -1,0 +1,140 @@
+"""`memkernels store`, run what a user sees of it: exit code, output, files."""
+
+import json
+
+import pytest
+import torch
+
+from memkernels.cli import records
+from memkernels.cli.app import app
+from memkernels.store import KeyValueStore
+
+
+@pytest.fixture
+def run(capfd, monkeypatch, tmp_path):
+    """Runs `memkernels store ...` in a folder of its own: (standard output, standard error), after a check of the exit code."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments, code=0):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            app(["store", *map(str, arguments)])
+        out, error = capfd.readouterr()
+        assert stop.value.code in ((0, None) if code == 0 else (code,)), (out, error)
+        assert code == 0 or (error.startswith("memkernels: ") and error.count("\n") == 1) or code == 2, error
+        return out, error
+
+    return call
+
+
+FRUIT = ("--key-type", "str", "--column", "value:uint8:16", "--text")
+
+
+def test_apple_is_a_fruit(run, tmp_path):
+    run("put", "food", "apple", "A fruit", *FRUIT)
+    run("put", "food", "胡萝卜", "A vegetable", "--text")
+    assert run("get", "food", "apple", "--text")[0] == "A fruit\n"
+    assert run("get", "food", "胡萝卜", "--text")[0] == "A vegetable\n"
+    assert json.loads(run("get", "food", "apple")[0])[:3] == [65, 32, 102]
+    assert "no key 'pear'" in run("get", "food", "pear", code=1)[1]
+    assert "is there already" in run("put", "food", "apple", "A tree", "--text", "--if-absent", code=1)[1]
+    assert run("get", "food", "apple", "--text")[0] == "A fruit\n"
+    shown = run("info", "food")[0]
+    assert "2, str" in shown and "uint8 [16]" in shown
+    found = json.loads(run("info", "food", "--json")[0])
+    assert found["keys"] == 2 and found["key_type"] == "str" and found["columns"] == {"value": "uint8 [16]"} and found["bytes_on_disk"] > 0
+    run("put", "food", "apple", "A tree", "--text")
+    assert "2 keys" in run("compact", "food", "--erase")[0]
+    assert run("get", "food", "apple", "--text")[0] == "A tree\n"
+    assert "all right" in run("verify", "food")[0]
+    run("put", "one", "", "1", "--key-type", "str", "--column", "value:int64")  # a commit whose keys have no byte
+    assert run("get", "one", "")[0] == "1\n"
+
+
+COLUMNS = ("--column", "v:float32:2", "--column", "n:int64", "--column", "ok:bool", "--column", "t:uint8:9")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+@pytest.mark.parametrize("key_type", ["int64", "bytes", "str"])
+def test_what_is_exported_is_imported(run, tmp_path, monkeypatch, suffix, key_type):
+    monkeypatch.setattr(records, "BATCH", 3)
+    keys = {"int64": [-(2**63), 0, 2**63 - 1, 7], "bytes": [b"\xff", b"", b"ab", b"\0"], "str": ["a,b", 'q"\n', "é", ""]}[key_type]
+    values = {
+        "v": torch.tensor([[0.1, 1e-30], [float("inf"), -0.0], [1.0, 2.0], [3.4e38, 4.0]]),
+        "n": torch.tensor([2**53 + 1, -1, 0, 3]),
+        "ok": torch.tensor([True, False, True, False]),
+        "t": torch.stack([torch.tensor(list(t.encode().ljust(9, b"\0")), dtype=torch.uint8) for t in ("x,y", "[1, 2]", "敏捷", "")]),
+    }
+    columns = {name: (tuple(t.shape[1:]), t.dtype) for name, t in values.items()}
+    with KeyValueStore(columns=columns, key_type=key_type, path=tmp_path / "a") as store:
+        store.store(torch.tensor(keys) if key_type == "int64" else keys, values)
+        store.commit()
+    assert "4 rows" in run("export", "a", f"f.{suffix}", "--text", "--key", "k")[0]
+    shown = run("import", "b", f"f.{suffix}", "--text", "--key", "k", "--key-type", key_type, *COLUMNS)[0]
+    assert "4 rows of f." in shown and "4 new keys, 4 in all" in shown
+    assert "0 new keys, 4 in all" in run("import", "b", f"f.{suffix}", "--text", "--key", "k")[0]
+    with KeyValueStore.open(tmp_path / "b", mode="r") as store:
+        found, there = store.retrieve(torch.tensor(keys) if key_type == "int64" else keys)
+        assert there.all() and all(torch.equal(found[name], values[name]) for name in values)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", f"f.{suffix}"]
+    row = json.loads(run("get", "a", "--text", "--", *map(str, keys[2:3]))[0]) if key_type == "int64" else None
+    assert row is None or row == {"v": [1.0, 2.0], "n": 0, "ok": True, "t": "敏捷"}
+
+
+BAD = {
+    "no_field.jsonl": ('{"key": 1}', "row 1: expected fields key, value, got key"),
+    "value.jsonl": ('{"key": 1, "value": 2}\n{"key": 2, "value": "x"}', "row 2: value: expected one int64, got 'x'"),
+    "half.jsonl": ('{"key": 1, "value": 2.5}', "row 1: value: expected one int64, got 2.5"),
+    "big.jsonl": ('{"key": 1, "value": 9223372036854775808}', "value: expected one int64"),
+    "key.jsonl": ('{"key": 1.5, "value": 2}', "row 1: key: expected an int64, got 1.5"),
+    "json.jsonl": ('{"key": 1, "value": 2}\n{"key"', "line 2: not JSON"),
+    "deep.jsonl": ("[" * 100_000, "line 1: not JSON"),
+    "list.jsonl": ("[1]", "line 1: expected an object with fields, got [1]"),
+    "cells.csv": ("key,value\n1,2\n1,2,3\n", "line 3: expected 2 fields as in the first line, got 3"),
+    "range.csv": ("key,value\n9223372036854775808,1\n", "row 1: key: expected an int64"),
+    "quote.csv": ('key,value\n"1,2\n', "line 2: "),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_file_with_a_wrong_row_changes_nothing(run, tmp_path, name):
+    text, message = BAD[name]
+    (tmp_path / name).write_text(text)
+    for store in ("old", "new"):
+        if store == "old":
+            run("put", "old", "5", "6", "--column", "value:int64")
+        error = run("import", store, name, "--column", "value:int64", code=1)[1]
+        assert name in error and message in error
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, "old"])
+    assert json.loads(run("info", "old", "--json")[0])["keys"] == 1
+
+
+def test_errors(run, tmp_path):
+    (tmp_path / "binary.jsonl").write_bytes(b'{"key": "\xff"}')
+    (tmp_path / "file").write_text("x")
+    run("put", "old", "--column", "value:float32:2", "--", "-5", "[1, 2.5]")
+    assert json.loads(run("get", "old", "--", "-5")[0]) == [1.0, 2.5]
+    for arguments, message in (
+        (["get", "missing", "1"], "there is no store at"),
+        (["get", "file", "1"], "there is no store at"),
+        (["get", "old", "x"], "key: expected an int64, got 'x'"),
+        (["put", "old", "1", "[1]"], "value: expected float32 [2], got shape [1]"),
+        (["put", "old", "1", "hello"], "value: expected float32 [2], got 'hello'"),
+        (["put", "old", "1", "[1,2]", "--column", "value:float32:3"], "is a store of other columns or keys"),
+        (["import", "old", "none.csv"], "no such file"),
+        (["import", "old", "binary.jsonl"], "not UTF-8"),
+        (["export", "old", "file/x.csv"], "cannot be written"),
+        (["export", "old", "x.csv", "--key", "value"], "--key: expected a name that no column has"),
+        (["compact", "missing"], "there is no store at"),
+        (["verify", "missing"], "there is no store at"),
+    ):
+        assert message in run(*arguments, code=1)[1], arguments
+    for arguments, message in (
+        (["import", "old", "file.txt"], "FILE: expected a name that ends in .csv or .jsonl, got 'file.txt'"),
+        (["put", "new", "1", "2"], "--column: expected what a new store holds"),
+        (["put", "new", "1", "2", "--column", "value:float31"], "--column: expected distinct NAME:DTYPE"),
+        (["put", "new", "1", "2", "--column", "v:int8", "--key-type", "int3"], "--key-type: expected one of int64, bytes, str"),
+        (["get", "old", "1", "--column", "x"], "--column: expected one of value, got 'x'"),
+    ):
+        assert message in run(*arguments, code=2)[1], arguments
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["binary.jsonl", "file", "old"]

@@ -1,0 +1,131 @@
+"""models.KnnLM: its formula, the datastore and how it is built, the choice of its numbers, errors."""
+
+import pytest
+import torch
+
+from memkernels.models import KnnLM, MemoryLM, Vocabulary
+from memkernels.store import KeyValueStore
+
+TEXT = "the cat sat on the mat. the dog sat on the cat.\n" * 3
+
+
+def make(dtype=None, **kwargs):
+    torch.manual_seed(0)
+    model = MemoryLM(Vocabulary.of(TEXT), hidden=8, embedding=6, slots=4, width=4, read_heads=1)
+    return KnnLM(model, KnnLM.datastore(model, dtype=dtype), **{"k": 5, "temperature": 0.1, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return Vocabulary.of(TEXT).encode(TEXT)
+
+
+def plain(lm, seen, tokens):
+    """The probabilities after each of `tokens`, from all distances."""
+    with torch.no_grad():
+        rows = torch.cat([lm.model.hidden(piece[None])[0][0] for piece in seen[:-1].split(16)]).double()
+        hidden, logits = lm.model.hidden(tokens[None])[0][0].double(), lm.model(tokens[None])[0][0].double()
+    scores = {"l2": -torch.cdist(hidden, rows).square(), "dot": hidden @ rows.mT}[lm.similarity]
+    best, index = scores.topk(min(lm.k, len(rows)))
+    shares = torch.softmax(best / lm.temperature, 1)
+    p = torch.zeros_like(logits).scatter_add(1, seen[1:][index], shares)
+    return lm.weight * p + (1 - lm.weight) * logits.softmax(-1)
+
+
+@pytest.mark.parametrize(("similarity", "k"), [("l2", 5), ("dot", 300)])
+def test_is_its_formula(tokens, similarity, k):
+    lm = make(similarity=similarity, k=k)
+    assert lm.build(tokens, window=16, batch=3) == len(tokens) - 1 == len(lm.store)
+    log_p, state = lm(tokens[None, :20])
+    torch.testing.assert_close(log_p[0].exp().double(), plain(lm, tokens, tokens[:20]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(1, 20))
+    torch.testing.assert_close(lm(tokens[None, 20:25], state)[0], lm(tokens[None, :25])[0][:, 20:], rtol=1e-4, atol=1e-4)
+    log_p[0, :, 1].sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in lm.model.parameters())
+    assert lm.state_dict().keys() == {f"model.{name}" for name in lm.model.state_dict()}
+
+
+def test_evaluates_tunes_and_without_weight_is_the_model(tokens):
+    lm = make()
+    lm.build(tokens, window=16)
+    score = lm.evaluate(tokens[:50], window=16)
+    windows = [*tokens[:48].split(16), tokens[48:50]]
+    by_hand = [plain(lm, tokens, tokens[16 * i : 16 * i + len(w)][: 49 - 16 * i]).log2() for i, w in enumerate(windows)]
+    by_hand = torch.cat(by_hand).gather(1, tokens[1:50, None])
+    assert score == pytest.approx(-by_hand.mean().item(), rel=1e-4)
+    best = lm.tune(tokens[:50], k=(1, 4, 16), temperature=(0.01, 0.1, 1.0), weight=(0.0, 0.3, 0.9), window=16)
+    assert best == pytest.approx(lm.evaluate(tokens[:50], window=16), rel=1e-3) and best < score and lm.weight == 0.9
+    lm.weight = 0.0
+    assert lm.evaluate(tokens[:50], window=16) == pytest.approx(lm.model.evaluate(tokens[:50], window=16))
+    torch.testing.assert_close(lm(tokens[None, :9])[0], lm.model(tokens[None, :9])[0].log_softmax(-1))
+    assert lm.evaluate(tokens[:1].expand(3), window=1) > 0 and lm.model.training
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_build_that_was_stopped_goes_on(tokens):
+    def stop(done, total):
+        seen.append((done, total))
+        if done >= 64:
+            raise Stopped
+
+    whole, lm, seen = make(torch.bfloat16), make(torch.bfloat16), []
+    whole.build(tokens, window=16, batch=2)
+    with pytest.raises(Stopped):
+        lm.build(tokens, window=16, batch=2, progress=stop)
+    assert seen == [(0, 143), (32, 143), (64, 143)] and len(lm.store) == 64
+    later = []
+    assert lm.build(tokens, window=16, batch=4, progress=lambda *at: later.append(at)) == 143
+    assert later[0] == (64, 143) and later[-1] == (143, 143)
+    assert lm.build(tokens, window=16, progress=lambda *at: later.append(at)) == 143 and later[-1] == (143, 143)
+    a, b = (model.store.retrieve(torch.arange(143))[0] for model in (lm, whole))
+    assert torch.equal(a["token"], b["token"]) and torch.equal(a["token"], tokens[1:])
+    torch.testing.assert_close(a["hidden"], b["hidden"], rtol=0.02, atol=0.01)
+    assert lm.evaluate(tokens[:50]) == pytest.approx(whole.evaluate(tokens[:50]), rel=0.02)
+
+
+def test_rows_of_another_text_or_model_are_refused(tokens):
+    lm = make()
+    lm.build(tokens, window=16)
+    with pytest.raises(ValueError, match="store: expected rows of this model, text and window, got others in rows 0 to 15"):
+        lm.build(tokens.flip(0), window=16)
+    with pytest.raises(ValueError, match=r"KnnLM.build: store: expected whole windows of 16 of the 49 rows of this text, got 143 rows"):
+        lm.build(tokens[:50], window=16)
+    torch.manual_seed(1)
+    other = KnnLM(MemoryLM(lm.model.vocabulary, hidden=8, embedding=6, slots=4, width=4, read_heads=1), lm.store)
+    with pytest.raises(ValueError, match="store: expected rows of this model"):
+        other.build(tokens, window=16)
+    lm.store.erase([40])
+    with pytest.raises(ValueError, match="KnnLM: store: expected rows 0 to 141, got none of number 40"):
+        lm.evaluate(tokens)
+
+
+MODEL = make().model
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: KnnLM(torch.nn.Linear(2, 2), None), TypeError, r"KnnLM: model: expected a model with hidden\(\), got Linear"),
+        (lambda: KnnLM(MODEL, {}), TypeError, "KnnLM: store: expected a KeyValueStore, got dict"),
+        (lambda: KnnLM(MODEL, KeyValueStore(3)), ValueError, "columns 'hidden', 'token', got int64 keys and columns 'value'"),
+        (lambda: make(k=0), ValueError, "KnnLM: k: expected 1 to 4096, got 0"),
+        (lambda: make(weight=1.5), ValueError, r"KnnLM: weight: expected a number in \[0, 1\], got 1.5"),
+        (lambda: make(temperature=0), ValueError, "KnnLM: temperature: expected a number above 0, got 0"),
+        (lambda: make(similarity="l1"), ValueError, "similarity: expected one of 'l2', 'dot', 'cosine', got 'l1'"),
+        (lambda: make().evaluate(torch.zeros(4, dtype=torch.int64)), ValueError, "store: expected rows .build fills it., got none"),
+        (lambda: make().evaluate(torch.zeros(1, dtype=torch.int64)), ValueError, "tokens: expected at least 2 tokens, got 1"),
+        (lambda: make().build(torch.zeros(2, 2)), ValueError, r"KnnLM.build: tokens: expected 1 dimensions \[L\]"),
+        (lambda: make().tune(torch.zeros(4, dtype=torch.int64), k=()), ValueError, "KnnLM.tune: k: expected at least one value, got none"),
+    ],
+)  # fmt: skip
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_an_empty_text_builds_nothing(tokens):
+    lm = make()
+    assert lm.build(tokens[:1]) == 0 and len(lm.store) == 0 and lm(tokens[None, :3])[0].isfinite().all()
