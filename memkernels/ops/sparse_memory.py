@@ -139,7 +139,10 @@ def sparse_read(memory: SparseMemory, query: Tensor, strength: Tensor, index: Te
     READ(query, strength, index)
     _check_sizes("sparse_read", memory, query, index)
     memory._check_step("sparse_read")
-    memory._token, read, weights = _Read.apply(memory._token, query, strength, index, memory)  # type: ignore[no-untyped-call]
+    with torch.autocast(memory.rows.device.type, enabled=False):
+        if not _recorded(memory._token, query, strength):  # the history of the memory goes on past a read that is not part of it
+            return _attend(_take(memory.rows, index), query, strength)
+        memory._token, read, weights = _Read.apply(memory._token, query, strength, index, memory)  # type: ignore[no-untyped-call]
     return read, weights
 
 
@@ -163,10 +166,15 @@ def sparse_write(memory: SparseMemory, index: Tensor, weights: Tensor, add: Tens
     WRITE(index, weights, add, clear)
     _check_sizes("sparse_write", memory, add, index, clear)
     memory._check_step("sparse_write")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (memory._token, weights, add)):
+    if _recorded(memory._token, weights, add):
         memory._token = _Write.apply(memory._token, weights, add, index, clear, memory)  # type: ignore[no-untyped-call]
     else:
         memory._write(index, weights, add, clear, logged=False)
+
+
+def _recorded(*tensors: Tensor) -> bool:
+    """Whether autograd records what is computed from these."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _check_sizes(op: str, memory: Any, given: Tensor, *indices: Tensor) -> None:
