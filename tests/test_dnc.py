@@ -347,6 +347,10 @@ def test_errors():
         nn.DNC(I, H, slots=N, width=W, read_heads=R, cosine="none")
     with pytest.raises(TypeError, match="DNC: state: expected a DNCLayerState or None, got int"):
         layer(draw(B, T, I), 3)
+    with pytest.raises(TypeError, match="DNC: state: expected a DNCLayerState or None, got tuple"):
+        layer(draw(B, T, I), (1, 2, 3, 4))
+    with pytest.raises(ValueError, match="DNC: clip: expected a positive number or None, got nan"):
+        nn.DNC(I, H, slots=N, width=W, read_heads=R, clip=float("nan"))
     with pytest.raises(ValueError, match=r"DNC: state.memory: expected shape \(2, 6, 4\), got \(3, 6, 4\)"):
         layer(draw(B, T, I), layer.initial_state(3))
     state, ask = layer.initial_state(B).memory, ask_of(layer)

@@ -145,6 +145,11 @@ def test_arguments():
         (TypeError, lambda: mk.sparse_write(rows, index, weights, add)),
         (IndexError, lambda: mk.sparse_read(memory, add, weights[..., 0], index - 1 - N)),
         (ValueError, lambda: mk.sparse_read(memory, add[:1], weights[:1, :, 0], index[:1])),
+        (TypeError, lambda: mk.sparse_write(memory, 3, weights, add)),
+        (ValueError, lambda: memory.least_accessed(N + 1)),
+        (TypeError, lambda: memory.least_accessed("two")),
+        (IndexError, lambda: memory.access(torch.full((B, 1), N))),
+        (ValueError, lambda: memory.access(torch.zeros(B, dtype=torch.int64))),
         (ValueError, lambda: mk.SparseMemory(rows[0])),
         (TypeError, lambda: mk.SparseMemory(rows.half())),
     ):
