@@ -321,6 +321,12 @@ def test_state_carries_over_and_copies():
     assert nothing.shape == (B, 0, I) and state.hidden is end.hidden
 
 
+def test_shapes_on_the_meta_device():
+    layer = make("paper").to("meta")
+    output, state = layer(draw(B, T, I).to("meta"))
+    assert output.shape == (B, T, layer.output_size) and state.memory.link.is_meta
+
+
 def test_learns_from_zeros_and_stays_finite():
     torch.manual_seed(0)
     layer = nn.DNC(4, 16, slots=8, width=6, read_heads=1)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memkernels._checks import check_flag, check_number, fail
+from memkernels._compat import no_autocast
 from memkernels.nn._arguments import check_sizes, time_first
 from memkernels.nn.lstm_cell import LSTMCell
 from memkernels.ops.sparse_memory import SparseMemory, sparse_read, sparse_write
@@ -133,7 +134,7 @@ class SAM(nn.Module):
         memory, hidden, index, weights, read = state
         hidden = self.controller(torch.cat([x, read.flatten(1)], -1), hidden)
         asked = self.interface(hidden[0]).to(memory.rows.dtype)
-        with torch.autocast(x.device.type, enabled=False):  # the memory keeps its dtype
+        with no_autocast(x.device.type):  # the memory keeps its dtype
             return SAMState(memory, hidden, *self._access_memory(memory, asked, index, weights))
 
     def _access_memory(self, memory: SparseMemory, asked: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:

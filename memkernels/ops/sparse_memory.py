@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from memkernels._checks import Signature, check_tensor, fail
+from memkernels._compat import no_autocast
 
 EPSILON = 1e-6  # inside both square roots of the cosine
 
@@ -145,7 +146,7 @@ def sparse_read(memory: SparseMemory, query: Tensor, strength: Tensor, index: Te
     READ(query, strength, index)
     _check_sizes("sparse_read", memory, query, index)
     memory._check_step("sparse_read")
-    with torch.autocast(memory.rows.device.type, enabled=False):
+    with no_autocast(memory.rows.device.type):
         if not _recorded(memory._token, query, strength):  # the history of the memory goes on past a read that is not part of it
             return _attend(_take(memory.rows, index), query, strength)
         memory._token, read, weights = _Read.apply(memory._token, query, strength, index, memory)  # type: ignore[no-untyped-call]
