@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from collections.abc import Callable
@@ -28,6 +29,11 @@ _AUTOCAST = ("cpu", "cuda", "xpu", "mps")
 def autocast_enabled(device: str) -> bool:
     """torch.is_autocast_enabled raises for devices that know no autocast, meta among them."""
     return device in _AUTOCAST and torch.is_autocast_enabled(device)
+
+
+def no_autocast(device: str) -> Any:
+    """A context without autocast; torch.autocast refuses the devices that know none, meta among them, even to turn it off."""
+    return torch.autocast(device, enabled=False) if autocast_enabled(device) else contextlib.nullcontext()
 
 
 def dlpack_exchange_api() -> Any:

@@ -321,6 +321,12 @@ def test_state_carries_over_and_copies():
     assert nothing.shape == (B, 0, I) and state.hidden is end.hidden
 
 
+def test_shapes_on_the_meta_device():
+    layer = make("paper").to("meta")
+    output, state = layer(draw(B, T, I).to("meta"))
+    assert output.shape == (B, T, layer.output_size) and state.memory.link.is_meta
+
+
 def test_learns_from_zeros_and_stays_finite():
     torch.manual_seed(0)
     layer = nn.DNC(4, 16, slots=8, width=6, read_heads=1)
@@ -347,6 +353,10 @@ def test_errors():
         nn.DNC(I, H, slots=N, width=W, read_heads=R, cosine="none")
     with pytest.raises(TypeError, match="DNC: state: expected a DNCLayerState or None, got int"):
         layer(draw(B, T, I), 3)
+    with pytest.raises(TypeError, match="DNC: state: expected a DNCLayerState or None, got tuple"):
+        layer(draw(B, T, I), (1, 2, 3, 4))
+    with pytest.raises(ValueError, match="DNC: clip: expected a positive number or None, got nan"):
+        nn.DNC(I, H, slots=N, width=W, read_heads=R, clip=float("nan"))
     with pytest.raises(ValueError, match=r"DNC: state.memory: expected shape \(2, 6, 4\), got \(3, 6, 4\)"):
         layer(draw(B, T, I), layer.initial_state(3))
     state, ask = layer.initial_state(B).memory, ask_of(layer)

@@ -68,6 +68,11 @@ def test_few_queries_over_many_patterns():
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
+def masked(batch, own):
+    layer = mk.nn.HopfieldRetrieval(4, num_heads=2, patterns=3 if own else None)
+    return layer(torch.ones(2, 2, 4), None if own else torch.ones(2, 3, 4), torch.ones(batch, 3, dtype=torch.bool))
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
@@ -76,6 +81,9 @@ def test_few_queries_over_many_patterns():
         (lambda: mk.nn.HopfieldRetrieval(4, patterns=3)(torch.ones(1, 2, 4), torch.ones(1, 2, 4)), "stored: expected None"),
         (lambda: mk.nn.HopfieldRetrieval(4)(torch.ones(1, 2, 4), torch.ones(2, 2, 4)), r"stored: expected \[B N S\] with B=1, S=4"),
         (lambda: mk.nn.HopfieldRetrieval(4)(torch.ones(2, 4), None), r"input: expected \[B T I\] with I=4"),
+        (lambda: mk.nn.HopfieldRetrieval(4, tolerance=-1.0), "HopfieldRetrieval: tolerance: expected a number from 0 on"),
+        (lambda: masked(2, own=True), r"HopfieldRetrieval: mask: expected shape \(3,\), .* got shape \(2, 3\)"),  # as many heads as entries
+        (lambda: masked(1, own=False), r"HopfieldRetrieval: mask: expected shape \(2, 3\), .* got shape \(1, 3\)"),
     ],
 )
 def test_errors(call, text):

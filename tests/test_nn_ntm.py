@@ -118,6 +118,7 @@ def test_training_from_a_memory_of_zeros_stays_finite():
         (lambda: nn.NTM(3, 7, 2, 0, 4), "NTM: slots: expected a positive integer, got 0"),
         (lambda: make()(torch.randn(2, 3, 4).double()), r"NTM: input: expected \[T B I\] with I=3, got shape"),
         (lambda: make()(torch.randn(2, 3, 3).double(), make().initial_state(2)), "ntm_sequence: memory: expected .*B=3"),
+        (lambda: make()(torch.randn(2, 3, 3).double(), nn.NTM(3, 7, 2, 9, 4).initial_state(3)), "NTM: state.memory: expected .* with N=6"),
         (lambda: nn.NTM.from_pytorch_ntm({"memory.mem_bias": torch.ones(2, 3)}), "NTM: weights: expected one LSTM layer.*got heads none"),
     ],
 )

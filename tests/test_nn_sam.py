@@ -96,6 +96,19 @@ def test_it_learns_what_it_was_told():
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_autocast():
+    """The controller in bfloat16, the memory as it is."""
+    model = model_of().float()
+    x = torch.randn(2, 5, 3)
+    wanted, _ = model(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, state = model(x)
+    assert state.memory.rows.dtype == torch.float32
+    torch.testing.assert_close(output.float(), wanted, atol=3e-2, rtol=3e-2)
+    output.float().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_arguments():
     model = model_of()
     x = torch.randn(2, 3, 3, dtype=torch.float64)
@@ -108,4 +121,6 @@ def test_arguments():
         model(x[:1], state.detach_())
     with pytest.raises(ValueError, match="SAM: slots: expected at least"):
         SAM(3, 4, 2, slots=3, width=4, rows_read=4)
+    with pytest.raises(TypeError, match="SAM: threshold: expected a number"):
+        SAM(3, 4, 2, slots=9, width=4, threshold="high")
     assert model(x[:, :0])[0].shape == (2, 0, 2)

@@ -99,6 +99,22 @@ def test_backward_undoes_and_detach_brings_back():
         torch.testing.assert_close(a, b)
 
 
+def test_a_look_without_gradients_keeps_the_history():
+    rows, steps = drawn(3)
+    memory = mk.SparseMemory(rows)
+    reads = []
+    for step in steps:
+        mk.sparse_write(memory, *step["write"], clear=step["clear"])
+        with torch.no_grad():
+            looked = mk.sparse_read(memory, *step["read"])
+        reads.append(mk.sparse_read(memory, *step["read"]))
+        assert not looked[0].requires_grad and torch.equal(looked[0], reads[-1][0])
+    leaves = leaves_of(rows, steps)
+    found = torch.autograd.grad(loss_of(reads), leaves)
+    for a, b in zip(found, torch.autograd.grad(loss_of(on_copies(rows, steps)[1]), leaves)):
+        torch.testing.assert_close(a, b)
+
+
 def test_what_cannot_be_is_said():
     rows, steps = drawn(2)
     memory, reads = in_place(rows, steps)
@@ -129,6 +145,11 @@ def test_arguments():
         (TypeError, lambda: mk.sparse_write(rows, index, weights, add)),
         (IndexError, lambda: mk.sparse_read(memory, add, weights[..., 0], index - 1 - N)),
         (ValueError, lambda: mk.sparse_read(memory, add[:1], weights[:1, :, 0], index[:1])),
+        (TypeError, lambda: mk.sparse_write(memory, 3, weights, add)),
+        (ValueError, lambda: memory.least_accessed(N + 1)),
+        (TypeError, lambda: memory.least_accessed("two")),
+        (IndexError, lambda: memory.access(torch.full((B, 1), N))),
+        (ValueError, lambda: memory.access(torch.zeros(B, dtype=torch.int64))),
         (ValueError, lambda: mk.SparseMemory(rows[0])),
         (TypeError, lambda: mk.SparseMemory(rows.half())),
     ):

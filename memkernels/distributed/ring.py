@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from memkernels._checks import FLOATS, Signature, check_flag, check_number, fail
-from memkernels._compat import autocast_enabled
+from memkernels._compat import autocast_enabled, no_autocast
 from memkernels.distributed._collectives import check_group, tell
 from memkernels.ops._attention_parts import Part, part_backward, part_forward
 
@@ -216,7 +215,7 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, shards: Shards, is_causal: bool, scale: float, group: Any) -> Any:
         merged, kept = _Merged(query, value.shape[3]), None  # the own part is kept for backward, the others are computed again
-        with _no_autocast(query):
+        with no_autocast(query.device.type):
             for step, keys, values in _Ring(key, value, shards, group).walk(key, value):
                 first, right = shards.reach((shards.rank - step) % len(shards.keys), is_causal)
                 if first < query.shape[2]:
@@ -259,7 +258,7 @@ def _gradients(call: tuple[Any, ...], saved: tuple[Any, ...], dout: Any, dlse: A
     dout = (torch.zeros_like(out) if dout is None else dout).to(wide)
     delta = (dout * out).sum(-1) - (0 if dlse is None else dlse)
     dquery, ring = torch.zeros_like(query, dtype=wide), _Ring(key, value, shards, group)
-    with _no_autocast(query):
+    with no_autocast(query.device.type):
         arriving, works = key.new_empty(0), list[Any]()
         for step, keys, values in ring.walk(key, value):
             first, right = shards.reach(ring.owner(step), is_causal)
@@ -293,8 +292,3 @@ def _options(query: torch.Tensor, key: torch.Tensor, scale: float, right: int | 
     """What `attention` is told of one part; a further option of it (a softcap, say) enters here."""
     window = None if right is None else (None, right)
     return dict(scale=scale, window=window, enable_gqa=query.shape[1] != key.shape[1])
-
-
-def _no_autocast(tensor: torch.Tensor) -> Any:
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if autocast_enabled(device) else nullcontext()

@@ -113,7 +113,7 @@ class DNC(nn.Module):
         flags |= dict(bounded=bounded, clip_all=clip_all, feedback=feedback, batch_first=batch_first)
         for name, flag in flags.items():
             check_flag("DNC", name, flag)
-        if clip is not None and check_number("DNC", "clip", clip) <= 0:
+        if clip is not None and not check_number("DNC", "clip", clip) > 0:  # nor NaN
             fail("DNC", "clip", "a positive number or None", clip)
         self.input_size, self.output_size, self.batch_first = input_size, output_size, batch_first
         self.clip, self.clip_all, self.feedback = clip, clip_all, feedback
@@ -180,7 +180,7 @@ class DNC(nn.Module):
 
     def _checked(self, state: Any, batch: int) -> DNCLayerState:
         """The state that a caller passes, or one clear error; the sizes inside the memory are checked by each step."""
-        if not isinstance(state, (tuple, list)) or len(state) != 4 or len(state[0]) != 6:
+        if not isinstance(state, (tuple, list)) or len(state) != 4 or not isinstance(state[0], (tuple, list)) or len(state[0]) != 6:
             fail("DNC", "state", "a DNCLayerState or None", type(state).__name__, TypeError)
         found = DNCLayerState(DNCState(*state[0]), *state[1:])
         given, wanted = (s._asdict() | dict(memory=s.memory.memory) for s in (found, self.initial_state(batch)))

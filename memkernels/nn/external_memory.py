@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memkernels._checks import check_choice, check_flag, check_tensor, fail
+from memkernels._checks import check_choice, check_flag, check_floating, check_tensor, fail
 from memkernels._compat import register_namedtuple
 from memkernels.nn import _store_memory
 from memkernels.nn._arguments import check_sizes, time_first
@@ -272,6 +272,7 @@ class ExternalMemory(nn.Module):
             if not isinstance(state, (tuple, list)) or len(state) != len(DNCState._fields):
                 fail("ExternalMemory", "state", "a DNCState or None", type(state).__name__, TypeError)
             check_tensor("ExternalMemory", "state.memory", state[0])
+            check_floating("ExternalMemory", **{"state.memory": state[0]})
             if state[0].shape != (batch, self.slots, self.width):
                 fail("ExternalMemory", "state", f"memory of shape {(batch, self.slots, self.width)}", tuple(state[0].shape))
             return DNCState(*state)  # dnc_step checks the others against this one

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memkernels._checks import check_floating, check_number, check_tensor, fail
+from memkernels._checks import check_dtype, check_floating, check_number, check_tensor, fail
 from memkernels.nn._arguments import check_sizes
 from memkernels.ops.hopfield_retrieve import hopfield_retrieve
 
@@ -66,6 +66,8 @@ class HopfieldRetrieval(nn.Module):
         check_sizes("HopfieldRetrieval", stored_size=stored_size, head_size=head_size, output_size=output_size)
         if patterns is not None:
             check_sizes("HopfieldRetrieval", patterns=patterns)
+        if tolerance is not None and not check_number("HopfieldRetrieval", "tolerance", tolerance) >= 0:
+            fail("HopfieldRetrieval", "tolerance", "a number from 0 on, or None", tolerance)
         self.input_size, self.stored_size, self.output_size = input_size, stored_size, output_size
         self.num_heads, self.head_size, self.steps, self.tolerance = num_heads, head_size, steps, tolerance
         self.beta = head_size**-0.5 if beta is None else float(check_number("HopfieldRetrieval", "beta", beta))
@@ -101,7 +103,7 @@ class HopfieldRetrieval(nn.Module):
         Returns:
             output "B T O", or (output, weights).
         """
-        self._check(input, stored)
+        self._check(input, stored, mask)
         batch, steps = input.shape[:2]
         query = self.query(input).unflatten(-1, (self.num_heads, self.head_size))
         rows = self.patterns[None] if stored is None else stored  # type: ignore[index]
@@ -120,7 +122,7 @@ class HopfieldRetrieval(nn.Module):
         """What the op returned, as "B NH T ..."."""
         return t.unflatten(1, (batch, steps)).transpose(0, 1) if shared else t.unflatten(0, (batch, self.num_heads))
 
-    def _check(self, input: Tensor, stored: Tensor | None) -> None:
+    def _check(self, input: Tensor, stored: Tensor | None, mask: Tensor | None) -> None:
         check_tensor("HopfieldRetrieval", "input", input)
         if input.dim() != 3 or input.shape[-1] != self.input_size:
             fail("HopfieldRetrieval", "input", f"[B T I] with I={self.input_size}", f"shape {tuple(input.shape)}")
@@ -132,3 +134,9 @@ class HopfieldRetrieval(nn.Module):
                 wanted = f"[B N S] with B={input.shape[0]}, S={self.stored_size}"
                 fail("HopfieldRetrieval", "stored", wanted, f"shape {tuple(stored.shape)}")
         check_floating("HopfieldRetrieval", parameters=self.query.weight, input=input, stored=stored)
+        if mask is not None:
+            check_tensor("HopfieldRetrieval", "mask", mask)
+            check_dtype("HopfieldRetrieval", "mask", mask, torch.bool, input)
+            rows: Any = self.patterns if stored is None else stored
+            if mask.shape != rows.shape[:-1]:
+                fail("HopfieldRetrieval", "mask", f"shape {tuple(rows.shape[:-1])}, one element a pattern", f"shape {tuple(mask.shape)}")

@@ -135,10 +135,13 @@ class NTM(nn.Module):
         Gradients: to the input, the state and all parameters.
         """
         x = time_first("NTM", input, self.input_size, self.batch_first, self.bias)
+        wanted = (self.slots, self.width)
         if state is None:
             state = self.initial_state(x.shape[1])
         elif not isinstance(state, (tuple, list)) or len(state) != 6:
             fail("NTM", "state", "an NTMState or None", type(state).__name__, TypeError)
+        elif getattr(state[0], "shape", wanted)[1:] != wanted:  # all else is checked by the op
+            fail("NTM", "state.memory", "[B N W] with N={}, W={}".format(*wanted), f"shape {tuple(state[0].shape)}")
         weights = (self.weight_ih, self.weight_rh, self.weight_hh, self.bias, *self._heads)
         start = NTMState(*state)
         if x.is_cuda and self.form == "graves":

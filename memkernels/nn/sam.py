@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memkernels._checks import check_flag, fail
+from memkernels._checks import check_flag, check_number, fail
+from memkernels._compat import no_autocast
 from memkernels.nn._arguments import check_sizes, time_first
 from memkernels.nn.lstm_cell import LSTMCell
 from memkernels.ops.sparse_memory import SparseMemory, sparse_read, sparse_write
@@ -75,6 +76,7 @@ class SAM(nn.Module):
         check_sizes("SAM", input_size=input_size, hidden_size=hidden_size, output_size=output_size, slots=slots, width=width, heads=heads)
         check_sizes("SAM", rows_read=rows_read)
         check_flag("SAM", "batch_first", batch_first)
+        check_number("SAM", "threshold", threshold)
         if rows_read > slots or heads > slots:
             fail("SAM", "slots", f"at least rows_read={rows_read} and heads={heads}", slots)
         self.input_size, self.hidden_size, self.output_size, self.slots = input_size, hidden_size, output_size, slots
@@ -131,7 +133,13 @@ class SAM(nn.Module):
     def _step(self, x: Tensor, state: SAMState) -> SAMState:
         memory, hidden, index, weights, read = state
         hidden = self.controller(torch.cat([x, read.flatten(1)], -1), hidden)
-        query, word, strength, gate, interpolation = self.interface(hidden[0]).split(self._sizes, -1)
+        asked = self.interface(hidden[0]).to(memory.rows.dtype)
+        with no_autocast(x.device.type):  # the memory keeps its dtype
+            return SAMState(memory, hidden, *self._access_memory(memory, asked, index, weights))
+
+    def _access_memory(self, memory: SparseMemory, asked: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Writes, then reads what the controller asks for: (rows read, their weights, what was read)."""
+        query, word, strength, gate, interpolation = asked.split(self._sizes, -1)
         query, word = (t.unflatten(-1, (self.heads, self.width)) for t in (query, word))
         gate, interpolation = torch.sigmoid(gate)[..., None], torch.sigmoid(interpolation)[..., None]
         oldest = memory.least_accessed(self.heads)
@@ -142,10 +150,10 @@ class SAM(nn.Module):
             _, _, index = topk_read(query, memory.rows, memory.rows[..., :1], self.rows_read, similarity="cosine")
         read, weights = sparse_read(memory, query, 1 + F.softplus(strength), index)
         for at, much in ((places, amounts), (index, weights)):
-            self._access(memory, at, much)
-        return SAMState(memory, hidden, index, weights, read)
+            self._note(memory, at, much)
+        return index, weights, read
 
-    def _access(self, memory: SparseMemory, index: Tensor, weights: Tensor) -> None:
+    def _note(self, memory: SparseMemory, index: Tensor, weights: Tensor) -> None:
         """Rows with more weight than the threshold are accessed now; of the others the head's heaviest row stands in, which is."""
         top = index.gather(-1, weights.argmax(-1, keepdim=True))
         memory.access(torch.where(weights > self.threshold, index, top).flatten(1))

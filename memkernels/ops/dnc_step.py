@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memkernels._checks import Signature, check_choice, check_flag
-from memkernels._compat import register_namedtuple
+from memkernels._compat import no_autocast, register_namedtuple
 from memkernels.ops.allocation import allocation
 from memkernels.ops.content_address import content_address
 from memkernels.ops.link_step import link_step
@@ -120,7 +120,7 @@ def dnc_step(
     check_choice("dnc_step", "cosine", cosine, COSINES)
     check_flag("dnc_step", "deallocate", deallocate)
     heads = SIGNATURE(*old, *ask)["H"]
-    with torch.autocast(old.memory.device.type, enabled=False):
+    with no_autocast(old.memory.device.type):
         used = usage(old.usage, old.write_weights, old.read_weights, ask.free_gate, write_gradient=write_gradient)
         free = allocation(used, write_gates=ask.allocation_gate * ask.write_gate, eps=eps)
         content = _content(old.memory, ask.write_keys, ask.write_strengths, ask.write_mask, cosine)

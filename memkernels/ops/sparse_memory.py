@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from memkernels._checks import Signature, check_tensor, fail
+from memkernels._compat import no_autocast
 
 EPSILON = 1e-6  # inside both square roots of the cosine
 
@@ -78,12 +79,18 @@ class SparseMemory:
 
     def least_accessed(self, count: int = 1) -> Tensor:
         """int64 "B count": the rows whose last access lies furthest back, the furthest first; untouched ones by their number."""
+        if isinstance(count, bool) or not isinstance(count, int):
+            fail("SparseMemory", "count", "an integer", repr(count), TypeError)
+        if not 0 <= count <= self.rows.shape[1]:
+            fail("SparseMemory", "count", f"0 to N={self.rows.shape[1]}", count)
         if count == 1:
             return self.accessed.argmin(1, keepdim=True)
         return self.accessed.topk(count, 1, largest=False).indices
 
     def access(self, index: Tensor) -> None:
         """Notes that the rows int64 "B J" are accessed now, the later in the list the later."""
+        ACCESS(self.rows, index)
+        _check_rows("SparseMemory", self, index=index)
         if index.numel():
             now = self._clock + torch.arange(index.shape[1], device=index.device)
             self.accessed.scatter_reduce_(1, index, now.expand_as(index), "amax")
@@ -139,7 +146,10 @@ def sparse_read(memory: SparseMemory, query: Tensor, strength: Tensor, index: Te
     READ(query, strength, index)
     _check_sizes("sparse_read", memory, query, index)
     memory._check_step("sparse_read")
-    memory._token, read, weights = _Read.apply(memory._token, query, strength, index, memory)  # type: ignore[no-untyped-call]
+    with no_autocast(memory.rows.device.type):
+        if not _recorded(memory._token, query, strength):  # the history of the memory goes on past a read that is not part of it
+            return _attend(_take(memory.rows, index), query, strength)
+        memory._token, read, weights = _Read.apply(memory._token, query, strength, index, memory)  # type: ignore[no-untyped-call]
     return read, weights
 
 
@@ -158,27 +168,38 @@ def sparse_write(memory: SparseMemory, index: Tensor, weights: Tensor, add: Tens
         `SparseMemory`.
     Source: Rae et al. 2016, section 3.2, equations 4 to 6 (erase the least recently used row, add to it and to the rows last read).
     """
+    check_tensor("sparse_write", "index", index)
     if clear is None:
-        clear = index.new_zeros(index.shape[0], 0)
+        clear = index.new_zeros(*index.shape[:1], 0)
     WRITE(index, weights, add, clear)
     _check_sizes("sparse_write", memory, add, index, clear)
     memory._check_step("sparse_write")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (memory._token, weights, add)):
+    if _recorded(memory._token, weights, add):
         memory._token = _Write.apply(memory._token, weights, add, index, clear, memory)  # type: ignore[no-untyped-call]
     else:
         memory._write(index, weights, add, clear, logged=False)
+
+
+def _recorded(*tensors: Tensor) -> bool:
+    """Whether autograd records what is computed from these."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _check_sizes(op: str, memory: Any, given: Tensor, *indices: Tensor) -> None:
     """What the signature of the tensors alone does not say."""
     if not isinstance(memory, SparseMemory):
         fail(op, "memory", "a SparseMemory", type(memory).__name__, TypeError)
-    batch, count, width = memory.rows.shape
+    batch, _, width = memory.rows.shape
     wanted = f"B={batch}, W={width}, {memory.rows.dtype} on {memory.rows.device}, as in the memory"
     if (given.shape[0], given.shape[2], given.dtype, given.device) != (batch, width, memory.rows.dtype, memory.rows.device):
         got = f"B={given.shape[0]}, W={given.shape[2]}, {given.dtype} on {given.device}"
         fail(op, "query" if op == "sparse_read" else "add", wanted, got)
-    for name, index in zip(("index", "clear"), indices):
+    _check_rows(op, memory, **dict(zip(("index", "clear"), indices)))
+
+
+def _check_rows(op: str, memory: SparseMemory, **indices: Tensor) -> None:
+    count = memory.rows.shape[1]
+    for name, index in indices.items():
         if index.device.type == "cpu" and index.numel():
             low, high = (int(v) for v in torch.aminmax(index))
             if low < 0 or high >= count:
@@ -186,6 +207,7 @@ def _check_sizes(op: str, memory: Any, given: Tensor, *indices: Tensor) -> None:
 
 
 READ = Signature("sparse_read", query="B R W", strength="B R", index=("B R J", torch.int64))
+ACCESS = Signature("SparseMemory", rows="B N W", index=("B J", torch.int64))
 WRITE = Signature("sparse_write", index=("B H J", torch.int64), weights="B H J", add="B H W", clear=("B C", torch.int64))
 
 
