@@ -27,7 +27,7 @@ BUILD_NEEDS = ("setuptools>=77", "wheel", "pybind11>=2.13", "ninja")
 EXTRAS = {
     "demo": ("plot",),
     "build": (),
-    "test": ("test", "triton", "plot"),
+    "test": ("test", "triton", "plot", "store"),
     "docs": (),
     "check": ("dev", "triton"),
     "bench": ("bench", "triton"),
