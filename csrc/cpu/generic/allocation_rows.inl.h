@@ -110,26 +110,27 @@ const int32_t* stable_order(const A* u, int64_t n, Usage<A> least, int64_t padde
   return order;
 }
 
-// Products far below what a sum of shares resolves become 0: denormal numbers, which they and all gradients from them
+// Products far below what a sum of shares resolves count as 0: denormal numbers, which they and all gradients from them
 // would turn to, cost a hundred times as much.
-MK_INLINE float next_product(float product, float s) {
-  const float next = product * s;
-  return __builtin_fabsf(next) < 1e-30f ? 0 : next;
-}
-MK_INLINE double next_product(double product, double s) {
-  const double next = product * s;
-  return __builtin_fabs(next) < 1e-290 ? 0 : next;
+MK_INLINE bool vanished(float product) { return __builtin_fabsf(product) < 1e-30f; }
+MK_INLINE bool vanished(double product) { return __builtin_fabs(product) < 1e-290; }
+
+// body(row, its s, the product of all s before it), in order.
+template <class A, class Body>
+MK_INLINE void each_product(const A* u, const int32_t* order, int64_t n, Usage<A> least, const Body& body) {
+  A product = 1;
+  int64_t j = 0;
+  for (; j < n && !vanished(product); j++) {
+    const A s = least(u[order[j]]);
+    body(j, s, product);
+    product *= s;
+  }
+  for (; j < n; j++) body(j, least(u[order[j]]), A(0));
 }
 
 template <class A>
 void allocate(const A* u, const int32_t* order, int64_t n, Usage<A> least, A* out) {
-  A product = 1;
-  for (int64_t j = 0; j < n; j++) {
-    const int32_t i = order[j];
-    const A s = least(u[i]);
-    out[i] = (1 - s) * product;
-    product = next_product(product, s);
-  }
+  each_product(u, order, n, least, [&](int64_t j, A s, A product) { out[order[j]] = (1 - s) * product; });
 }
 
 // The usage that the next head sees.
@@ -171,8 +172,8 @@ void allocation_forward(const AllocationArgs& a, int64_t b, void* scratch) {
 // du += gradient of one head's allocation, from its da; `before` holds the products P.
 template <class A>
 void allocate_backward(const A* u, const A* da, const int32_t* order, int64_t n, Usage<A> least, A* before, A* du) {
-  A product = 1, later = 0;
-  for (int64_t j = 0; j < n; j++) before[j] = product, product = next_product(product, least(u[order[j]]));
+  A later = 0;
+  each_product(u, order, n, least, [&](int64_t j, A, A product) { before[j] = product; });
   for (int64_t j = n - 1; j >= 0; j--) {
     const int32_t i = order[j];
     const A s = least(u[i]), d = da[i];

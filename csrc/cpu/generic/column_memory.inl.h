@@ -116,7 +116,9 @@ template <int H, class Args, class A>
 void column_sums_of(const Args& a, const A* memory, int64_t stride, const A* x, A* out) {
   using V = Vec<A>;
   constexpr int64_t L = V::kLanes;
-  alignas(64) A lanes[H * L * L] = {};
+  alignas(64) A lanes[H * L * L];
+  if (a.width % L)  // sums that are not asked for
+    for (int64_t i = 0; i < H * L * L; i += L) V::zero().store(lanes + i);
   for (int64_t first = 0; first < a.width; first += L) {
     const int64_t columns = a.width - first < L ? a.width - first : L;
     for (int64_t w = 0; w < columns; w += 2) {

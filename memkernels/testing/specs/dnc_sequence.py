@@ -178,7 +178,7 @@ SPEC = OpSpec(
     call=_call,
     samples=(
         Sample("typical", _dims(2, 2, 5, 3, 2, 1), _LET),
-        Sample("controller", _dims(2, 2, 5, 3, 1, 1, I=2, H=3), dict(clip=0.5, **_LET), present=_CONTROLLER),
+        Sample("controller", _dims(3, 2, 5, 3, 1, 1, I=2, H=3), dict(clip=0.5, **_LET), present=_CONTROLLER),
         Sample("package", _dims(2, 2, 4, 2, 1, 2), _PACKAGE),
         Sample("options", _dims(2, 2, 5, 2, 1, 1, **_MORE, I=2, H=3), _EXTRA, present=_CONTROLLER),
         Sample("fresh", _dims(2, 2, 5, 3, 1, 1), dict(cosine="roots_and_product"), twist=_fresh, hard=True),
