@@ -1,4 +1,5 @@
-"""The speeds promised for the key-value store in memory (read by targets.py): against a Python dict, against torch, and as plain figures."""
+"""The speeds promised for the key-value store in memory (read by targets.py): against a Python dict, against torch, and as plain
+figures."""
 
 from __future__ import annotations
 
