@@ -133,9 +133,10 @@ class Index:
             self._make_room(batch)
         keys, byte_keys = self._keys(batch)
         if self.old is not None:
-            removed = store_erase_(self.old, keys, byte_keys)
-            there = removed >= 0
-            store_upsert_(self.table, keys[there], removed[there], "insert")
+            if bool((store_find(self.old, keys, byte_keys) >= 0).any()):
+                removed = store_erase_(self.old, keys, byte_keys)
+                there = removed >= 0
+                store_upsert_(self.table, keys[there], removed[there], "insert")
             self._move(max(LEAST_STEP, len(batch)))
         return keys, byte_keys
 

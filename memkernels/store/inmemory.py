@@ -40,6 +40,8 @@ class InMemory:
         self.use = Use(self, on_full) if on_full in ("lru", "lfu") else None
         if capacity is not None:
             self.index.reserve(capacity)
+            if self.device.type == "cpu":  # where memory that is not written yet costs nothing
+                self.pool.reserve(capacity)
 
     def __len__(self) -> int:
         return len(self.index)
