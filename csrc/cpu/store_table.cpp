@@ -26,24 +26,19 @@ void fetch_homes(const Table& table, const uint64_t* keys, int64_t count, int64_
   }
 }
 
-// Rows of keys whose homes are on their way. Without a branch on what is found: keys that their bucket has passed on
-// are listed and looked at again, one bucket further, all of them at once.
 void resolve(const Table& table, const uint64_t* keys, const int64_t* homes, int64_t count, int64_t* rows) {
-  int64_t on[kGroup], open = count;
-  for (int64_t k = 0; k < count; k++) on[k] = k;
-  for (int64_t step = 0; open && step < table.buckets; step++) {
-    int64_t further = 0;
-    for (int64_t j = 0; j < open; j++) {
-      const int64_t k = on[j];
-      const uint64_t* bucket = table.at(table.wrapped(homes[k] + step));
-      const uint32_t found = matches(bucket, keys[k]);
-      const int64_t row = row_at(bucket, lowest(found | 1u << kPlaces));  // of no place: anything
-      rows[k] = found ? row : -1;
-      on[further] = k;
-      further += !found & (passed_of(bucket) != 0);
-    }
-    open = further;
-    for (int64_t j = 0; j < open; j++) __builtin_prefetch(table.at(table.wrapped(homes[on[j]] + step + 1)), 0, 2);
+  int64_t on[kGroup], open = 0;  // keys not in their home, which has passed some on
+  for (int64_t k = 0; k < count; k++) {
+    const uint64_t* bucket = table.at(homes[k]);
+    const uint32_t found = matches(bucket, keys[k]);
+    rows[k] = found ? row_at(bucket, lowest(found)) : -1;
+    on[open] = k;
+    open += !found && passed_of(bucket);
+  }
+  for (int64_t k = 0; k < open; k++) __builtin_prefetch(table.at(table.wrapped(homes[on[k]] + 1)));
+  for (int64_t k = 0; k < open; k++) {
+    const Place place = table.find(keys[on[k]], homes[on[k]], true, Any());
+    if (place.bucket >= 0) rows[on[k]] = row_at(table.at(place.bucket), place.place);
   }
 }
 
