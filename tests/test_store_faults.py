@@ -94,8 +94,9 @@ def both_ways(path, work, expected):
         assert stored(work) in expected
 
 
+@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_torn_tail_of_the_journal_and_of_segments(in_memory, engine):
+def test_torn_tail_of_the_journal_and_of_segments(in_memory, engine, every):
     log, states = three_commits(in_memory / "s", engine)
     put(log, range(100, 110), 9)  # not committed
     size, draw = log._journal.size, random.Random(1)
@@ -103,8 +104,8 @@ def test_torn_tail_of_the_journal_and_of_segments(in_memory, engine):
     path = in_memory / "crash" / journal.NAME
     whole = path.read_bytes()
     step_bytes = size // 3
-    for at in range(size - step_bytes - 3, size + 1):
-        for junk in (bytes(len(whole) - at), b"", draw.randbytes(len(whole) - at)) if at % 29 == 0 else (bytes(len(whole) - at),):
+    for at in sorted({*range(size - step_bytes - 3, size + 1, every), size - step_bytes, size - 1, size}):
+        for junk in (bytes(len(whole) - at), b"", draw.randbytes(len(whole) - at)) if at % 5 == 0 else (bytes(len(whole) - at),):
             path.write_bytes(whole[:at] + junk)
             number = 3 if at == size else 2 if at >= size - step_bytes else 1
             with Log.open(in_memory / "crash") as log:
@@ -112,7 +113,7 @@ def test_torn_tail_of_the_journal_and_of_segments(in_memory, engine):
     path.write_bytes(whole)
     segment = in_memory / "crash" / "segment-00000001.mkv"
     data, used = segment.read_bytes(), 4096 + 15 * 32
-    for cut in (*range(4096, used + 1, 7), used, used + 100, len(data)):  # none of the rows was synced: the journal has them all
+    for cut in (*range(4096, used + 1, 7 * every), used, used + 100, len(data)):  # none of the rows was synced: the journal has them all
         for junk in (b"", draw.randbytes(500)) if cut % 3 == 0 else (b"",):
             segment.write_bytes(data[:cut] + junk)
             both_ways(in_memory / "crash", in_memory / "work", [states[3]])
@@ -120,25 +121,27 @@ def test_torn_tail_of_the_journal_and_of_segments(in_memory, engine):
     both_ways(in_memory / "crash", in_memory / "work", [states[3]])
 
 
+@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_torn_tail_behind_committed_rows(in_memory, engine):
+def test_torn_tail_behind_committed_rows(in_memory, engine, every):
     log, states = three_commits(in_memory / "s", engine, big=True)
     put(log, range(100, 110), 9)
     crashed(in_memory / "s", log, in_memory / "crash")
     segment = in_memory / "crash" / "segment-00000001.mkv"
     data, used, draw = segment.read_bytes(), 4096 + 15 * 32, random.Random(2)
-    for cut in range(used, used + 10 * 32):
+    for cut in range(used, used + 10 * 32, every):
         segment.write_bytes(data[:cut] + draw.randbytes(cut % 50))
         with Log.open(in_memory / "crash", "r" if cut % 8 else "w") as log:
             assert contents(log) == states[3]
-    for cut in range(0, used, 101):
+    for cut in range(0, used, 29 * every):
         segment.write_bytes(data[:cut])
         with pytest.raises(StoreFormatError):
             Log.open(in_memory / "crash")
 
 
+@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_torn_last_write_of_the_engine(in_memory, engine):
+def test_torn_last_write_of_the_engine(in_memory, engine, every):
     """The machine stops within a commit of the engine: its file as before, with the commit's writes there in part."""
     log, states = three_commits(in_memory / "s", engine, big=True)
     names = [n for n in os.listdir(in_memory / "s") if n.startswith("index") and not n.endswith(("-shm", "-lock"))]
@@ -166,13 +169,13 @@ def test_torn_last_write_of_the_engine(in_memory, engine):
             seen.add(log.commit_number)
 
     if engine == "sqlite":  # appended frames, each with a checksum that covers those before
-        for at in differs[:: max(1, len(differs) // 400)]:
+        for at in differs[:: max(1, len(differs) // (900 // every))]:
             look_at(full[: at + 1])
             if at % 5 == 0:
                 look_at(full[: at + 1] + draw.randbytes(size - at - 1))
     else:  # pages that nothing reaches yet, in any order; then the meta page, byte by byte
         pages = sorted({i // 4096 for i in differs if i >= 8192})
-        for _ in range(60):
+        for _ in range(20 + 100 // every):
             data = bytearray(old)
             for page in pages:
                 end = page * 4096 + draw.choice((0, 0, 512, 2048, 4096))

@@ -113,7 +113,7 @@ class Log(View):
             elif self.durability == "commit":
                 self._journal = Journal(self.path)
         else:
-            self._look()
+            self._look().abort()
         _logs.add(self)
 
     def _recover_for_reader(self, commit: int) -> None:
