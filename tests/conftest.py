@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -31,3 +35,13 @@ def fresh_memory_is_nan():
     yield
     torch.use_deterministic_algorithms(before)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def in_memory(tmp_path_factory):
+    """A directory in memory where there is such a place: for tests about the order of calls, which would only wait for a disk."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path_factory.mktemp("files")
+        return
+    with tempfile.TemporaryDirectory(prefix="memkernels-", dir="/dev/shm") as folder:
+        yield Path(folder)

@@ -9,7 +9,7 @@ import signal
 import struct
 import traceback
 
-from store_logs import contents, ints, put, stored, values
+from store_logs import contents, ints, put, values
 
 from memkernels.store import disk
 from memkernels.store.log import Log
@@ -73,7 +73,7 @@ def in_child(work):
 
 
 def writer(path, seed, durability, model, stop_at=None):
-    """The child of the kill tests: commits without end, and tells the number of each that returned. `stop_at`: the system call to die in."""
+    """The child of the kill tests: commits without end, and tells the number of each. `stop_at`: the system call to die in."""
 
     def work(into):
         if stop_at is not None:
@@ -145,6 +145,3 @@ def check_recovered(path, seed, model, acknowledged, started):
         _, _, _, known = step(seed, number, known)
     assert found == known, commit
     return known, commit
-
-
-__all__ = ["stored"]

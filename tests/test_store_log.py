@@ -9,7 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from store_logs import ENGINES, SMALL, apply, contents, ints, keys_of, look, new, put, stored, texts, values
+from store_logs import (
+    ENGINES,
+    SMALL,
+    apply,
+    contents,
+    ints,
+    keys_of,
+    look,
+    new,
+    put,
+    stored,
+    texts,
+    values,
+)
 
 import memkernels
 from memkernels.store import catalog, crc32c, disk, folder, journal, runs, tail
@@ -38,9 +51,9 @@ def test_checksum_is_crc32c_on_every_path():
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("durability", ["commit", "async", "none"])
-def test_random_commits_against_a_dict(tmp_path, engine, durability):
+def test_random_commits_against_a_dict(in_memory, engine, durability):
     draw, model, committed = random.Random(engine + durability), {}, {}
-    path = tmp_path / "s"
+    path = in_memory / "s"
     log, reader, rows = new(path, engine, durability=durability), None, {}
     for step in range(150):
         what = draw.random()
@@ -88,18 +101,18 @@ DTYPES = [torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.u
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_columns_of_any_shape_and_type(tmp_path, engine):
+def test_columns_of_any_shape_and_type(in_memory, engine):
     columns = {f"c{i}": (shape, dtype) for i, dtype in enumerate(DTYPES) for shape in [((), (3,), (2, 5), (0,), (1, 1, 7))[i % 5]]}
     schema = Schema("int64", columns, {"on_full": "grow", "note": "ü"})
     n, given = 50, {}
     for name, (shape, dtype) in columns.items():
         raw = torch.randint(0, 2, (n, *shape, 16)) if dtype == torch.bool else torch.randint(-9, 9, (n, *shape, 16))
         given[name] = raw.to(dtype)[..., 3]  # strided
-    with Log.create(tmp_path / "s", schema, engine=engine, segment_bytes=6000) as log:
+    with Log.create(in_memory / "s", schema, engine=engine, segment_bytes=6000) as log:
         for low in range(0, n, 20):
             log.append(ints(range(low, min(n, low + 20))), {name: value[low : low + 20] for name, value in given.items()})
         log.commit()
-    with Log.open(tmp_path / "s") as log:
+    with Log.open(in_memory / "s") as log:
         assert log.schema == schema
         assert log.verify().ok
         for name, value in given.items():
@@ -113,12 +126,12 @@ def test_columns_of_any_shape_and_type(tmp_path, engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", ["bytes", "str"])
-def test_keys_of_bytes_and_text(tmp_path, engine, kind, monkeypatch):
+def test_keys_of_bytes_and_text(in_memory, engine, kind, monkeypatch):
     monkeypatch.setattr(runs, "PIECE", 300)
     monkeypatch.setattr(runs, "BATCH", 7)
     words = ["", "apple", "ä" * 20, "naïve", "日本", "x" * 500, *(f"key {i}" for i in range(40))]
     keys = [word if kind == "str" else word.encode() + b"\xff\0" for word in words]
-    with Log.create(tmp_path / "s", Schema(kind, SMALL.columns), engine=engine) as log:
+    with Log.create(in_memory / "s", Schema(kind, SMALL.columns), engine=engine) as log:
         log.append(texts(kind, keys), values(range(len(keys))))
         log.forget(texts(kind, keys[3:5]))
         log.append(texts(kind, keys[:2]), values([100, 101]))
@@ -128,12 +141,12 @@ def test_keys_of_bytes_and_text(tmp_path, engine, kind, monkeypatch):
     expected = {key: i for i, key in enumerate(keys)} | {keys[0]: 100, keys[1]: 101}
     for key in keys[3:5]:
         del expected[key]
-    assert stored(tmp_path / "s") == expected
+    assert stored(in_memory / "s") == expected
 
 
-def test_text_that_is_no_text_is_refused(tmp_path):
+def test_text_that_is_no_text_is_refused(in_memory):
     bad = KeyBatch("str", data=torch.tensor([0xC3, 0xA4], dtype=torch.uint8), offsets=torch.tensor([0, 1, 2]))
-    with Log.create(tmp_path / "s", Schema("str", SMALL.columns), engine="sqlite") as log:
+    with Log.create(in_memory / "s", Schema("str", SMALL.columns), engine="sqlite") as log:
         log.append(bad, values([1, 2]))
         log.commit()
         with pytest.raises(StoreFormatError, match="inside a character"):
@@ -141,29 +154,29 @@ def test_text_that_is_no_text_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_large_commit_goes_into_pieces_and_small_ones_are_joined(tmp_path, engine, monkeypatch):
+def test_a_large_commit_goes_into_pieces_and_small_ones_are_joined(in_memory, engine, monkeypatch):
     for module in (runs, tail, catalog):
         monkeypatch.setattr(module, "PIECE", 1 << 10)
-    with new(tmp_path / "s", engine) as log:
+    with new(in_memory / "s", engine) as log:
         put(log, range(800), 1)
         log.commit()
         assert log.verify().runs == 7
-    with Log.open(tmp_path / "s", "w") as log:
+    with Log.open(in_memory / "s", "w") as log:
         for i in range(100):
             put(log, [i], 2)
             log.commit()
             if i % 3 == 0:
                 log._settle()
         assert log.verify().runs < 7 + 2 * 8
-    assert stored(tmp_path / "s") == dict.fromkeys(range(800), 1) | dict.fromkeys(range(100), 2)
+    assert stored(in_memory / "s") == dict.fromkeys(range(800), 1) | dict.fromkeys(range(100), 2)
 
 
-def test_small_commits_wait_in_the_journal_and_readers_see_them(tmp_path, monkeypatch):
+def test_small_commits_wait_in_the_journal_and_readers_see_them(in_memory, monkeypatch):
     monkeypatch.setattr(journal, "SIZE", 3000)
-    log = new(tmp_path / "s")
+    log = new(in_memory / "s")
     put(log, [1], 1)
     log.commit()
-    reader, engine_commits = Log.open(tmp_path / "s"), set()
+    reader, engine_commits = Log.open(in_memory / "s"), set()
     rows = apply({}, reader.replay())
     for i in range(60):
         put(log, [i, i + 1], i)
@@ -174,25 +187,25 @@ def test_small_commits_wait_in_the_journal_and_readers_see_them(tmp_path, monkey
         assert look(reader, rows) == {1: 1} | {k: min(k, i) for k in range(i + 2)}
         assert reader.verify().rows == 2 * i + 3
     assert 3 < len(engine_commits) < 30
-    reader.snapshot(tmp_path / "copy")
-    assert stored(tmp_path / "copy") == look(reader, rows)
+    reader.snapshot(in_memory / "copy")
+    assert stored(in_memory / "copy") == look(reader, rows)
     log._release()  # as a crash leaves it
-    assert (tmp_path / "s" / journal.NAME).exists()
-    assert stored(tmp_path / "s") == look(reader, rows)
-    Log.open(tmp_path / "s", "w").close()
-    assert not (tmp_path / "s" / journal.NAME).exists()
-    assert stored(tmp_path / "s") == look(reader, rows)
+    assert (in_memory / "s" / journal.NAME).exists()
+    assert stored(in_memory / "s") == look(reader, rows)
+    Log.open(in_memory / "s", "w").close()
+    assert not (in_memory / "s" / journal.NAME).exists()
+    assert stored(in_memory / "s") == look(reader, rows)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_rewrite_erases_the_bytes(tmp_path, engine):
-    path, secret, mark = tmp_path / "s", 0x5345435245544B45, 1234567
+def test_rewrite_erases_the_bytes(in_memory, engine):
+    path, secret, mark = in_memory / "s", 0x5345435245544B45, 1234567
     log = new(path, engine)
     put(log, [secret, 1], mark)
     log.commit()
     put(log, [2], 2)
     log.commit()
-    before = {name: os.link(path / name, tmp_path / name) for name in os.listdir(path)}  # keeps the old files
+    before = {name: os.link(path / name, in_memory / name) for name in os.listdir(path)}  # keeps the old files
     chunk = log.chunks()[0]
     reader = Log.open(path)
     with pytest.raises(StoreError, match="readers"):
@@ -203,18 +216,18 @@ def test_rewrite_erases_the_bytes(tmp_path, engine):
     assert int(chunk.columns["stamp"][0]) == 0  # the mapped memory too
     del chunk
     needles = [secret.to_bytes(8, "little"), mark.to_bytes(8, "little")]
-    found = [p for p in [*path.iterdir(), *(tmp_path / name for name in before)] for needle in needles if needle in p.read_bytes()]
+    found = [p for p in [*path.iterdir(), *(in_memory / name for name in before)] for needle in needles if needle in p.read_bytes()]
     assert not found
     log.close()
     assert stored(path) == {2: 2}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_rewrite_and_readers(tmp_path, engine):
-    log = new(tmp_path / "s", engine)
+def test_rewrite_and_readers(in_memory, engine):
+    log = new(in_memory / "s", engine)
     put(log, range(100), 1)
     log.commit()
-    reader, late = Log.open(tmp_path / "s"), Log.open(tmp_path / "s")
+    reader, late = Log.open(in_memory / "s"), Log.open(in_memory / "s")
     rows = apply({}, reader.replay())
     put(log, [5], 2)
     with pytest.raises(StoreError, match="commit or roll back"):
@@ -232,31 +245,31 @@ def test_rewrite_and_readers(tmp_path, engine):
     log.close()
     with pytest.raises(StoreError, match="closed"):
         log.chunks()
-    assert sum(name.startswith("segment") for name in os.listdir(tmp_path / "s")) == 1
+    assert sum(name.startswith("segment") for name in os.listdir(in_memory / "s")) == 1
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_snapshot_is_a_store_of_its_own(tmp_path, engine):
-    with new(tmp_path / "s", engine) as log:
+def test_snapshot_is_a_store_of_its_own(in_memory, engine):
+    with new(in_memory / "s", engine) as log:
         put(log, range(100), 1)
         log.commit()
         put(log, [500], 5)  # not committed
-        log.snapshot(tmp_path / "copy")
+        log.snapshot(in_memory / "copy")
         with pytest.raises(StoreError, match="already"):
-            log.snapshot(tmp_path / "copy")
+            log.snapshot(in_memory / "copy")
         log.rollback()
         put(log, [1], 2)
         log.commit()
-    with Log.open(tmp_path / "copy", "w") as log:
+    with Log.open(in_memory / "copy", "w") as log:
         assert contents(log) == dict.fromkeys(range(100), 1)
         put(log, [3], 3)
         log.commit()
-    assert stored(tmp_path / "copy") == dict.fromkeys(range(100), 1) | {3: 3}
-    assert stored(tmp_path / "s") == dict.fromkeys(range(100), 1) | {1: 2}
+    assert stored(in_memory / "copy") == dict.fromkeys(range(100), 1) | {3: 3}
+    assert stored(in_memory / "s") == dict.fromkeys(range(100), 1) | {1: 2}
 
 
-def test_wrong_calls_are_named_and_change_nothing(tmp_path):
-    log = new(tmp_path / "s")
+def test_wrong_calls_are_named_and_change_nothing(in_memory):
+    log = new(in_memory / "s")
     good = values([1, 2])
     for keys, given, error, match in (
         (texts("str", ["a", "b"]), good, TypeError, "keys: expected int64, got str"),
@@ -272,33 +285,33 @@ def test_wrong_calls_are_named_and_change_nothing(tmp_path):
         (lambda: Schema("int64", {}), ValueError),
         (lambda: Schema("int64", {"a": ((-1,), torch.int8)}), ValueError),
         (lambda: Schema("int64", {"a": ((1,), torch.qint8)}), TypeError),
-        (lambda: Log.open(tmp_path / "s", "x"), ValueError),
-        (lambda: Log.open(tmp_path / "s", "r", durability="often"), ValueError),
-        (lambda: Log.open(tmp_path / "nothing"), StoreError),
-        (lambda: Log.create(tmp_path / "s", SMALL), StoreError),
-        (lambda: Log.create(tmp_path, SMALL), StoreError),  # not empty
+        (lambda: Log.open(in_memory / "s", "x"), ValueError),
+        (lambda: Log.open(in_memory / "s", "r", durability="often"), ValueError),
+        (lambda: Log.open(in_memory / "nothing"), StoreError),
+        (lambda: Log.create(in_memory / "s", SMALL), StoreError),
+        (lambda: Log.create(in_memory, SMALL), StoreError),  # not empty
     ):
         with pytest.raises(error, match="store: "):
             make()
-    with Log.open(tmp_path / "s") as reader:
+    with Log.open(in_memory / "s") as reader:
         for call in (lambda: put(reader, [1], 1), reader.commit, reader.rollback, lambda: reader.forget(ints([1]))):
             with pytest.raises(StoreError, match="reading only"):
                 call()
     log.close()
 
 
-def test_network_file_systems_are_refused(tmp_path, monkeypatch):
-    kind = disk.file_system(tmp_path)
+def test_network_file_systems_are_refused(in_memory, monkeypatch):
+    kind = disk.file_system(in_memory)
     assert kind or not disk.MOUNTS.exists()
-    mounts = tmp_path / "mountinfo"
-    deep = tmp_path / "with space" / "s"
-    point = str(tmp_path / "with space").replace(" ", "\\040")
+    mounts = in_memory / "mountinfo"
+    deep = in_memory / "with space" / "s"
+    point = str(in_memory / "with space").replace(" ", "\\040")
     monkeypatch.setattr(disk, "MOUNTS", mounts)
     for name in ("nfs4", "cifs", "fuse.sshfs", "9p"):
         mounts.write_text(f"1 0 8:1 / / rw - ext4 /dev/a rw\n2 1 0:9 / {point} rw,x shared:1 - {name} host:/x rw\n")
         with pytest.raises(StoreError, match=f"network file system \\({name}\\)"):
             Log.create(deep, SMALL)
-        assert disk.file_system(tmp_path) == "ext4"
+        assert disk.file_system(in_memory) == "ext4"
     mounts.unlink()
     new(deep).close()
     mounts.write_text(f"2 1 0:9 / {point} rw,x shared:1 - nfs host:/x rw\n")
@@ -307,24 +320,24 @@ def test_network_file_systems_are_refused(tmp_path, monkeypatch):
             Log.open(deep, mode)
 
 
-def test_a_missing_engine_is_named(tmp_path, monkeypatch):
-    new(tmp_path / "s").close()
-    folder.write_marker(tmp_path / "s", store_format.Marker("lmdb", 1), True)
-    (tmp_path / "s" / "index-00000001.lmdb").touch()
+def test_a_missing_engine_is_named(in_memory, monkeypatch):
+    new(in_memory / "s").close()
+    folder.write_marker(in_memory / "s", store_format.Marker("lmdb", 1), True)
+    (in_memory / "s" / "index-00000001.lmdb").touch()
     find = memkernels.store.engine.importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "lmdb" else find(name, *rest))
     with pytest.raises(StoreError, match=r"pip install memkernels\[store\]"):
-        Log.open(tmp_path / "s")
+        Log.open(in_memory / "s")
 
 
-def test_files_are_as_long_as_their_rows(tmp_path):
-    with new(tmp_path / "s", segment_bytes=1 << 24) as log:
+def test_files_are_as_long_as_their_rows(in_memory):
+    with new(in_memory / "s", segment_bytes=1 << 24) as log:
         put(log, range(3), 1)
         log.commit()
         assert log.nbytes() > 0
         big = log.chunks()[0]
         assert big.rows > 1000 and log.chunks()[0] is big
-    assert os.path.getsize(tmp_path / "s" / "segment-00000001.mkv") == 4096 + 3 * 32
+    assert os.path.getsize(in_memory / "s" / "segment-00000001.mkv") == 4096 + 3 * 32
     assert keys_of(ints([1])) == [1]
 
 

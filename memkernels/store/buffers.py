@@ -10,7 +10,8 @@ from memkernels._backends import kernel
 
 
 def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialised; on the CPU in huge pages where the system has them: rows are met in any order, and each small page costs a TLB miss."""
+    """Uninitialised; on the CPU in huge pages where the system has them: rows are met in any order, and each small page costs a TLB
+    miss."""
     tensor = torch.empty(shape, dtype=dtype, device=device)
     fast = kernel("cpp", "store_keys")
     if device.type == "cpu" and tensor.numel() and not isinstance(fast, str):

@@ -105,24 +105,26 @@ def _write_all(log: Log, marker: Marker, state: State, batches: Iterable[tuple[K
 
 
 def _switch(log: Log, erase: bool) -> None:
-    """Opens the new files and removes the old ones."""
-    old_engine, old_segments = log._engine, log._segments
-    assert old_engine is not None
-    if erase:
-        old_segments.wipe()
-        if log._journal is not None:
-            log._journal.wipe()
-        for path in engine_files(log.path, log.engine, log._marker.number)[1:]:
-            if path.suffix == ".sqlite-wal" and path.exists():  # sqlite removes it when it closes
-                disk.overwrite(path)
+    """Opens the new files, which are the store from now on; then removes the old ones."""
+    engine, segments = log._engine, log._segments
+    write_ahead = [path for path in engine_files(log.path, log.engine, log._marker.number) if path.suffix == ".sqlite-wal"]
+    assert engine is not None
     try:
         log._load()
     except BaseException as error:
         log._fail(error)
         raise
     log._given = log._state.commit
-    old_engine.close()
-    old_segments.close()
+    try:
+        if erase:
+            segments.wipe()
+            if log._journal is not None:
+                log._journal.wipe()
+            for path in filter(Path.exists, write_ahead):  # sqlite removes it when it closes
+                disk.overwrite(path)
+    finally:
+        engine.close()
+        segments.close()
     folder.remove_unused(log.path, log._marker, log._state)
 
 

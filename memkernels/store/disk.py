@@ -115,6 +115,13 @@ def lock(path: Path, exclusive: bool) -> int | None:
     return fd
 
 
+def unlock(fd: int) -> None:
+    """Also for a forked child that has not yet closed its copy."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
+
+
 def file_system(path: Path) -> str:
     """The type of the file system that a path is on, or "" where the system does not say."""
     try:

@@ -16,8 +16,9 @@ from memkernels.store.errors import StoreError, StoreFormatError
 
 _MAP = 1 << 40  # bytes of address space; the file is as long as its pages
 _shared: dict[tuple[int, int, int], Shared] = {}
-_inherited: list[Any] = []  # environments of a parent process: closing them here would harm it
+_left: list[Shared] = []  # of a parent process
 _lock = threading.RLock()
+_ended = threading.Condition(_lock)  # of a transaction
 
 
 @contextlib.contextmanager
@@ -35,6 +36,7 @@ class Shared:
 
     def __init__(self, path: Path, write: bool, sync: bool) -> None:
         self.path, self.users, self.write, self.sync = path, 0, write, sync
+        self.reading = self.writing = 0  # transactions
         self.environment = self._open()
 
     def _open(self) -> Any:
@@ -49,7 +51,7 @@ class Shared:
                 sync=self.sync,
                 readahead=True,
                 create=self.write,
-                max_spare_txns=4,
+                max_spare_txns=0,  # one that is kept holds a place in the table of readers, which a forked child would give up
             )
 
     def reopen(self, write: bool, sync: bool) -> None:
@@ -60,21 +62,47 @@ class Shared:
             self.environment = self._open()
 
 
+def _before_fork() -> None:
+    """Waits for writes of other threads to end, and lets none begin until the fork is over."""
+    _lock.acquire()
+    _ended.wait_for(lambda: not any(shared.writing for shared in _shared.values()), timeout=10)
+
+
 def _after_fork() -> None:
-    global _lock
+    """In the child. Closing an environment takes from the parent the snapshots that were open: then it is left, and not usable."""
+    global _lock, _ended
     _lock = threading.RLock()
-    _inherited.extend(_shared.values())
+    _ended = threading.Condition(_lock)
+    for shared in _shared.values():
+        if not (shared.reading or shared.writing):
+            shared.environment.close()
+        else:
+            _left.append(shared)
     _shared.clear()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_before_fork, after_in_parent=lambda: _lock.release(), after_in_child=_after_fork)
 
 
 class LmdbTransaction:
-    def __init__(self, path: Path, environment: Any, write: bool) -> None:
-        self._path = path
+    def __init__(self, path: Path, shared: Shared, write: bool) -> None:
+        self._path, self._shared, self._write, self._ended = path, shared, write, False
         with _errors(path):
-            self._transaction = environment.begin(write=write)
+            self._transaction = shared.environment.begin(write=write)
+        self._count(1)
+
+    def _count(self, by: int) -> None:
+        if self._write:
+            self._shared.writing += by
+        else:
+            self._shared.reading += by
+
+    def _end(self) -> None:
+        with _lock:
+            if not self._ended:
+                self._ended = True
+                self._count(-1)
+                _ended.notify_all()
 
     def get(self, key: bytes) -> bytes | None:
         with _errors(self._path):
@@ -100,11 +128,15 @@ class LmdbTransaction:
                 more = cursor.next()
 
     def commit(self) -> None:
-        with _errors(self._path):
-            self._transaction.commit()
+        try:
+            with _errors(self._path):
+                self._transaction.commit()
+        finally:
+            self._end()
 
     def abort(self) -> None:
         self._transaction.abort()
+        self._end()
 
 
 class LmdbEngine:
@@ -129,7 +161,7 @@ class LmdbEngine:
         with _lock:
             if self._shared is None:
                 raise StoreError(f"store: {self.path} is closed")
-            return LmdbTransaction(self.path, self._shared.environment, write)
+            return LmdbTransaction(self.path, self._shared, write)
 
     def verify(self) -> list[str]:
         try:

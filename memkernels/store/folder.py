@@ -81,4 +81,5 @@ def remove_unused(folder: Path, marker: Marker, state: State) -> None:
     used |= {file_name(state.first_segment + i) for i in range(state.segments)}
     for name in sorted(os.listdir(folder)):
         if name not in used and _OWN.fullmatch(name):
-            disk.remove(folder / name, marker.erase)
+            with contextlib.suppress(FileNotFoundError):  # a reader's sqlite removes its own
+                disk.remove(folder / name, marker.erase)

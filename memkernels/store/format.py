@@ -1,4 +1,4 @@
-"""What lies on disk beside the rows: the marker, the schema, the state and the headers of segments. docs/store.md describes the bytes.
+"""What lies on disk beside the rows: the marker, the schema, the state and the headers of segments.
 
 Nothing here trusts what it reads: every length is compared with the bytes at hand before it is used, and every record ends in a CRC32C.
 """

@@ -22,7 +22,8 @@ _PASSED = -(1 << 52)  # the bits of a bucket's last word that count the keys whi
 class Index:
     """Rows of keys.
 
-    `upsert` and `erase` follow the order of the batch, as a loop over a dict would. While the table grows there are two: every call that writes
+    `upsert` and `erase` follow the order of the batch, as a loop over a dict would. While the table grows there are two: every call that
+    writes
     moves as many buckets of the old one as it has keys (at least 256), so no call waits for all of it.
 
     Args:
@@ -83,7 +84,8 @@ class Index:
         return rows
 
     def upsert(self, batch: KeyBatch, rows: torch.Tensor, keep: bool = False) -> torch.Tensor:
-        """Keys now have these rows; with `keep`, those that are there keep theirs. Returns the rows before, -1 for keys that were not there."""
+        """Keys now have these rows; with `keep`, those that are there keep theirs. Returns the rows before, -1 for keys that were not
+        there."""
         if self.texts is not None:
             before, numbers = self.count, self.texts.numbers
             now, old = self._assign(batch, numbers.peek(len(batch)))
@@ -95,7 +97,8 @@ class Index:
         return old
 
     def assign(self, batch: KeyBatch, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """New keys get `rows` in order; never to be mixed with `upsert`. Returns the rows now, and before: -1 for the first of a new key."""
+        """New keys get `rows` in order; never to be mixed with `upsert`. Returns the rows now, and before: -1 for the first of a new
+        key."""
         return self._assign(batch, rows)
 
     def _assign(self, batch: KeyBatch, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,9 +133,10 @@ class Index:
             self._make_room(batch)
         keys, byte_keys = self._keys(batch)
         if self.old is not None:
-            removed = store_erase_(self.old, keys, byte_keys)
-            there = removed >= 0
-            store_upsert_(self.table, keys[there], removed[there], "insert")
+            if bool((store_find(self.old, keys, byte_keys) >= 0).any()):
+                removed = store_erase_(self.old, keys, byte_keys)
+                there = removed >= 0
+                store_upsert_(self.table, keys[there], removed[there], "insert")
             self._move(max(LEAST_STEP, len(batch)))
         return keys, byte_keys
 

@@ -29,7 +29,8 @@ class InMemory:
     """Keys and rows of values in memory.
 
     Args:
-        key_type, columns, device: as `KeyValueStore` takes them. capacity: the most keys, or None. on_full: "grow", "error", "lru" or "lfu".
+        key_type, columns, device: as `KeyValueStore` takes them. capacity: the most keys, or None. on_full: "grow", "error", "lru" or
+            "lfu".
     """
 
     def __init__(self, key_type: str, columns: Columns, device: torch.device, capacity: int | None, on_full: str):
@@ -39,6 +40,8 @@ class InMemory:
         self.use = Use(self, on_full) if on_full in ("lru", "lfu") else None
         if capacity is not None:
             self.index.reserve(capacity)
+            if self.device.type == "cpu":  # where memory that is not written yet costs nothing
+                self.pool.reserve(capacity)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -114,7 +117,8 @@ class InMemory:
     close = clear
 
     def compact(self, erase: bool) -> None:
-        """Keys and rows move together into buffers of the size they need; with `erase` what is free is zeros, and so is what is given up."""
+        """Keys and rows move together into buffers of the size they need; with `erase` what is free is zeros, and so is what is given
+        up."""
         if self.pool.fixed:
             self.pool.wipe_free()
             return

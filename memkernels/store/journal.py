@@ -53,7 +53,7 @@ def read(folder: Path, schema: Schema, stride: int, state: State) -> tuple[list[
     except FileNotFoundError:
         return [], False
     try:
-        view = memoryview(disk.read_at(fd, SIZE, 0))
+        view = memoryview(disk.read_at(fd, min(SIZE, os.fstat(fd).st_size), 0))
     finally:
         os.close(fd)
     found: list[Record] = []

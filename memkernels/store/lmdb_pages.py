@@ -72,10 +72,10 @@ class _Check:
     def meta(self, data: bytes) -> _Meta:
         self.need(len(data) >= _HEAD + 136, "no meta page")
         self.need(_PAGE.unpack_from(data)[2] & _METAPAGE != 0, "a meta page of another kind")
-        magic, *head = _META.unpack_from(data, _HEAD)
+        magic, version, address, map_bytes = _META.unpack_from(data, _HEAD)
         self.need(magic == _MAGIC, "no LMDB file")
         trees = [_TREE.unpack_from(data, _HEAD + 24 + 48 * i) for i in (0, 1)]
-        return _Meta(*head, trees, *struct.unpack_from("<QQ", data, _HEAD + 120))
+        return _Meta(version, address, map_bytes, trees, *struct.unpack_from("<QQ", data, _HEAD + 120))
 
     def run(self) -> None:
         first = self.meta(disk.read_at(self.fd, 4096, 0))

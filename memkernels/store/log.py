@@ -113,16 +113,19 @@ class Log(View):
             elif self.durability == "commit":
                 self._journal = Journal(self.path)
         else:
-            self._see().abort()
+            self._look().abort()
         _logs.add(self)
 
-    def _recover_for_reader(self) -> None:
+    def _recover_for_reader(self, commit: int) -> None:
         """The machine stopped after commits to the journal: a writer brings them to where they belong, if there is none already."""
         try:
             Log.open(self.path, "w").close()
         except (StoreError, OSError) as error:
             if isinstance(error, StoreFormatError) or not os.access(self.path, os.W_OK):
                 raise
+        else:
+            if self._newest() == commit:
+                raise damaged(journal.NAME, "its rows cannot be brought to the segments")
 
     def _recover(self) -> None:
         """Brings what the journal holds to segments and engine."""
@@ -313,7 +316,7 @@ class Log(View):
         if self._journal is not None:
             self._journal.close(remove=False)
         if self._lock_fd is not None:
-            os.close(self._lock_fd)
+            disk.unlock(self._lock_fd)
             self._lock_fd = None
 
     # Checks

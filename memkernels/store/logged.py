@@ -1,4 +1,5 @@
-"""What a store with a path keeps: an index in memory over the rows of a log on disk. Every write takes a new row; a commit makes it last."""
+"""What a store with a path keeps: an index in memory over the rows of a log on disk. Every write takes a new row; a commit makes it
+last."""
 
 from __future__ import annotations
 

@@ -107,16 +107,14 @@ class Pool:
         self.fixed = True
 
     def wipe_free(self) -> None:
-        """Zeros in every row that holds no value."""
-        for name in self.columns:
-            free = self.numbers.free
-            self.write(name, free, torch.zeros(free.shape[0], *self.columns[name][0], dtype=self.columns[name][1], device=self.device))
-            for i, chunk in enumerate(self.chunks[name]):
-                wipe(chunk[max(0, self.numbers.end - i * self.chunk_rows) :])
+        """Zeros in every row that was freed; those beyond the last one given out never held a value."""
+        free = self.numbers.free
+        for name, (shape, dtype) in self.columns.items():
+            self.write(name, free, torch.zeros(free.shape[0], *shape, dtype=dtype, device=self.device))
 
     def clear(self) -> None:
         """No rows; what the chunks held is wiped."""
         for chunks in self.chunks.values():
-            for chunk in chunks:
-                wipe(chunk)
+            for i, chunk in enumerate(chunks):
+                wipe(chunk[: max(0, self.numbers.end - i * self.chunk_rows)])
         self.__init__(self.columns, self.device)  # type: ignore[misc]

@@ -172,16 +172,28 @@ class Segments:
             disk.sync_directory(self.folder)
 
     def chunks(self) -> list[Chunk]:
-        stride, out = self.layout.stride, []
+        out = []
         for index, segment in enumerate(self.files):
-            rows = min((segment.size - HEADER) // stride, self.state.capacity)
-            if segment.chunk is None or segment.chunk.rows != rows:
-                if not rows:
-                    continue
-                mapped = mmap.mmap(segment.fd, HEADER + rows * stride, mmap.MAP_SHARED, mmap.PROT_READ)
-                segment.chunk = Chunk(index * self.state.capacity, rows, self._views(mapped, HEADER, rows))
-            out.append(segment.chunk)
+            if segment.chunk is None or segment.chunk.rows != self._rows_in(segment):
+                segment.chunk = self._map(index, segment)
+            if segment.chunk.rows:
+                out.append(segment.chunk)
         return out
+
+    def _rows_in(self, segment: Segment) -> int:
+        return min((segment.size - HEADER) // self.layout.stride, self.state.capacity)
+
+    def _map(self, index: int, segment: Segment) -> Chunk:
+        for _ in range(100):
+            segment.size = os.fstat(segment.fd).st_size  # to a reader: a writer may have cut it behind its last row
+            rows = self._rows_in(segment)
+            try:
+                size = HEADER + rows * self.layout.stride
+                mapped = mmap.mmap(segment.fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
+            except ValueError:  # cut just now
+                continue
+            return Chunk(index * self.state.capacity, rows, self._views(mapped, HEADER, rows))
+        raise damaged(segment.path.name, "it is being cut")
 
     def read(self, row: int, rows: int) -> bytes:
         """The bytes of rows that lie in one segment, from the file itself."""

@@ -22,6 +22,10 @@ from memkernels.store.segments import Chunk, Segments
 from memkernels.store.tail import Tail
 
 
+class Moved(StoreError):
+    """A rewrite has put other files in the place of those that a reader has open."""
+
+
 @dataclass
 class Changes:
     """Batches of keys and rows (-1: erased), later ones win; iterate it once, to its end. `restart`: they replace all that was known."""
@@ -93,25 +97,41 @@ class View:
             self._check_open()
             if self._writes():
                 return Changes()
-            if folder.read_marker(self.path) != self._marker:
-                engine, segments = self._engine, self._segments
-                self._load()
-                segments.close()
-                if engine is not None:
-                    engine.close()
-                return Changes(True, self.replay())
-            before = self._state.commit
-            transaction = self._see()
+            before, generation = self._state.commit, self._state.generation
+            if self._moved():
+                self._follow()
+            transaction = self._look()
+            if self._state.generation != generation:
+                return Changes(True, catalog.replay(transaction, self.schema, self._state, self._records))
             if self._state.commit == before:
                 transaction.abort()
                 return Changes()
             return Changes(False, catalog.replay(transaction, self.schema, self._state, self._records, before))
 
+    def _look(self) -> Transaction:
+        """`_see`, of the files that the marker names now."""
+        for _ in range(100):
+            try:
+                return self._see()
+            except Moved:
+                self._follow()
+        raise Moved(f"store: {self.path} is rewritten faster than it can be read")
+
+    def _moved(self) -> bool:
+        return not self._writes() and folder.read_marker(self.path) != self._marker
+
+    def _follow(self) -> None:
+        engine, segments = self._engine, self._segments
+        self._load()
+        segments.close()
+        if engine is not None:
+            engine.close()
+
     def _see(self) -> Transaction:
         """A transaction on the newest commit; a reader's snapshot moves to it."""
         self._check_open()
         assert self._engine is not None
-        for attempt in range(1000):
+        for _ in range(50):
             transaction = self._engine.begin(False)
             try:
                 if self._writes():
@@ -121,13 +141,17 @@ class View:
                 whole = not missed and self._newest() == base.commit  # else the writer began the journal anew meanwhile
                 if whole and self._adopt(base, records):
                     return transaction
-            except BaseException:
+            except BaseException as error:
                 transaction.abort()
+                if isinstance(error, (FileNotFoundError, StoreFormatError)) and self._moved():
+                    raise Moved(f"store: {self.path} was rewritten: refresh first") from None
                 raise
             transaction.abort()
+            if self._moved():
+                raise Moved(f"store: {self.path} was rewritten: refresh first")
             if whole:
-                self._recover_for_reader()
-            time.sleep(min(0.01, 0.0001 * attempt))
+                self._recover_for_reader(base.commit)
+            time.sleep(0.002)
         raise StoreError(f"store: {self.path}: no commit could be read: they come too fast, or the journal is damaged")
 
     def _newest(self) -> int:
@@ -230,5 +254,5 @@ class View:
     def _settle(self) -> None:
         """The engine has every commit."""
 
-    def _recover_for_reader(self) -> None:
+    def _recover_for_reader(self, commit: int) -> None:
         raise NotImplementedError
