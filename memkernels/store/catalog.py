@@ -80,11 +80,11 @@ def follows(what: str, run: Run, row: int) -> int:
 def _joined(commits: list[list[Run]], state: State, stride: int) -> list[Run]:
     """The runs of the next commits, numbered; neighbours become one as long as it stays small."""
     groups: list[list[Run]] = []
-    size = PIECE
+    size = 0
     for i, commit in enumerate(commits):
         for run in commit:
             run.first_commit = run.last_commit = state.commit + 1 + i
-            if size + run.key_bytes > PIECE:
+            if not groups or size + run.key_bytes > PIECE:
                 groups.append([])
                 size = 0
             groups[-1].append(run)
