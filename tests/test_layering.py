@@ -19,7 +19,6 @@ ALLOWED = {
     "integrations": ("memkernels.ops", *HELPERS),
     "models": ("memkernels.models", "memkernels.nn", "memkernels.ops", *HELPERS),
     "store": ("memkernels.store", "memkernels.ops", "memkernels._backends", *HELPERS),
-    "store": ("memkernels.store", "memkernels.ops", "memkernels._backends", *HELPERS),
     "ops": ("memkernels.ops", "memkernels._registry", *HELPERS),
     "backends/reference": ("memkernels.backends.reference",),
     "backends/triton": ("memkernels.backends.triton", "memkernels.backends._hopfield", "memkernels.backends._layout", *HELPERS),
