@@ -47,8 +47,7 @@ AGAINST = {
 }
 
 
-def targets() -> Iterator[Target | StoreTarget]:
-def targets() -> Iterator[Target | DiskTarget]:
+def targets() -> Iterator[Target | StoreTarget | DiskTarget]:
     """All of them, in the order of the table."""
     for b, n, bars in ((4, 65536, dict(eager=8, compile=4)), (16, 4096, dict(eager=5, compile=2.5)), (32, 128, dict(eager=1.5))):
         yield Target("content_read", Sample(f"B{b}_N{n}", dict(B=b, N=n, W=64, R=4, V=64)), "fwd+bwd", bars)
@@ -129,8 +128,7 @@ def main() -> None:
     path, found = arguments.results or results_file(), []
     for target in chosen:
         try:
-            found += target.measure(arguments.seconds) if isinstance(target, StoreTarget) else measure(target, arguments.seconds)
-            found += target.measure(arguments.seconds) if isinstance(target, DiskTarget) else measure(target, arguments.seconds)
+            found += measure(target, arguments.seconds) if isinstance(target, Target) else target.measure(arguments.seconds)
             save(path, found)
             print("\n".join(table(found[-len(target.bars) :]).splitlines()[1:-1]), flush=True)
         except Exception as error:  # one wrong or crashing op must not hide the others
