@@ -14,6 +14,7 @@ import pytest
 from store_faults import CALLS, Failing, check_recovered, fork, wait, writer
 from store_logs import (
     ENGINES,
+    ROW,
     contents,
     ints,
     needs_lmdb,
