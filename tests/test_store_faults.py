@@ -14,6 +14,7 @@ import pytest
 from store_faults import CALLS, Failing, check_recovered, fork, wait, writer
 from store_logs import (
     ENGINES,
+    ROW,
     contents,
     ints,
     needs_lmdb,
@@ -24,19 +25,20 @@ from store_logs import (
 )
 
 from memkernels.store import disk, journal
+from memkernels.store.format import HEADER
 from memkernels.store.log import Log, StoreError, StoreFormatError
 
 
 def killed_writers(path, engine, durability, seed, kills, at_calls):
     draw = random.Random(f"{seed} {engine} {durability}")
-    new(path, engine, durability=durability).close()
+    new(path, engine, durability=durability, segment_bytes=HEADER + 400 * ROW).close()
     model = ({}, 0)
     for _ in range(kills):
-        stop_at = draw.randrange(1, 400) if at_calls else None
+        stop_at = draw.randrange(1, 250) if at_calls else None
         pid, pipe = fork(writer(path, seed, durability, model[0], stop_at))
         if stop_at is None:
             first = os.read(pipe, 8)
-            time.sleep(draw.random() ** 2 * 0.06)
+            time.sleep(draw.random() ** 2 * (0.06 if durability == "commit" else 0.02))
             os.kill(pid, signal.SIGKILL)
         status, said = wait(pid, pipe)
         assert status == -signal.SIGKILL
