@@ -28,6 +28,7 @@ from ntm import ntm_targets
 from recurrent import recurrent_targets
 from search import search_targets
 from sequences import sequence_targets
+from store import StoreTarget, store_targets
 from target import Target, measure
 
 from memkernels import bench, cpu_level
@@ -45,7 +46,7 @@ AGAINST = {
 }
 
 
-def targets() -> Iterator[Target]:
+def targets() -> Iterator[Target | StoreTarget]:
     """All of them, in the order of the table."""
     for b, n, bars in ((4, 65536, dict(eager=8, compile=4)), (16, 4096, dict(eager=5, compile=2.5)), (32, 128, dict(eager=1.5))):
         yield Target("content_read", Sample(f"B{b}_N{n}", dict(B=b, N=n, W=64, R=4, V=64)), "fwd+bwd", bars)
@@ -61,6 +62,7 @@ def targets() -> Iterator[Target]:
     yield from graph_targets()
     yield from search_targets()
     yield from recurrent_targets()
+    yield from store_targets()
     for spec in specs().values():
         tiny = dataclasses.replace(spec.samples[0], name="tiny")
         yield Target(spec.name, tiny, "forward", dict(us=15))
@@ -124,7 +126,7 @@ def main() -> None:
     path, found = arguments.results or results_file(), []
     for target in chosen:
         try:
-            found += measure(target, arguments.seconds)
+            found += target.measure(arguments.seconds) if isinstance(target, StoreTarget) else measure(target, arguments.seconds)
             save(path, found)
             print("\n".join(table(found[-len(target.bars) :]).splitlines()[1:-1]), flush=True)
         except Exception as error:  # one wrong or crashing op must not hide the others

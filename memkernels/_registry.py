@@ -67,7 +67,7 @@ class RoutedOp(Op):
 class _Captured(Exception):
     """Carries the op and its flat arguments out of a public function."""
 
-    def __init__(self, op: RoutedOp | TableOp, flat: tuple[Any, ...]):
+    def __init__(self, op: Any, flat: tuple[Any, ...]):
         self.op, self.flat = op, flat
 
 
@@ -75,8 +75,8 @@ _capturing: int | None = None  # ident of the thread whose next op call is caugh
 _capture_lock = threading.Lock()
 
 
-def capture(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[RoutedOp | TableOp, tuple[Any, ...]]:
-    """The op that a public function would call, and the flat arguments it would pass; nothing is computed."""
+def capture(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The op (RoutedOp or TableOp) that a public function would call, and the flat arguments it would pass; nothing is computed."""
     global _capturing
     with _capture_lock:
         _capturing = threading.get_ident()
@@ -210,7 +210,8 @@ def define_inplace(name: str, of: RoutedOp) -> InplaceOp:
 
 
 class TableOp:
-    """An op over the tensors of a hash table or of its rows: integers and bytes, no gradient, no transforms; it may write into its first input.
+    """An op over the tensors of a hash table or of its rows: integers and bytes, no gradient, no transforms; it may write into its first
+    input.
 
     Call it with all inputs and options, positionally; it returns the tuple of all outputs, allocated as in `define_op`.
     """

@@ -295,11 +295,19 @@ ERRORS = [
     (lambda s: s.store("ab", torch.zeros(2, 2)), TypeError, "store: keys: expected a tensor or a sequence of ints, got str"),
     (lambda s: s.store(torch.ones(2), torch.zeros(2, 2)), TypeError, "store: keys: expected int64 keys, got float32"),
     (lambda s: s.store(torch.ones(1, 2).long(), torch.zeros(2, 2)), ValueError, "store: keys: expected one dimension, got shape"),
-    (lambda s: s.store([1], torch.zeros(2, 2)), ValueError, r"store: values: expected shape \(1, 2\), one value for each key, got shape \(2, 2\)"),
+    (
+        lambda s: s.store([1], torch.zeros(2, 2)),
+        ValueError,
+        r"store: values: expected shape \(1, 2\), one value for each key, got shape \(2, 2\)",
+    ),
     (lambda s: s.store([1], torch.zeros(1, 2).double()), TypeError, "store: values: expected float32, got float64"),
     (lambda s: s.store([1], [[1.0, 2.0]]), TypeError, "store: values: expected a tensor, got list"),
     (lambda s: s.store([1], {"score": torch.zeros(1)}), ValueError, "store: values: expected columns value, got score"),
-    (lambda s: s.store([1], torch.zeros(1, 2), if_absent=True, accumulate=True), ValueError, "store: accumulate: expected False with if_absent"),
+    (
+        lambda s: s.store([1], torch.zeros(1, 2), if_absent=True, accumulate=True),
+        ValueError,
+        "store: accumulate: expected False with if_absent",
+    ),
     (lambda s: s.store([1], torch.zeros(1, 2), if_absent=1), TypeError, "store: if_absent: expected True or False, got 1"),
     (lambda s: s.retrieve([1], default=torch.zeros(3)), ValueError, "retrieve: default: expected a number or a tensor that fits"),
     (lambda s: s.retrieve([1], columns="score"), ValueError, "retrieve: columns: expected one of 'value', got 'score'"),
@@ -358,7 +366,7 @@ def test_closed():
         pass
     assert store.closed and repr(store) == "KeyValueStore(closed)"
     store.close()
-    with pytest.raises(ValueError, match="get|retrieve: store: expected an open store, got a closed one"):
+    with pytest.raises(ValueError, match="retrieve: store: expected an open store, got a closed one"):
         store.get(1)
 
 

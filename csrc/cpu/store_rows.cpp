@@ -100,38 +100,37 @@ void gather(const TensorView& out, const std::vector<TensorView>& chunks_and_def
   MK_CHECK(!chunks_and_default.empty(), op, "chunks", "the default at the end", "nothing");
   const Chunks chunks = chunks_of(op, chunks_and_default, firsts, chunks_and_default.size() - 1);
   const TensorView& fallback = chunks_and_default.back();
-  const int64_t n = rows_view.numel(), width = out.size(1);
+  const int64_t n = rows_view.numel();
+  check_output(op, "rows", rows_view, {n}, DType::int64);
+  check_rank(op, "out", out, 2);
+  const int64_t width = out.size(1);
+  MK_CHECK(out.size(0) == n, op, "out", "a row for each of rows", describe(out));
   MK_CHECK(fallback.ndim() == 2 && fallback.size(1) == width && fallback.size(0) > 0, op, "default", "[1, bytes]",
            describe(fallback));
   MK_CHECK(chunks.all.empty() || chunks.width == width, op, "chunks", "rows as wide as the default", chunks.width);
-  check_output(op, "rows", rows_view, {n}, DType::int64);
   const int64_t* rows = rows_view.data<const int64_t>();
   char* to = out.data<char>();
   const char* absent = fallback.data<const char>();
-  int64_t bad = -1;
+  const bool past_caches = n * width >= kLarge && width % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 16 == 0;
+  std::atomic<int64_t> wrong{-1};  // a row that no chunk holds
   {
     pybind11::gil_scoped_release nogil;
     prefer_huge_pages(to, n * width);
-    const bool past_caches = n * width >= kLarge && width % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 16 == 0;
-    std::atomic<int64_t> wrong{-1};
     parallel_for(n, grain_for(2 * width), [&](int64_t begin, int64_t end) {
       const char* from[kAhead];
       for (int64_t i = begin; i < end + kAhead; i++) {
-        const int64_t done = i - kAhead;
-        if (done >= begin) copy_row(to + done * width, from[done % kAhead], width, past_caches);
+        if (i - kAhead >= begin) copy_row(to + (i - kAhead) * width, from[i % kAhead], width, past_caches);
         if (i >= end) continue;
         const char* row = rows[i] < 0 ? absent : chunks.at(rows[i]);
         if (!row) wrong = rows[i], row = absent;
-        from[i % kAhead] = row;
-        prefetch_row<0>(row, width);
+        prefetch_row<0>(from[i % kAhead] = row, width);
       }
 #if defined(__SSE2__)
       _mm_sfence();
 #endif
     });
-    bad = wrong;
   }
-  if (bad >= 0) no_such_row(op, bad);
+  if (wrong >= 0) no_such_row(op, wrong);
 }
 
 void scatter(const std::vector<TensorView>& chunk_views, const std::vector<int64_t>& firsts,

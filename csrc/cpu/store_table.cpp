@@ -16,7 +16,42 @@ namespace {
 
 using namespace mk::store;
 
-constexpr int64_t kAhead = 32;  // keys whose buckets are under way
+constexpr int64_t kGroup = 32;  // keys whose buckets are under way
+
+// The homes of `count` keys, at most kGroup; their buckets are prefetched.
+void fetch_homes(const Table& table, const uint64_t* keys, int64_t count, int64_t* homes) {
+  for (int64_t k = 0; k < count; k++) {
+    homes[k] = home_of(keys[k], table.buckets);
+    __builtin_prefetch(table.at(homes[k]), 0, 2);
+  }
+}
+
+void resolve(const Table& table, const uint64_t* keys, const int64_t* homes, int64_t count, int64_t* rows) {
+  int64_t on[kGroup], open = 0;  // keys not in their home, which has passed some on
+  for (int64_t k = 0; k < count; k++) {
+    const uint64_t* bucket = table.at(homes[k]);
+    const uint32_t found = matches(bucket, keys[k]);
+    rows[k] = found ? row_at(bucket, lowest(found)) : -1;
+    on[open] = k;
+    open += !found && passed_of(bucket);
+  }
+  for (int64_t k = 0; k < open; k++) __builtin_prefetch(table.at(table.wrapped(homes[on[k]] + 1)));
+  for (int64_t k = 0; k < open; k++) {
+    const Place place = table.find(keys[on[k]], homes[on[k]], true, Any());
+    if (place.bucket >= 0) rows[on[k]] = row_at(table.at(place.bucket), place.place);
+  }
+}
+
+// Rows of the keys [begin, end): the buckets of one group are on their way while those of the group before it are read.
+void find_ints(const Table& table, const uint64_t* keys, int64_t* rows, int64_t begin, int64_t end) {
+  int64_t homes[2][kGroup];
+  const auto count = [&](int64_t first) { return std::max<int64_t>(0, std::min(kGroup, end - first)); };
+  fetch_homes(table, keys + begin, count(begin), homes[0]);
+  for (int64_t first = begin, turn = 0; first < end; first += kGroup, turn ^= 1) {
+    fetch_homes(table, keys + first + kGroup, count(first + kGroup), homes[turn ^ 1]);
+    resolve(table, keys + first, homes[turn], count(first), rows + first);
+  }
+}
 
 struct ByteKeys {
   const int64_t* spans;  // [entries, 2]; null: the keys are int64
@@ -62,36 +97,11 @@ const uint64_t* keys_of(const char* op, const TensorView& keys) {
   return keys.data<const uint64_t>();
 }
 
-// Rows of int64 keys [begin, end).
-void find_ints(const Table& table, const uint64_t* keys, int64_t* rows, int64_t begin, int64_t end) {
-  int64_t homes[kAhead], on[kAhead];
-  for (int64_t first = begin; first < end; first += kAhead) {
-    const int64_t count = std::min(kAhead, end - first);
-    int64_t open = 0;  // keys not in their home, which has passed some on
-    for (int64_t k = 0; k < count; k++) {
-      homes[k] = home_of(keys[first + k], table.buckets);
-      __builtin_prefetch(table.at(homes[k]));
-    }
-    for (int64_t k = 0; k < count; k++) {
-      const uint64_t* bucket = table.at(homes[k]);
-      const uint32_t found = matches(bucket, keys[first + k]);
-      rows[first + k] = found ? row_at(bucket, lowest(found)) : -1;
-      on[open] = k;
-      open += !found && passed_of(bucket);
-    }
-    for (int64_t k = 0; k < open; k++) __builtin_prefetch(table.at(table.wrapped(homes[on[k]] + 1)));
-    for (int64_t k = 0; k < open; k++) {
-      const Place place = table.find(keys[first + on[k]], homes[on[k]], true, Any());
-      if (place.bucket >= 0) rows[first + on[k]] = row_at(table.at(place.bucket), place.place);
-    }
-  }
-}
-
 // Entries of byte keys: the place by 64 bits first, then its span, then its bytes, a group of keys at a time.
 void find_bytes(const Table& table, const uint64_t* keys, const ByteKeys& text, int64_t* rows, int64_t begin,
                 int64_t end) {
-  for (int64_t first = begin; first < end; first += kAhead) {
-    const int64_t count = std::min(kAhead, end - first);
+  for (int64_t first = begin; first < end; first += kGroup) {
+    const int64_t count = std::min(kGroup, end - first);
     find_ints(table, keys, rows, first, first + count);
     for (int64_t i = first; i < first + count; i++)
       if (rows[i] >= 0 && rows[i] < text.entries) __builtin_prefetch(text.spans + 2 * rows[i]);
@@ -182,7 +192,7 @@ std::vector<Item> in_parts(const Table& table, const Runs& runs, const Step& ste
   run_tasks(runs.count(), double(runs.begin.back()) * 100, 0, [&](int64_t r, char*) {
     const int64_t end = runs.begin[size_t(r) + 1];
     for (int64_t i = runs.begin[size_t(r)]; i < end; i++) {
-      if (i + kAhead / 2 < end) __builtin_prefetch(table.at(home_of(runs.items[i + kAhead / 2].key, table.buckets)), 1);
+      if (i + kGroup / 2 < end) __builtin_prefetch(table.at(home_of(runs.items[i + kGroup / 2].key, table.buckets)), 1);
       const Item item = runs.items[i];
       if (!step(runs.items[i], false)) later[size_t(r)].push_back(item);
     }

@@ -26,7 +26,8 @@ def store_erase_(table: torch.Tensor, keys: torch.Tensor, byte_keys: ByteKeys | 
         None.
 
     Numerics:
-        Exact; the table is the same, byte for byte, for every backend and number of threads. No tombstone is left: a bucket counts the keys that
+        Exact; the table is the same, byte for byte, for every backend and number of threads. No tombstone is left: a bucket counts the
+        keys that
         passed it, and an erased key takes back its counts.
 
     Raises:

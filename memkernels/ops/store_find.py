@@ -15,7 +15,8 @@ def store_find(table: torch.Tensor, keys: torch.Tensor, byte_keys: ByteKeys | No
         ``rows[i] = the row that the table holds for keys[i], or -1``
 
     Args:
-        table: "buckets 8", int64, contiguous; zeros are an empty table. One bucket is one cache line: five keys, their rows, a count of the keys
+        table: "buckets 8", int64, contiguous; zeros are an empty table. One bucket is one cache line: five keys, their rows, a count of
+            the keys
             that passed it when it was full. What writes it is `store_upsert_` and `store_erase_`.
         keys: "n", int64, any value.
         byte_keys: for byte keys, of which `keys` are then 64 bits of a hash: the bytes to compare where those agree.

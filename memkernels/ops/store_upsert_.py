@@ -17,14 +17,16 @@ def store_upsert_(
     """Put a batch of keys into the hash table of a key-value store, in place.
 
     Formula:
-        one element after the other: ``old[i] = table[keys[i]] or -1``; where it is -1, or the mode is "replace", ``table[keys[i]] = rows[i]``;
+        one element after the other: ``old[i] = table[keys[i]] or -1``; where it is -1, or the mode is "replace", ``table[keys[i]] =
+        rows[i]``;
         ``now[i] = table[keys[i]]``
 
     Args:
         table: "buckets 8", int64, contiguous, with more free places than the batch has new keys.
         keys: "n", int64, any value; of equal ones the last one counts ("replace") or the first one ("keep", "assign").
         rows: "n", int64, 0 to 2^34 - 1.
-        mode: "replace"; "keep": keys that are there keep their row; "assign": the same, and new keys get the rows in order: the first new key
+        mode: "replace"; "keep": keys that are there keep their row; "assign": the same, and new keys get the rows in order: the first
+            new key
             of the batch rows[0], the next new one rows[1]; "insert": no key of the batch is there nor comes twice, so none is looked up.
         byte_keys: as in `store_find`; needed for byte keys with "assign".
 

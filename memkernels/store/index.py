@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from memkernels.ops import ByteKeys, store_erase_, store_find, store_items, store_upsert_
+from memkernels.store.buffers import fresh, grown, wipe
 from memkernels.store.keys import KeyBatch, gather_runs, offsets_of, runs
 from memkernels.store.numbers import RowNumbers
 
@@ -18,16 +19,11 @@ LEAST_STEP = 256  # buckets of the old table that a call moves at least
 _PASSED = -(1 << 52)  # the bits of a bucket's last word that count the keys which passed it
 
 
-def wipe(tensor: torch.Tensor) -> None:
-    """What a buffer held must not be found in memory after it was given up."""
-    with torch.no_grad():
-        tensor.zero_()
-
-
 class Index:
     """Rows of keys.
 
-    `upsert` and `erase` follow the order of the batch, as a loop over a dict would. While the table grows there are two: every call that writes
+    `upsert` and `erase` follow the order of the batch, as a loop over a dict would. While the table grows there are two: every call that
+    writes
     moves as many buckets of the old one as it has keys (at least 256), so no call waits for all of it.
 
     Args:
@@ -55,7 +51,7 @@ class Index:
         return max(LEAST_BUCKETS, math.ceil(count / (PLACES * MOST_LOAD)))
 
     def _new_table(self, buckets: int) -> torch.Tensor:
-        return torch.zeros(buckets, 8, dtype=torch.int64, device=self.device)
+        return fresh((buckets, 8), torch.int64, self.device).zero_()
 
     def __len__(self) -> int:
         return self.count
@@ -88,7 +84,8 @@ class Index:
         return rows
 
     def upsert(self, batch: KeyBatch, rows: torch.Tensor, keep: bool = False) -> torch.Tensor:
-        """Keys now have these rows; with `keep`, those that are there keep theirs. Returns the rows before, -1 for keys that were not there."""
+        """Keys now have these rows; with `keep`, those that are there keep theirs. Returns the rows before, -1 for keys that were not
+        there."""
         if self.texts is not None:
             before, numbers = self.count, self.texts.numbers
             now, old = self._assign(batch, numbers.peek(len(batch)))
@@ -100,7 +97,8 @@ class Index:
         return old
 
     def assign(self, batch: KeyBatch, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """New keys get `rows` in order; never to be mixed with `upsert`. Returns the rows now, and before: -1 for the first of a new key."""
+        """New keys get `rows` in order; never to be mixed with `upsert`. Returns the rows now, and before: -1 for the first of a new
+        key."""
         return self._assign(batch, rows)
 
     def _assign(self, batch: KeyBatch, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -272,11 +270,3 @@ class Texts:
     def clear(self) -> None:
         for tensor in (self.arena, self.spans, self.rows):
             wipe(tensor)
-
-
-def grown(tensor: torch.Tensor, size: int) -> torch.Tensor:
-    """A longer copy with zeros behind; the tensor itself is wiped."""
-    grown = tensor.new_zeros(size, *tensor.shape[1:])
-    grown[: tensor.shape[0]] = tensor
-    wipe(tensor)
-    return grown

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 
 from memkernels._checks import fail
+from memkernels.store.buffers import grown, wipe
 from memkernels.store.columns import Columns
-from memkernels.store.index import Index, grown, wipe
+from memkernels.store.index import Index
 from memkernels.store.keys import KeyBatch, join
 from memkernels.store.pool import Pool
 
@@ -28,7 +29,8 @@ class InMemory:
     """Keys and rows of values in memory.
 
     Args:
-        key_type, columns, device: as `KeyValueStore` takes them. capacity: the most keys, or None. on_full: "grow", "error", "lru" or "lfu".
+        key_type, columns, device: as `KeyValueStore` takes them. capacity: the most keys, or None. on_full: "grow", "error", "lru" or
+            "lfu".
     """
 
     def __init__(self, key_type: str, columns: Columns, device: torch.device, capacity: int | None, on_full: str):
@@ -113,7 +115,8 @@ class InMemory:
     close = clear
 
     def compact(self, erase: bool) -> None:
-        """Keys and rows move together into buffers of the size they need; with `erase` what is free is zeros, and so is what is given up."""
+        """Keys and rows move together into buffers of the size they need; with `erase` what is free is zeros, and so is what is given
+        up."""
         if self.pool.fixed:
             self.pool.wipe_free()
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class KeyBatch:
             return self.ints.tolist()
         assert self.data is not None and self.offsets is not None
         data, ends = self.data.numpy().tobytes(), self.offsets.tolist()
-        found = [data[begin:end] for begin, end in zip(ends, ends[1:])]
+        found = [data[begin:end] for begin, end in pairwise(ends)]
         return [key.decode() for key in found] if self.type == "str" else found
 
 
@@ -113,7 +114,8 @@ def as_batch(op: str, key_type: str, keys: Any, argument: str = "keys") -> KeyBa
         keys: a KeyBatch of this type; for int64 a tensor "n" of int64 or int32, or a sequence of ints; for the others a sequence of them.
 
     Raises:
-        TypeError: a key of another type. ValueError: not one dimension, an int outside int64, a str that is no UTF-8, a key of 16 MiB or more.
+        TypeError: a key of another type. ValueError: not one dimension, an int outside int64, a str that is no UTF-8, a key of 16 MiB or
+        more.
     """
     if isinstance(keys, KeyBatch):
         if keys.type != key_type:
@@ -176,11 +178,12 @@ def _hashes(data: Any, offsets: Any) -> torch.Tensor:
     if not isinstance(fast, str) and forced_name() in (None, "cpp"):
         return fast.hashes(data, offsets)
     text, ends = bytes(data.tolist()), offsets.tolist()
-    return torch.tensor([hash_bytes(text[begin:end]) for begin, end in zip(ends, ends[1:])], dtype=torch.int64)
+    return torch.tensor([hash_bytes(text[begin:end]) for begin, end in pairwise(ends)], dtype=torch.int64)
 
 
 def hash_bytes(key: bytes) -> int:
-    """64 bits of hash, as a signed int: csrc/common/store_table.h does the same. One bijection a word of eight bytes, so short keys never collide."""
+    """64 bits of hash, as a signed int: csrc/common/store_table.h does the same. One bijection a word of eight bytes, so short keys
+    never collide."""
     mask = (1 << 64) - 1
     state = (len(key) + 1) * 0x9E3779B97F4A7C15 & mask
     for i in range(0, len(key), 8):

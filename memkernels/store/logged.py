@@ -1,4 +1,5 @@
-"""What a store with a path keeps: an index in memory over the rows of a log on disk. Every write takes a new row; a commit makes it last."""
+"""What a store with a path keeps: an index in memory over the rows of a log on disk. Every write takes a new row; a commit makes it
+last."""
 
 from __future__ import annotations
 
@@ -181,7 +182,9 @@ def create(path: Path, key_type: str, columns: Columns, extra: dict[str, object]
     return Log.create(path, Schema(key_type, columns, extra), durability)
 
 
-def write_snapshot(path: Path, key_type: str, columns: Columns, extra: dict[str, object], batches: Iterator[tuple[KeyBatch, Values]]) -> None:
+def write_snapshot(
+    path: Path, key_type: str, columns: Columns, extra: dict[str, object], batches: Iterator[tuple[KeyBatch, Values]]
+) -> None:
     """A new store on disk that holds these batches."""
     with create(path, key_type, columns, extra, "commit") as log:
         for batch, values in batches:

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from memkernels._backends import kernel
 from memkernels._checks import fail
 from memkernels.ops import store_gather, store_scatter_
+from memkernels.store.buffers import fresh, wipe
 from memkernels.store.columns import Columns, as_bytes, from_bytes, row_bytes
-from memkernels.store.index import wipe
 from memkernels.store.numbers import RowNumbers
 
 CHUNK_BYTES = 64 << 20  # of the widest column
 LEAST_ROWS, MOST_ROWS = 64, 1 << 22  # rows of the first chunk, which grows, and of every later one at most
-
-
-def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialised; on the CPU in huge pages where the system has them: rows are met in any order, and each small page costs a TLB miss."""
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    fast = kernel("cpp", "store_keys")
-    if device.type == "cpu" and tensor.numel() and not isinstance(fast, str):
-        fast.prefer_huge_pages(tensor.view(-1).view(torch.uint8))
-    return tensor
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:
@@ -51,13 +39,13 @@ class Pool:
         return sum(chunk.nbytes for chunks in self.chunks.values() for chunk in chunks) + self.numbers.nbytes
 
     def reserve(self, rows: int) -> None:
-        """Chunks for `rows` rows. The first one doubles up to its full size; then there is one more after another."""
+        """Chunks for `rows` rows. The first one grows by four up to its full size; then there is one more after another."""
         if rows <= self.rows:
             return
         if self.fixed:
             fail("store", "keys", f"at most {self.rows} rows, which the parameter of as_parameter() holds", f"{rows} rows")
         if self.rows < self.chunk_rows:
-            size = min(self.chunk_rows, max(rows, 2 * self.rows, LEAST_ROWS))
+            size = min(self.chunk_rows, max(rows, 4 * self.rows, LEAST_ROWS))
             for name, (shape, dtype) in self.columns.items():
                 first = fresh((size, *shape), dtype, self.device)
                 for before in self.chunks[name]:

@@ -21,7 +21,8 @@ ON_FULL = ("grow", "error", "lru", "lfu")
 class KeyValueStore:
     """A map from keys to tensors, exact: what was stored under a key is what it gives back, and an absent key is reported as absent.
 
-    Keys are int64 (the full range), bytes or str; values have one shape and dtype, or several named columns of their own. Batches in, batches
+    Keys are int64 (the full range), bytes or str; values have one shape and dtype, or several named columns of their own. Batches in,
+    batches
     out. In a batch with equal keys the last one wins, on every run and backend.
 
     Args:
@@ -29,12 +30,14 @@ class KeyValueStore:
         key_type: "int64", "bytes" or "str" (compared as UTF-8; a hash only says where to look, the key itself is always compared).
         columns: {name: (shape, dtype)} in place of `value_shape` and `dtype`, which are short for one column named "value".
         path: a directory to keep the store in (created); None: memory alone.
-        capacity: the most keys; None: as many as memory holds. on_full: what a store with a capacity does when it is full: "error" refuses the
+        capacity: the most keys; None: as many as memory holds. on_full: what a store with a capacity does when it is full: "error"
+            refuses the
             batch and stays as it was; "lru" and "lfu" take out the keys used longest ago or least often (uses are `store`, `retrieve` and
             `get`), none that the same batch names; "grow" goes beyond the capacity, which then is only the room made at the start.
         device: where values and the table of int64 keys live. durability: of commits to a path: "none", "async" or "commit".
 
-    Growth: no call waits for the whole table. A call that finds the table 85% full begins one 1.5 times as large; it and those after it move
+    Growth: no call waits for the whole table. A call that finds the table 85% full begins one 1.5 times as large; it and those after it
+    move
     as many buckets as they bring keys, at least 256. Values lie in chunks of 64 MB which are never copied.
 
     Raises:
@@ -78,7 +81,8 @@ class KeyValueStore:
         self._key_type, self._lock, self._device = key_type, threading.RLock(), torch.device(device)
         self._parameters: Any = None
         self._closed = False
-        self._path, self._extra = None if path is None else Path(path), {"capacity": capacity, "on_full": on_full}
+        self._path = None if path is None else Path(path)
+        self._extra: dict[str, Any] = {"capacity": capacity, "on_full": on_full}
         if self._path is None:
             self._data: Any = InMemory(key_type, self._columns, self._device, capacity, on_full)
             return
@@ -107,7 +111,8 @@ class KeyValueStore:
         """The store that lies in a directory, with the key type, columns and capacity it was created with.
 
         Args:
-            path: the directory. mode: "r": what was committed, as of now and of each `refresh`; "w": to write too, by one process at a time.
+            path: the directory. mode: "r": what was committed, as of now and of each `refresh`; "w": to write too, by one process at a
+                time.
             durability: of commits, as in `KeyValueStore`.
 
         Raises:
@@ -134,7 +139,8 @@ class KeyValueStore:
         Args:
             keys: "n": a tensor or sequence of ints, or a sequence of bytes or str.
             values: "n ...", a tensor of the store's dtype; with several columns a dict of them.
-            if_absent: leave keys that are there as they are. accumulate: add to the value that is there (an absent key begins at zero); in the
+            if_absent: leave keys that are there as they are. accumulate: add to the value that is there (an absent key begins at zero);
+                in the
                 order of the batch, float16 and bfloat16 in float32 within a batch.
             return_evicted: also return what had to go, `Evicted(keys, values)` or None.
 
@@ -188,7 +194,7 @@ class KeyValueStore:
         return names
 
     def _read(self, name: str, rows: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
-        if self._parameters is None or not torch.is_grad_enabled() or name not in self._parameters:
+        if self._parameters is None or name not in self._parameters or not torch.is_grad_enabled():
             return self._data.read(name, rows, default)
         bank, there = self._parameters[name], (rows >= 0).view(-1, *[1] * len(self._columns[name][0]))
         if not bank.shape[0]:
@@ -196,7 +202,8 @@ class KeyValueStore:
         return torch.where(there, bank.index_select(0, rows.clamp(min=0)), default)
 
     def erase(self, keys: Any) -> torch.Tensor:
-        """Take keys out; bool "n": whether the key was there (of equal keys, for the first one). `compact(erase=True)` removes every trace."""
+        """Take keys out; bool "n": whether the key was there (of equal keys, for the first one). `compact(erase=True)` removes every
+        trace."""
         with self._opened("erase"):
             return self._data.erase(as_batch("erase", self._key_type, keys))
 
@@ -273,7 +280,8 @@ class KeyValueStore:
         """Give back what erased and overwritten rows hold.
 
         Args:
-            erase: also leave no trace: the bytes of erased and overwritten keys and values are overwritten with zeros, in memory and on disk.
+            erase: also leave no trace: the bytes of erased and overwritten keys and values are overwritten with zeros, in memory and on
+                disk.
                 Tensors that were given out are the caller's.
         """
         check_flag("compact", "erase", erase)
@@ -281,9 +289,11 @@ class KeyValueStore:
             self._data.compact(erase)
 
     def as_parameter(self, capacity: int | None = None) -> Any:
-        """The stored values as an `nn.Parameter` "rows ..." (a ParameterDict with several columns): `retrieve` is then differentiable in them.
+        """The stored values as an `nn.Parameter` "rows ..." (a ParameterDict with several columns): `retrieve` is then differentiable in
+        them.
 
-        The values move into one tensor of a fixed number of rows: those in use, or `capacity`. Keys may still be stored, erased and replaced
+        The values move into one tensor of a fixed number of rows: those in use, or `capacity`. Keys may still be stored, erased and
+        replaced
         as long as they fit; what an optimizer changes is what `retrieve` gives. Only floating columns take part.
 
         Example:
@@ -332,7 +342,8 @@ class KeyValueStore:
     # --- life
 
     def commit(self) -> int:
-        """Make what was stored and erased since the last commit durable (as `durability` says) and visible to others; its number. In memory: 0."""
+        """Make what was stored and erased since the last commit durable (as `durability` says) and visible to others; its number. In
+        memory: 0."""
         with self._opened("commit"):
             return self._data.commit() if self._path is not None else 0
 

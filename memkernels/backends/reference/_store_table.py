@@ -48,7 +48,7 @@ class Keys:
         self.hashes, self.spans, self.arena = keys.tolist(), spans, arena
         if spans is not None:
             ends, data = offsets.tolist(), bytes(data.tolist())
-            self.bytes = [data[begin:end] for begin, end in zip(ends, ends[1:])]
+            self.bytes = [data[begin:end] for begin, end in zip(ends, ends[1:])]  # noqa: RUF007
 
     def same(self, i, key, row):
         """Whether element i of the batch is the key that lies in a place with this row."""
