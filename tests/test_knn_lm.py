@@ -112,7 +112,7 @@ def test_a_datastore_on_disk_goes_on_in_another_process(tokens, tmp_path):
 
 
 def test_example(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["knn_lm", "--seconds", "0.3", "--rows", "2000", "--characters", "300"])
+    monkeypatch.setattr(sys, "argv", ["knn_lm", "--steps", "3", "--rows", "2000", "--characters", "300"])
     runpy.run_path(str(Path(__file__).resolve().parent.parent / "examples" / "knn_lm.py"), run_name="__main__")
     out = capsys.readouterr().out
     assert "datastore of 2,000 rows" in out and "perplexity of 300 held-out characters" in out and "gain: " in out
