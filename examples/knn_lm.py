@@ -1,6 +1,6 @@
 """A language model with a datastore (kNN-LM) on Python's own documentation: the perplexity of held-out text without and with it.
 
-python examples/knn_lm.py [--seconds 30] [--folder FOLDER] [--text FILE ...]
+python examples/knn_lm.py [--steps 500] [--folder FOLDER] [--text FILE ...]
 
 Of every ten blocks of 8,192 characters, eight train a small character model for a short time, and its hidden states there become the rows
 of a `memkernels.KeyValueStore`; the ninth helps to choose k, temperature and weight, the tenth is scored. With --folder, model and
@@ -18,20 +18,18 @@ from memkernels.cli.texts import python_documentation, read_texts
 from memkernels.models import KnnLM, MemoryLM, Vocabulary
 
 
-def trained(text: str, seconds: float) -> MemoryLM:
+def trained(text: str, steps: int) -> MemoryLM:
     """Embedding - LSTM - external memory - Dense; the learning rate rises over 20 steps and falls to nothing."""
     torch.manual_seed(0)
     model = MemoryLM(Vocabulary.of(text), mode="store", hidden=128, slots=32, width=16, read_heads=2)
     tokens = model.vocabulary.encode(text)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
-    step, begin = 0, time.monotonic()
-    for tick in track(range(100), "training"):
-        while time.monotonic() - begin < seconds * (tick + 1) / 100:
-            step += 1
-            optimizer.param_groups[0]["lr"] = 6e-3 * min(1, step / 20) * (1 - tick / 100)
-            starts = torch.randint(len(tokens) - 64, (32, 1))
-            model.train_step(tokens[starts + torch.arange(65)], optimizer)
-    print(f"trained for {step} steps, {time.monotonic() - begin:.0f} s")
+    begin = time.monotonic()
+    for step in track(range(steps), "training"):
+        optimizer.param_groups[0]["lr"] = 6e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
+        starts = torch.randint(len(tokens) - 64, (32, 1))
+        model.train_step(tokens[starts + torch.arange(65)], optimizer)
+    print(f"trained for {steps} steps, {time.monotonic() - begin:.0f} s")
     return model
 
 
@@ -46,7 +44,7 @@ def parts(text: str) -> tuple[str, str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, nargs="*", help="UTF-8 files instead of Python's documentation")
-    parser.add_argument("--seconds", type=float, default=30, help="of training")
+    parser.add_argument("--steps", type=int, default=500, help="of training")
     parser.add_argument("--characters", type=int, default=10_000, help="of held-out text that are scored")
     parser.add_argument("--rows", type=int, help="at most so many rows of the datastore")
     parser.add_argument("--folder", type=Path, help="where model and datastore are kept")
@@ -57,7 +55,7 @@ def main() -> None:
     if saved is not None and saved.exists():
         model = MemoryLM.load(saved)
     else:
-        model = trained(seen_text, args.seconds)
+        model = trained(seen_text, args.steps)
         if saved is not None:
             args.folder.mkdir(parents=True, exist_ok=True)
             model.save(saved)

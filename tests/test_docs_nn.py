@@ -1,4 +1,4 @@
-"""The Python in docs/nn.md and docs/models.md runs, the docstrings' examples hold, and so do the examples."""
+"""The Python in docs/nn.md, docs/models.md and docs/store.md runs, the docstrings' examples hold, and so do the examples."""
 
 import doctest
 import importlib
@@ -19,7 +19,7 @@ MODULES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["nn", "models"])
+@pytest.mark.parametrize("name", ["nn", "models", "store"])
 def test_documentation_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8"), re.S)

@@ -1,5 +1,9 @@
 """models.KnnLM: its formula, the datastore and how it is built, the choice of its numbers, errors."""
 
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -84,6 +88,34 @@ def test_a_build_that_was_stopped_goes_on(tokens):
     assert torch.equal(a["token"], b["token"]) and torch.equal(a["token"], tokens[1:])
     torch.testing.assert_close(a["hidden"], b["hidden"], rtol=0.02, atol=0.01)
     assert lm.evaluate(tokens[:50]) == pytest.approx(whole.evaluate(tokens[:50]), rel=0.02)
+
+
+def test_a_datastore_on_disk_goes_on_in_another_process(tokens, tmp_path):
+    model = make().model
+
+    def stop(done, total):
+        if done >= 96:
+            raise Stopped
+
+    lm = KnnLM(model, KnnLM.datastore(model, tmp_path / "rows"))
+    with pytest.raises(Stopped):
+        lm.build(tokens, window=16, batch=2, progress=stop)
+    lm.store.store([10**6], {"hidden": torch.zeros(1, 8), "token": torch.zeros(1, dtype=torch.int64)})  # not committed
+    lm.store.close()
+    lm = KnnLM(model, KnnLM.datastore(model, tmp_path / "rows"), k=5, temperature=0.1)
+    assert len(lm.store) == 96
+    lm.build(tokens, window=16, batch=2)
+    whole = make()
+    whole.build(tokens, window=16, batch=2)
+    assert lm.evaluate(tokens[:50]) == pytest.approx(whole.evaluate(tokens[:50]))
+    lm.store.close()
+
+
+def test_example(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["knn_lm", "--steps", "3", "--rows", "2000", "--characters", "300"])
+    runpy.run_path(str(Path(__file__).resolve().parent.parent / "examples" / "knn_lm.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "datastore of 2,000 rows" in out and "perplexity of 300 held-out characters" in out and "gain: " in out
 
 
 def test_rows_of_another_text_or_model_are_refused(tokens):

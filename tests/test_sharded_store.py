@@ -17,7 +17,7 @@ ON_DISK = [sharded_store.check_other_numbers_of_ranks, sharded_store.check_damag
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_ranks(size, tmp_path):
     on_disk = [partial(check, tmp_path / check.__name__) for check in ON_DISK] if size == 4 else []
-    ring.spawn([*CHECKS, *on_disk], size, tmp_path / "group")
+    ring.spawn([*CHECKS[: 5 - size], *on_disk], size, tmp_path / "group")
 
 
 def test_without_a_process_group():

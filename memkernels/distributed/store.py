@@ -115,7 +115,12 @@ class ShardedStore:
         else:
             if mode == "r":
                 fail(NAME, "mode", f"'w' to spread the keys of {ranks} ranks over {self.size}", "'r'")
-            self._spread(root, number, ranks, durability)
+            try:
+                self._spread(root, number, ranks, durability)
+            except BaseException:
+                if hasattr(self, "local"):
+                    self.local.close()
+                raise
         self._same_schema()
         return self
 
