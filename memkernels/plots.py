@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from memkernels._checks import fail
+from memkernels._checks import check_tensor, fail
+from memkernels.nn._arguments import check_integers
 
 
 def memory_trace(
@@ -18,6 +19,7 @@ def memory_trace(
     sample: int = 0,
     title: str = "",
     rows: tuple[int, int] | None = None,
+    index: torch.Tensor | None = None,
 ) -> Path:
     """Draws where a memory was read and written over time, as in the figures of the Neural Turing Machine's paper.
 
@@ -25,6 +27,7 @@ def memory_trace(
         path: the PNG file to write.
         read: "T B R N", read weights of R heads over N rows at T steps, e.g. `Trace.read` of `nn.ExternalMemory`; "T R N" is one sequence.
         write: "T B H N" or "T H N", write weights likewise; None: no such panels.
+        index: int64 "T B R k" or "T R k": `read` holds the weights of these rows alone (`Trace.rows`; -1 is absent); None: of all rows.
         sample: which sequence of the batch. title: over the figure. rows: (first, last + 1) of the rows to show; all if None.
 
     Returns:
@@ -32,17 +35,24 @@ def memory_trace(
         its colour bar tells.
 
     Raises:
-        ImportError: matplotlib is not installed. ValueError: weights of another rank, a sequence that is not there, no rows to show.
+        ImportError: matplotlib is not installed. ValueError: weights of another rank or size, a sequence that is not there, no rows to
+        show. TypeError: something of another type.
 
     Example:
         >>> weights = torch.softmax(torch.randn(20, 1, 2, 16), -1)
         >>> memory_trace("trace.png", weights, weights[:, :, :1]).name  # doctest: +SKIP
         'trace.png'
     """
-    panels = [(f"{kind} {h}", w) for kind, t in (("read", read), ("write", write)) if t is not None for h, w in _heads(kind, t, sample)]
-    first, last = (0, panels[0][1].shape[1]) if rows is None else rows
-    if not 0 <= first < last <= panels[0][1].shape[1]:
-        fail("memory_trace", "rows", f"a range in 0..{panels[0][1].shape[1]} that is not empty", rows)
+    check_integers("memory_trace", sample=sample)
+    given = {"read": _heads("read", read, sample)} | ({} if write is None else {"write": _heads("write", write, sample)})
+    if index is not None:
+        given["read"] = _dense(given["read"], _heads("index", index, sample), given["write"].shape[2] if write is not None else 0)
+    steps, _, count = given["read"].shape
+    if write is not None and given["write"].shape[::2] != (steps, count):
+        wanted = f"T={steps} steps and N={count} rows, as in read"
+        fail("memory_trace", "write", wanted, f"shape {tuple(write.shape)}")
+    panels = [(f"{kind} {h}", w) for kind, t in given.items() for h, w in enumerate(t.float().unbind(1))]
+    first, last = _range(rows, count)
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(len(panels), 1, figsize=(8, 1 + 1.8 * len(panels)), sharex=True, squeeze=False)
     for (name, weights), axis in zip(panels, axes[:, 0], strict=True):
@@ -59,8 +69,34 @@ def memory_trace(
     return Path(path)
 
 
-def _heads(kind: str, weights: torch.Tensor, sample: int) -> list[tuple[int, torch.Tensor]]:
-    """(head, weights "T N") of one sequence."""
+def _range(rows: Any, count: int) -> tuple[int, int]:
+    """The rows to show, of `count`."""
+    if rows is None:
+        return 0, count
+    if not isinstance(rows, (tuple, list)) or len(rows) != 2:
+        fail("memory_trace", "rows", "(first, last + 1) or None", repr(rows), TypeError)
+    check_integers("memory_trace", **{"rows[0]": rows[0], "rows[1]": rows[1]})
+    if not 0 <= rows[0] < rows[1] <= count:
+        fail("memory_trace", "rows", f"a range in 0..{count} that is not empty", rows)
+    return rows[0], rows[1]
+
+
+def _dense(weights: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor:
+    """Weights "T R k" of the rows "T R k" as weights "T R N"; N is `rows`, or 0: as many as the index names."""
+    if index.shape != weights.shape or index.dtype != torch.int64:
+        got = f"{index.dtype} {tuple(index.shape)}"
+        fail("memory_trace", "index", f"torch.int64 {tuple(weights.shape)} of a sequence, as read", got)
+    rows = rows or max(int(index.max()) + 1, 1)
+    if int(index.min()) < -1 or int(index.max()) >= rows:
+        fail("memory_trace", "index", f"-1 or rows 0 to N-1={rows - 1}", f"{int(index.min())} to {int(index.max())}", IndexError)
+    absent = index < 0
+    found = weights.new_zeros(*weights.shape[:2], rows)
+    return found.scatter_add(2, index.masked_fill(absent, 0), weights.masked_fill(absent, 0))
+
+
+def _heads(kind: str, weights: torch.Tensor, sample: int) -> torch.Tensor:
+    """Weights "T R N" of one sequence."""
+    check_tensor("memory_trace", kind, weights)
     if weights.dim() not in (3, 4):
         fail("memory_trace", kind, "[T B R N] or [T R N]", f"shape {tuple(weights.shape)}")
     if weights.dim() == 4:
@@ -69,7 +105,7 @@ def _heads(kind: str, weights: torch.Tensor, sample: int) -> list[tuple[int, tor
         weights = weights[:, sample]
     if 0 in weights.shape:
         fail("memory_trace", kind, "at least one step, head and row", f"shape {tuple(weights.shape)}")
-    return list(enumerate(weights.detach().float().cpu().unbind(1)))
+    return weights.detach().cpu()
 
 
 def _pyplot() -> Any:

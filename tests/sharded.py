@@ -39,6 +39,7 @@ def check_content_read(rank, size):
         )[0]
         read.backward(upstream)
         mine = [own(t, s, rank, dtype) for t, s in ((key, rows), (value, rows), (query, queries), (strength, queries))]
+        mine[0].data[~mask.split(rows)[rank]] = torch.nan  # reaches nothing
         memory = ShardedMemory(mine[0], mine[1])
         assert memory.rows == sum(rows) and memory.offset == sum(rows[:rank])
         found = memory.content_read(mine[2], mine[3], similarity=similarity, mask=mask.split(rows)[rank])

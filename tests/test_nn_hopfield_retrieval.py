@@ -82,6 +82,10 @@ def masked(batch, own):
         (lambda: mk.nn.HopfieldRetrieval(4)(torch.ones(1, 2, 4), torch.ones(2, 2, 4)), r"stored: expected \[B N S\] with B=1, S=4"),
         (lambda: mk.nn.HopfieldRetrieval(4)(torch.ones(2, 4), None), r"input: expected \[B T I\] with I=4"),
         (lambda: mk.nn.HopfieldRetrieval(4, tolerance=-1.0), "HopfieldRetrieval: tolerance: expected a number from 0 on"),
+        (
+            lambda: mk.hopfield_retrieve(torch.ones(1, 2, 4), torch.ones(1, 3, 4), beta=1.0, tolerance=float("nan")),
+            "tolerance: expected .*nan",
+        ),
         (lambda: masked(2, own=True), r"HopfieldRetrieval: mask: expected shape \(3,\), .* got shape \(2, 3\)"),  # as many heads as entries
         (lambda: masked(1, own=False), r"HopfieldRetrieval: mask: expected shape \(2, 3\), .* got shape \(1, 3\)"),
     ],

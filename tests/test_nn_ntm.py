@@ -91,12 +91,24 @@ def test_state_carries_over(form):
     torch.testing.assert_close(flipped.transpose(0, 1), whole)
 
 
+def test_provenance_makes_the_reads():
+    model, x = make(read_heads=2, write_heads=2, batch_first=True), torch.randn(3, 5, 3, dtype=torch.float64)
+    plain, _ = model(x)
+    output, state, trace = model(x, return_trace=True)
+    assert torch.equal(output, plain) and trace.read.shape == (3, 5, 2, 6) and trace.write.shape == (3, 5, 2, 6) and trace.rows is None
+    torch.testing.assert_close(trace.read[:, -1] @ state.memory, state.reads)
+    assert torch.equal(trace.write[:, -1], state.write_weights)
+    assert torch.autograd.grad(trace.read.square().sum(), model.read_key)[0].count_nonzero()
+    assert model(x[:, :0], return_trace=True)[2].read.shape == (3, 0, 2, 6)
+
+
 def test_the_ops_of_a_step_compute_the_same():
     model, x = make(read_heads=2, write_heads=2, shift=2), torch.randn(4, 3, 3, dtype=torch.float64)
-    hidden, reads, state = model._by_steps(x, model.initial_state(3))
-    output, wanted = model(x)
+    hidden, reads, state, weights = model._by_steps(x, model.initial_state(3))
+    output, wanted, trace = model(x, return_trace=True)
     torch.testing.assert_close(model.output(torch.cat([hidden, reads.flatten(2)], -1)), output)
     torch.testing.assert_close(tuple(state), tuple(wanted))
+    torch.testing.assert_close(weights, torch.cat(trace[:2], 2))
 
 
 def test_training_from_a_memory_of_zeros_stays_finite():

@@ -40,6 +40,20 @@ def test_png(tmp_path):
     assert mk.plots.memory_trace(str(tmp_path / "one.png"), weights[:, 0]).stat().st_size > 1000
 
 
+def test_weights_of_a_few_rows(tmp_path, monkeypatch):
+    """What a top-k memory read is drawn on the rows it came from."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    drawn = []
+    real = pyplot.Axes.imshow
+    monkeypatch.setattr(pyplot.Axes, "imshow", lambda self, image, **kw: drawn.append(torch.tensor(image)) or real(self, image, **kw))
+    read = torch.tensor([[[0.75, 0.25, 0.0]], [[1.0, 0.0, 0.0]]])
+    index = torch.tensor([[[4, 0, -1]], [[2, 3, 1]]])
+    mk.plots.memory_trace(tmp_path / "rows.png", read, torch.ones(2, 1, 6), index=index)
+    assert drawn[0].T.tolist() == [[0.25, 0, 0, 0, 0.75, 0], [0, 0, 1, 0, 0, 0]] and drawn[1].shape == (6, 2)
+    with pytest.raises(ValueError, match=r"memory_trace: index: expected torch.int64 \(2, 1, 3\)"):
+        mk.plots.memory_trace(tmp_path / "x.png", read, index=index[:, :, :2])
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -47,6 +61,7 @@ def test_png(tmp_path):
         (dict(sample=2), "memory_trace: sample: expected a sequence of the batch, 0..1, got 2"),
         (dict(rows=(3, 3)), "memory_trace: rows: expected a range in 0..4 that is not empty"),
         (dict(write=torch.ones(0, 2, 1, 4)), "memory_trace: write: expected at least one step"),
+        (dict(write=torch.ones(5, 2, 1, 3)), r"memory_trace: write: expected T=5 steps and N=4 rows, as in read, got shape \(5, 2, 1, 3\)"),
     ],
 )
 def test_errors(change, text, tmp_path):

@@ -78,6 +78,15 @@ def test_a_shared_memory_gives_the_bits_of_one_entry(queries):
         assert all(torch.equal(x[b], y[0]) for x, y in zip(together, alone, strict=True))
 
 
+@pytest.mark.parametrize("sizes", [(2, 3, 0), (0, 3, 4), (2, 0, 0)])
+def test_a_shared_memory_may_be_empty_in_any_size(sizes):
+    """Queries without elements too: all scores are 0, the first rows win."""
+    query, value = torch.zeros(sizes, requires_grad=True), torch.randn(5, 2, requires_grad=True)
+    read, weights, index = mk.topk_read(query, torch.zeros(5, sizes[2]), value, 2)
+    assert read.shape == (*sizes[:2], 2) and (index == torch.arange(2)).all() and (weights == 0.5).all()
+    assert torch.autograd.grad(read.sum(), query)[0].shape == sizes
+
+
 @pytest.mark.parametrize("queries", [2, 20])
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_nan_comes_first_and_minus_infinity_never(backend, queries):

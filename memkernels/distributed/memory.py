@@ -228,6 +228,8 @@ class _ContentRead(torch.autograd.Function):
 
 def _part(rows: torch.Tensor, key: torch.Tensor, strength: torch.Tensor, value: Any, mask: Any, similarity: str) -> tuple[Any, Any]:
     """The read of these rows alone, "R V", and the log-sum-exp of their logits (l2: less what a query adds to all of them), "R"."""
+    if mask is not None:  # what a masked row holds reaches nothing, nor the gradient of its norm
+        rows = rows.masked_fill(~mask[:, None], 0)
     value, strength = rows if value is None else value, strength[:, None]
     if similarity == "cosine":
         key, rows = (t / (t.square().sum(1, keepdim=True) + EPS).sqrt() for t in (key, rows))

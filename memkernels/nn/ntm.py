@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from memkernels._checks import check_choice, check_flag, fail
 from memkernels.nn._arguments import check_sizes, time_first
+from memkernels.nn.external_memory import Trace
 from memkernels.ops.content_address import content_address
 from memkernels.ops.location_address import location_address
 from memkernels.ops.lstm_gates import lstm_gates
@@ -122,18 +123,20 @@ class NTM(nn.Module):
         parts += (self.initial_reads, self.initial_hidden, self.initial_cell)
         return NTMState(*(t.expand(batch, *t.shape) for t in parts))  # type: ignore[operator, union-attr]
 
-    def forward(self, input: Tensor, state: NTMState | None = None) -> tuple[Tensor, NTMState]:
+    def forward(self, input: Tensor, state: NTMState | None = None, *, return_trace: bool = False) -> Any:
         """Runs over all steps.
 
         Args:
             input: "B T I" (`batch_first`) or "T B I".
             state: what the last call returned, or None for the initial state.
+            return_trace: also return a `Trace`: the weights with which each step read and wrote the rows.
 
         Returns:
-            output "B T O" or "T B O", and the state after the last step.
+            output "B T O" or "T B O", and the state after the last step; with ``return_trace`` the `Trace` too.
 
         Gradients: to the input, the state and all parameters.
         """
+        check_flag("NTM", "return_trace", return_trace)
         x = time_first("NTM", input, self.input_size, self.batch_first, self.bias)
         wanted = (self.slots, self.width)
         if state is None:
@@ -145,20 +148,24 @@ class NTM(nn.Module):
         weights = (self.weight_ih, self.weight_rh, self.weight_hh, self.bias, *self._heads)
         start = NTMState(*state)
         if x.is_cuda and self.form == "graves":
-            hidden, reads, last = self._by_steps(x, start)
+            hidden, reads, last, *every = self._by_steps(x, start)
         else:
-            hidden, reads, last = ntm_sequence(x, start, *weights, form=self.form)
+            hidden, reads, last, *every = ntm_sequence(x, start, *weights, form=self.form, return_weights=return_trace)
         output = self.output(torch.cat([hidden, reads.flatten(2)], -1))
         output = torch.sigmoid(output) if self.form == "pytorch-ntm" else output
-        return output.transpose(0, 1) if self.batch_first else output, last
+        output = output.transpose(0, 1) if self.batch_first else output
+        if not return_trace:
+            return output, last
+        parts = every[0].split((self.read_heads, self.write_heads), 2)
+        return output, last, Trace(*(t.transpose(0, 1) if self.batch_first else t for t in parts))
 
-    def _by_steps(self, x: Tensor, state: NTMState) -> tuple[Tensor, Tensor, NTMState]:
+    def _by_steps(self, x: Tensor, state: NTMState) -> tuple[Tensor, Tensor, NTMState, Tensor]:
         """What `ntm_sequence` computes in form "graves", by the ops of a step: where that op has no kernel."""
         heads, (r, u) = torch.cat([t.flatten(0, -2) for t in self._heads]), (self.read_heads, self.write_heads)
         sizes = [t.shape[:-1].numel() for t in self._heads]
         into_h, from_x = torch.cat([self.weight_rh.flatten(1), self.weight_hh], 1), F.linear(x, self.weight_ih, self.bias)
         memory, weights, (reads, h, c) = state.memory, torch.cat([state.read_weights, state.write_weights], 1), state[3:]
-        all_hidden, all_reads = [], []
+        all_hidden, all_reads, all_weights = [], [], []
         for step in from_x:
             h, c = lstm_gates(step + F.linear(torch.cat([reads.flatten(1), h], 1), into_h), c)
             read_key, read_s, write_key, write_s, vectors = F.linear(h, heads[:, :-1], heads[:, -1]).split(sizes, -1)
@@ -172,9 +179,11 @@ class NTM(nn.Module):
             reads = memory_read(memory, weights[:, :r])
             all_hidden.append(h)
             all_reads.append(reads)
+            all_weights.append(weights)
         hidden = torch.stack(all_hidden) if all_hidden else x.new_zeros(0, *h.shape)
         read = torch.stack(all_reads) if all_reads else x.new_zeros(0, *reads.shape)
-        return hidden, read, NTMState(*[memory, *weights.split((r, u), 1), reads, h, c])
+        every = torch.stack(all_weights) if all_weights else x.new_zeros(0, *weights.shape)
+        return hidden, read, NTMState(*[memory, *weights.split((r, u), 1), reads, h, c]), every
 
     @classmethod
     def from_pytorch_ntm(cls, weights: Mapping[str, Tensor], **options: Any) -> NTM:

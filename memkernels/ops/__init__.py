@@ -38,8 +38,8 @@ from memkernels.ops.usage import usage
 from memkernels.ops.weighted_bag import weighted_bag
 
 __all__ = [
-    "DNCController",
     "ByteKeys",
+    "DNCController",
     "DNCInterface",
     "DNCState",
     "NTMState",

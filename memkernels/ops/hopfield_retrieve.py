@@ -70,7 +70,7 @@ def hopfield_retrieve(
     if steps < 1:
         fail(NAME, "steps", "at least 1", steps)
     tolerance = 0.0 if tolerance is None else float(check_number(NAME, "tolerance", tolerance))
-    if tolerance < 0:
+    if not tolerance >= 0:  # nor NaN
         fail(NAME, "tolerance", "a number from 0 on, or None", tolerance)
     if return_weights.__class__ is not bool:
         check_flag(NAME, "return_weights", return_weights)
