@@ -95,7 +95,7 @@ class Dying:
     """Kills its process in the n-th call: before it, in the middle of a write, or behind it."""
 
     def __init__(self, n):
-        self.left, self.how = n // 3, n % 3
+        self.left, self.how = n // 3 + 1, n % 3
 
     def __getattr__(self, name):
         def call(*args):
