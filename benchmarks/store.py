@@ -31,13 +31,15 @@ class StoreTarget:
 
     def measure(self, seconds: float) -> list[dict[str, Any]]:
         ms, figures = self.run(seconds)
-        row = dict(op="KeyValueStore", size=self.name, threads=torch.get_num_threads(), ms=ms, device="cpu", level=mk.cpu_level())
+        row = dict(op="KeyValueStore", size=self.name, dtype="", mode="", threads=torch.get_num_threads(), ms=ms, device="cpu")
+        row |= dict(backend="store", level=mk.cpu_level(), gb_s=None, floor=None, checked="exact", note="")
         found = []
         for bar, needed in self.bars.items():
             measured, peer_ms = figures[bar]
             least = bar in AT_MOST
             verdict = dict(needed=needed, at_most=least, measured=measured, reached=measured <= needed if least else measured >= needed)
-            found.append({**row, "target": self.name, "bar": bar, "peer": bar, "peer_ms": peer_ms, "note": "", **verdict})
+            compared = dict(target=self.name, bar=bar, peer=bar, peer_ms=peer_ms, ratio=measured if peer_ms is not None else None)
+            found.append({**row, **compared, **verdict})
         return found
 
 

@@ -383,3 +383,20 @@ def test_external_memory_runs_the_step():
         layer(x, 3)
     with pytest.raises(ValueError, match="similarity: expected 'cosine' in mode 'dnc', got 'dot'"):
         nn.ExternalMemory(I, N, W, R, "dnc", similarity="dot")
+
+
+@pytest.mark.parametrize("options", [dict(), dict(num_layers=2), dict(feedback=False)])
+@pytest.mark.parametrize("steps", [0, 4])
+def test_trace(options, steps):
+    torch.manual_seed(0)
+    try:
+        model = nn.DNC(3, 6, 2, slots=7, width=4, read_heads=2, write_heads=1, **options)
+    except TypeError:
+        raise AssertionError(f"DNC has no option {options}") from None
+    x = torch.randn(2, steps, 3)
+    output, state, trace = model(x, return_trace=True)
+    torch.testing.assert_close(output, model(x)[0])
+    assert trace.read.shape == (2, steps, 2, 7) and trace.write.shape == (2, steps, 1, 7) and trace.rows is None
+    if steps:
+        torch.testing.assert_close(trace.read[:, -1], state.memory.read_weights)
+        torch.testing.assert_close(trace.write[:, -1], state.memory.write_weights)

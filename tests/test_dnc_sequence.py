@@ -159,11 +159,11 @@ def test_layers_run_it(make, found):
     layer = make(slots=N, width=W, read_heads=R, dtype=D)
     x = torch.randn(2, 4, I, dtype=D)
     assert calls(lambda: layer(x)) == found
-    output, state = layer(x)
-    run = layer._by_steps if layer.feedback else None
-    if run is None:
+    output, state, trace = layer(x, return_trace=True)
+    if not layer.feedback:
         return
-    hidden, reads, last = run(x.transpose(0, 1), layer.initial_state(2))
+    hidden, reads, last, weights = layer._by_steps(x.transpose(0, 1), layer.initial_state(2))
+    torch.testing.assert_close(torch.cat([trace.read, trace.write], 2), weights.transpose(0, 1))
     wanted = layer.output(torch.cat([hidden, reads], -1)).transpose(0, 1)
     torch.testing.assert_close(output, layer._clipped(wanted) if layer.clip_all else wanted)
     torch.testing.assert_close((tuple(state.memory), *state[1:]), (tuple(last.memory), *last[1:]))
@@ -177,7 +177,7 @@ def test_cell_clip_is_the_step_path():
     x = torch.randn(2, 6, I, dtype=D)
     state = layer.initial_state(2)
     output, last = layer(x)
-    hidden, reads, end = layer._by_steps(x.transpose(0, 1), state)
+    hidden, reads, end, _ = layer._by_steps(x.transpose(0, 1), state)
     assert (last.cell == 1).any()
     torch.testing.assert_close((last.cell, last.hidden), (end.cell, end.hidden))
     wanted = layer._clipped(layer.output(torch.cat([hidden, reads], -1))).transpose(0, 1)

@@ -124,3 +124,20 @@ def test_arguments():
     with pytest.raises(TypeError, match="SAM: threshold: expected a number"):
         SAM(3, 4, 2, slots=9, width=4, threshold="high")
     assert model(x[:, :0])[0].shape == (2, 0, 2)
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+def test_trace(steps):
+    torch.manual_seed(0)
+    model = SAM(3, 8, 2, slots=12, width=4, heads=2, rows_read=3)
+    x = torch.randn(2, steps, 3)
+    plain, _ = model(x)
+    output, state, trace = model(x, return_trace=True)
+    assert torch.equal(output, plain)
+    assert trace.read.shape == trace.rows.shape == (2, steps, 2, 3) and trace.write.shape == trace.write_rows.shape == (2, steps, 2, 4)
+    assert trace.rows.dtype == trace.write_rows.dtype == torch.int64
+    if steps:
+        torch.testing.assert_close(trace.read.sum(-1), torch.ones(2, steps, 2))
+        assert torch.equal(trace.rows[:, -1], state.places) and torch.equal(trace.read[:, -1], state.weights)
+        # The rows a head read are those it writes a step later, and the least recently accessed one.
+        assert torch.equal(trace.write_rows[:, 1:, :, :3], trace.rows[:, :-1])

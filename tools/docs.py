@@ -17,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from memkernels._registry import TABLE  # noqa: E402
 from memkernels.testing.spec import OpSpec, specs  # noqa: E402
 
 FOUR = "float64, float32, bfloat16, float16"
@@ -124,9 +125,12 @@ def speed() -> str:
         faster = f"**{row['ratio']:.2f}**" if row["ratio"] >= 1 else f"{row['ratio']:.2f}"
         what = f"| {row['op']} | {row['size']} | {row['dtype']} | {row['mode']} "
         lines.append(f"{what}| {row['ms']:.3g} | {peer(row, row['peer'])} | {row['peer_ms']:.3g} | {faster} | {extra(row)} |")
-    shares = [f"{row['target']} {row['measured']:.2g}x {peer(row, row['bar'])}" for row in rows if row["at_most"] and row["bar"] != "us"]
+    shares = [f"{row['target']} {row['measured']:.2g}x {peer(row, row['bar'])}" for row in rows if row["at_most"] and row["bar"] in PEERS]
     if shares:
         lines += ["", f"Costs, lower is better: {'; '.join(shares)}."]
+    plain = [f"{row['target']}: {row['measured']:.3g} {row['bar']}" for row in rows if row["backend"] == "store" and row["ratio"] is None]
+    if plain:
+        lines += ["", f"Of the key-value store: {'; '.join(plain)}."]
     calls = [row for row in rows if row["bar"] == "us"]
     if calls:
         shown = ", ".join(f"{r['op']} {r['measured']:.0f}" for r in calls if r["mode"] == "forward")
@@ -162,19 +166,17 @@ def gpu_status() -> str:
     """Every GPU kernel with the run that showed it right on a GPU, or that there was none."""
     runs = [json.loads(p.read_text()) for p in sorted((ROOT / "benchmarks" / "results").glob("gpu-*.json"))]
     lines = ["| op | backend | run on a GPU |", "|---|---|---|"]
-    for spec in specs().values():
+    for name in sorted({*specs(), *TABLE}):
         for backend in ("cuda", "triton"):
-            if not has(backend, spec.name):
+            if not has(backend, name):
                 continue
             shown = "not run on a GPU yet"
             for run in runs:
-                mine = [
-                    r for r in run.get("verify", []) if (r["op"], r["backend"]) == (spec.name, backend) and r["status"] != "unavailable"
-                ]
+                mine = [r for r in run.get("verify", []) if (r["op"], r["backend"]) == (name, backend) and r["status"] != "unavailable"]
                 if mine:
                     good, where = sum(r["status"] == "ok" for r in mine), run["environment"]
                     shown = f"{good} of {len(mine)} comparisons with float64 right on {where['device']}, {where['date'][:10]}"
-            lines.append(f"| {spec.name} | {backend} | {shown} |")
+            lines.append(f"| {name} | {backend} | {shown} |")
     return "\n".join(lines)
 
 

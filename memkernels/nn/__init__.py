@@ -1,8 +1,9 @@
 """Modules on top of the ops: drop-in where torch.nn has the module."""
 
 from memkernels.nn._store_memory import StoreState
+from memkernels.nn._trace import SparseTrace, Trace
 from memkernels.nn.dnc import DNC, DNCLayerState
-from memkernels.nn.external_memory import ExternalMemory, ExternalMemoryState, Trace
+from memkernels.nn.external_memory import ExternalMemory, ExternalMemoryState
 from memkernels.nn.graph_attention import GraphAttention, csr_from_edges
 from memkernels.nn.gru import GRU
 from memkernels.nn.gru_cell import GRUCell
@@ -34,6 +35,7 @@ __all__ = [
     "ProductKeyMemory",
     "RNNCell",
     "SAMState",
+    "SparseTrace",
     "StoreState",
     "Trace",
     "csr_from_edges",

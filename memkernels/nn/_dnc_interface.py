@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memkernels.nn._trace import stacked
 from memkernels.ops.dnc_sequence import dnc_sequence, interface_shapes
 from memkernels.ops.dnc_step import DNCInterface, DNCState, dnc_step
 
@@ -53,16 +54,21 @@ class Interface(NamedTuple):
         asked = self(vectors)
         return [DNCInterface(**dict(zip(asked, step))) for step in zip(*(t.unbind(0) for t in asked.values()))]
 
-    def run(self, vectors: Tensor, state: DNCState, **options: Any) -> tuple[Tensor, DNCState]:
-        """Reads "T B R W" and the state after all steps of "T B features"; options of `dnc_step`."""
-        if vectors.is_cuda:  # `dnc_sequence` has no kernel there, the ops of a step have
-            found = []
-            for ask in self.steps(vectors):
-                read, state = dnc_step(state, ask, **options)
-                found.append(read)
-            nothing = vectors.new_zeros(0, vectors.shape[1], self.read_heads, self.width)
-            return torch.stack(found) if found else nothing, state
-        return dnc_sequence(vectors, state, **self.sequence_options(), **options)  # type: ignore[return-value]
+    def run(self, vectors: Tensor, state: DNCState, **options: Any) -> tuple[Tensor, DNCState, Tensor]:
+        """Reads "T B R W", the state after all steps of "T B features", and the weights "T B R+U N"; options of `dnc_step`."""
+        if not vectors.is_cuda:
+            return dnc_sequence(vectors, state, **self.sequence_options(), **options, return_weights=True)  # type: ignore[return-value]
+        found, weights = [], []  # `dnc_sequence` has no kernel there, the ops of a step have
+        for ask in self.steps(vectors):
+            read, state = dnc_step(state, ask, **options)
+            found.append(read)
+            weights.append(heads_of(state))
+        steps, batch = vectors.shape[:2]
+        return (
+            stacked(found, vectors.new_zeros(steps, batch, self.read_heads, self.width)),
+            state,
+            stacked(weights, vectors.new_zeros(steps, batch, self.read_heads + self.write_heads, self.slots)),
+        )
 
     def sequence_options(self) -> dict[str, Any]:
         """What `dnc_sequence` has to know of the interface."""
@@ -74,3 +80,8 @@ class Interface(NamedTuple):
         rows, reads, writes = self.slots, self.read_heads, self.write_heads
         shapes = ((rows, self.width), (rows,), (writes, rows, rows), (writes, rows), (writes, rows), (reads, rows))
         return DNCState(*(like.new_zeros(batch, *shape) for shape in shapes))
+
+
+def heads_of(state: DNCState) -> Tensor:
+    """The last weights of the read and the write heads, "B R+U N"."""
+    return torch.cat([state.read_weights, state.write_weights], 1)

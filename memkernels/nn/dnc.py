@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from memkernels._checks import check_choice, check_flag, check_number, check_tensor, fail
 from memkernels._compat import register_namedtuple
 from memkernels.nn._arguments import check_sizes, time_first
-from memkernels.nn._dnc_interface import Interface, oneplus
+from memkernels.nn._dnc_interface import Interface, heads_of, oneplus
+from memkernels.nn._trace import Trace, stacked
 from memkernels.nn.lstm import LSTM
 from memkernels.ops.dnc_sequence import DNCController, dnc_sequence
 from memkernels.ops.dnc_step import COSINES, DNCState, dnc_step
@@ -158,25 +159,31 @@ class DNC(nn.Module):
         reads = like.new_zeros(batch, self.layout.read_heads, self.layout.width)
         return DNCLayerState(self.layout.nothing(like, batch), hidden, hidden.clone(), reads)
 
-    def forward(self, input: Tensor, state: DNCLayerState | None = None) -> tuple[Tensor, DNCLayerState]:
+    def forward(self, input: Tensor, state: DNCLayerState | None = None, *, return_trace: bool = False) -> Any:
         """Runs over all steps.
 
         Args:
             input: "B T I" (`batch_first`) or "T B I".
             state: what the last call returned, or None for zeros.
+            return_trace: also return a `Trace`: the weights with which each step read and wrote the rows.
 
         Returns:
-            output "B T O" or "T B O", and the state after the last step.
+            output "B T O" or "T B O", and the state after the last step; with ``return_trace`` the `Trace` too.
 
         Gradients: to the input, the state and all parameters.
         """
+        check_flag("DNC", "return_trace", return_trace)
         x = time_first("DNC", input, self.input_size, self.batch_first, self.interface.weight)
         state = self.initial_state(x.shape[1]) if state is None else self._checked(state, x.shape[1])
         run = self._without_feedback if not self.feedback else self._in_one_call if self._fits(x, state) else self._by_steps
-        hidden, reads, state = run(x, state)
+        hidden, reads, state, weights = run(x, state)
         output = self.output(torch.cat([hidden, reads.to(hidden.dtype)], -1))
         output = self._clipped(output) if self.clip_all else output
-        return output.transpose(0, 1) if self.batch_first else output, state
+        output = output.transpose(0, 1) if self.batch_first else output
+        if not return_trace:
+            return output, state
+        weights = weights.transpose(0, 1) if self.batch_first else weights
+        return output, state, Trace(*weights.split((self.layout.read_heads, self.layout.write_heads), 2))
 
     def _checked(self, state: Any, batch: int) -> DNCLayerState:
         """The state that a caller passes, or one clear error; the sizes inside the memory are checked by each step."""
@@ -200,7 +207,7 @@ class DNC(nn.Module):
         same = all(t.dtype == x.dtype for t in (*state.memory, *state[1:], self.interface.weight, self.controller.weight_hh_l0))
         return plain and same and not clipped and not x.is_cuda and len(x) > 0
 
-    def _in_one_call(self, x: Tensor, state: DNCLayerState) -> tuple[Tensor, Tensor, DNCLayerState]:
+    def _in_one_call(self, x: Tensor, state: DNCLayerState) -> tuple[Tensor, Tensor, DNCLayerState, Tensor]:
         lstm: Any = self.controller
         layout = self.layout
         into, from_reads = lstm.weight_ih_l0.split((self.input_size, layout.read_heads * layout.width), 1)
@@ -209,12 +216,12 @@ class DNC(nn.Module):
         weights = (into, from_reads.unflatten(1, (layout.read_heads, layout.width)), lstm.weight_hh_l0, bias)
         controller = DNCController(*carried, *weights, interface.weight, interface.bias)
         options = self.layout.sequence_options() | self.step_options | dict(clip=self.clip if self.clip_all else None)
-        reads, memory, hidden, cell = dnc_sequence(x, state.memory, controller, **options)
-        return hidden, reads.flatten(2), DNCLayerState(memory, hidden[-1:].clone(), cell[None], reads[-1].clone())
+        reads, memory, hidden, cell, weights = dnc_sequence(x, state.memory, controller, **options, return_weights=True)
+        return hidden, reads.flatten(2), DNCLayerState(memory, hidden[-1:].clone(), cell[None], reads[-1].clone()), weights
 
-    def _by_steps(self, x: Tensor, state: DNCLayerState) -> tuple[Tensor, Tensor, DNCLayerState]:
+    def _by_steps(self, x: Tensor, state: DNCLayerState) -> tuple[Tensor, Tensor, DNCLayerState, Tensor]:
         memory, hidden, cell, reads = state
-        controls, read = [], []
+        controls, read, weights = [], [], []
         for step in x.unbind(0):
             seen = torch.cat([step, reads.flatten(1).to(step.dtype)], -1)
             out, (hidden, cell) = self.controller(seen[None], (hidden, cell))
@@ -225,18 +232,16 @@ class DNC(nn.Module):
             reads, memory = dnc_step(memory, ask, **self.step_options)
             controls.append(out[0])
             read.append(reads.flatten(1))
-        features = self.layout.read_heads * self.layout.width
-        return _stacked(controls, x, hidden.shape[-1]), _stacked(read, x, features), DNCLayerState(memory, hidden, cell, reads)
+            weights.append(heads_of(memory))
+        nothing = x.new_zeros(0, x.shape[1], hidden.shape[-1]), state.reads.flatten(1)[None][:0], heads_of(state.memory)[None][:0]
+        found = [stacked(steps, none) for steps, none in zip((controls, read, weights), nothing)]
+        return found[0], found[1], DNCLayerState(memory, hidden, cell, reads), found[2]
 
-    def _without_feedback(self, x: Tensor, state: DNCLayerState) -> tuple[Tensor, Tensor, DNCLayerState]:
+    def _without_feedback(self, x: Tensor, state: DNCLayerState) -> tuple[Tensor, Tensor, DNCLayerState, Tensor]:
         memory, hidden, cell, reads = state
         before = reads.flatten(1).to(x.dtype).expand(len(x), -1, -1)
         out, (hidden, cell) = self.controller(torch.cat([x, before], -1), (hidden, cell))
         out = self._clipped(out)
-        found, memory = self.layout.run(self.interface(out).to(memory.memory.dtype), memory, **self.step_options)
+        found, memory, weights = self.layout.run(self.interface(out).to(memory.memory.dtype), memory, **self.step_options)
         reads = found[-1].clone() if len(found) else reads
-        return out, found.flatten(2), DNCLayerState(memory, hidden, cell, reads)
-
-
-def _stacked(steps: list[Tensor], x: Tensor, features: int) -> Tensor:
-    return torch.stack(steps) if steps else x.new_zeros(0, x.shape[1], features)
+        return out, found.flatten(2), DNCLayerState(memory, hidden, cell, reads), weights

@@ -15,9 +15,10 @@ from memkernels.nn import _store_memory
 from memkernels.nn._arguments import check_sizes, time_first
 from memkernels.nn._dnc_interface import Interface
 from memkernels.nn._store_memory import StoreState
+from memkernels.nn._trace import Trace
 from memkernels.ops.content_address import content_address
 from memkernels.ops.content_read import content_read
-from memkernels.ops.dnc_step import DNCState, dnc_step
+from memkernels.ops.dnc_step import DNCState
 from memkernels.ops.location_address import location_address
 from memkernels.ops.memory_read import memory_read
 from memkernels.ops.memory_write import memory_write
@@ -42,20 +43,6 @@ class ExternalMemoryState(NamedTuple):
 
 register_namedtuple(ExternalMemoryState)
 
-
-class Trace(NamedTuple):
-    """Which rows a call read and wrote at each step, and how much: "T B ...", or "B T ..." with `batch_first`.
-
-    `read`: weights "T B R N"; in modes "topk", "product" and "store" (k = 1) "T B R k", of the rows int64 "T B R k", of which -1 is absent.
-    `write`: weights "T B H N". `rows`: None where all rows are read.
-    """
-
-    read: Tensor
-    write: Tensor
-    rows: Tensor | None = None
-
-
-register_namedtuple(Trace)
 
 # Reads of every step, the state after the last, and what `Trace` holds of every step.
 _Steps = tuple[list[Any], Any, list[tuple[Tensor, ...]]]
@@ -322,16 +309,9 @@ class ExternalMemory(nn.Module):
 
     def _dnc(self, parts: tuple[Tensor, ...], state: DNCState, traced: bool) -> _Steps:
         assert self._asks is not None
-        if not traced:
-            found, state = self._asks.run(parts[0], state)
-            return list(found.unbind(0)), state, []
-        reads: list[Any] = []
-        traces: list[tuple[Tensor, ...]] = []
-        for ask in self._asks.steps(parts[0]):
-            read, state = dnc_step(state, ask)
-            reads.append(read)
-            traces.append((state.read_weights, state.write_weights))
-        return reads, state, traces
+        found, state, weights = self._asks.run(parts[0], state)
+        traces = [w.split((self.read_heads, self.write_heads), 1) for w in weights.unbind(0)] if traced else []
+        return list(found.unbind(0)), state, traces
 
     def _best_rows(self, memory: Tensor, key: Tensor, strength: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """softmax(strength * similarity) over the k best rows: the strength goes into the key, the cosine's norms into both sides."""

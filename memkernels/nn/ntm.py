@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from memkernels._checks import check_choice, check_flag, fail
 from memkernels.nn._arguments import check_sizes, time_first
-from memkernels.nn.external_memory import Trace
+from memkernels.nn._trace import Trace
 from memkernels.ops.content_address import content_address
 from memkernels.ops.location_address import location_address
 from memkernels.ops.lstm_gates import lstm_gates

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from memkernels._checks import check_flag, check_number, fail
 from memkernels._compat import no_autocast
 from memkernels.nn._arguments import check_sizes, time_first
+from memkernels.nn._trace import SparseTrace, stacked
 from memkernels.nn.lstm_cell import LSTMCell
 from memkernels.ops.sparse_memory import SparseMemory, sparse_read, sparse_write
 from memkernels.ops.topk_read import topk_read
@@ -100,27 +101,36 @@ class SAM(nn.Module):
         memory = SparseMemory(zeros(1, 1, 1).expand(batch, self.slots, self.width))
         return SAMState(memory, (hidden, hidden), index, zeros(index.shape), zeros(batch, self.heads, self.width))
 
-    def forward(self, input: Tensor, state: SAMState | None = None) -> tuple[Tensor, SAMState]:
+    def forward(self, input: Tensor, state: SAMState | None = None, *, return_trace: bool = False) -> Any:
         """Runs over all steps.
 
         Args:
             input: "B T I" (`batch_first`) or "T B I".
             state: what the last call returned, `detach_`ed after its backward; its memory is written on. None: an empty memory.
+            return_trace: also return a `SparseTrace`: the rows that each step read and wrote, and how much.
 
         Returns:
-            output "B T O" or "T B O", and the state after the last step.
+            output "B T O" or "T B O", and the state after the last step; with ``return_trace`` the `SparseTrace` too.
 
         Gradients: of first order, once a graph (see `SparseMemory`); to the input, the parameters and the tensors of the state.
         """
+        check_flag("SAM", "return_trace", return_trace)
         x = time_first("SAM", input, self.input_size, self.batch_first, self.interface.weight)
         state = self.initial_state(x.shape[1]) if state is None else self._checked(state, x.shape[1])
-        outputs = []
+        outputs, trace = [], []
         for step in x.unbind(0):
-            state = self._step(step, state)
+            state, *written = self._step(step, state)
             outputs.append(torch.cat([state.hidden[0], state.read.flatten(1)], -1))
-        stacked = torch.stack(outputs) if outputs else x.new_zeros(0, x.shape[1], self.output.in_features)
-        output = self.output(stacked)
-        return output.transpose(0, 1) if self.batch_first else output, state
+            if return_trace:
+                trace.append((state.weights, state.places, *written))
+        output = self.output(stacked(outputs, x.new_zeros(0, x.shape[1], self.output.in_features)))
+        output = output.transpose(0, 1) if self.batch_first else output
+        if not return_trace:
+            return output, state
+        none, one_more = state.weights[None][:0], torch.zeros(0, *state.weights.shape[:2], self.rows_read + 1).to(state.weights)
+        nothing = none, none.long(), one_more, one_more.long()
+        found = [stacked(list(part), empty) for part, empty in zip(zip(*trace) if trace else [()] * 4, nothing)]
+        return output, state, SparseTrace(*(t.transpose(0, 1) if self.batch_first else t for t in found))
 
     def _checked(self, state: Any, batch: int) -> SAMState:
         if not isinstance(state, SAMState):
@@ -130,15 +140,17 @@ class SAM(nn.Module):
             fail("SAM", "state.memory", f"rows of shape {wanted}", tuple(state.memory.rows.shape))
         return state
 
-    def _step(self, x: Tensor, state: SAMState) -> SAMState:
+    def _step(self, x: Tensor, state: SAMState) -> tuple[SAMState, Tensor, Tensor]:
+        """The next state, and how much was written to which rows."""
         memory, hidden, index, weights, read = state
         hidden = self.controller(torch.cat([x, read.flatten(1)], -1), hidden)
         asked = self.interface(hidden[0]).to(memory.rows.dtype)
         with no_autocast(x.device.type):  # the memory keeps its dtype
-            return SAMState(memory, hidden, *self._access_memory(memory, asked, index, weights))
+            index, weights, read, amounts, places = self._access_memory(memory, asked, index, weights)
+        return SAMState(memory, hidden, index, weights, read), amounts, places
 
-    def _access_memory(self, memory: SparseMemory, asked: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Writes, then reads what the controller asks for: (rows read, their weights, what was read)."""
+    def _access_memory(self, memory: SparseMemory, asked: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        """Writes, then reads what the controller asks for: rows read, their weights, what was read; how much was written, and where."""
         query, word, strength, gate, interpolation = asked.split(self._sizes, -1)
         query, word = (t.unflatten(-1, (self.heads, self.width)) for t in (query, word))
         gate, interpolation = torch.sigmoid(gate)[..., None], torch.sigmoid(interpolation)[..., None]
@@ -151,7 +163,7 @@ class SAM(nn.Module):
         read, weights = sparse_read(memory, query, 1 + F.softplus(strength), index)
         for at, much in ((places, amounts), (index, weights)):
             self._note(memory, at, much)
-        return index, weights, read
+        return index, weights, read, amounts, places
 
     def _note(self, memory: SparseMemory, index: Tensor, weights: Tensor) -> None:
         """Rows with more weight than the threshold are accessed now; of the others the head's heaviest row stands in, which is."""
