@@ -12,8 +12,8 @@ from cases import Case, select
 
 from memkernels.testing import compare, inputs
 
-# Its backward adds up with torch's own ops, whose parallel loops hang in a forked child.
-OF_TORCHS_LOOPS = ("hopfield_retrieve",)
+# Their backward adds up or fills with torch's own ops, whose parallel loops hang in a forked child.
+OF_TORCHS_LOOPS = ("dnc_sequence", "hopfield_retrieve")
 
 
 def busy_cases() -> list[Case]:
