@@ -16,7 +16,7 @@ from memkernels.testing.spec import specs
 _index: dict[str, Any] = {}
 
 
-def _faiss(query, key, value, k):
+def _faiss(query, key, value, k, mask=None):
     """faiss.IndexFlatIP in place of matmul and topk; the index of the memory seen last is kept, so that only the search is timed."""
     import faiss
 
