@@ -248,3 +248,11 @@ def test_text_keys_that_come_and_go_take_no_more_memory(capacity):
     assert found.all() and values.tolist() == list(range(3960, 4000))
     assert sorted(key for keys, _ in store.items() for key in keys)[-1].startswith("a key of some bytes, 39")
     assert sizes[-1] <= 2 * sizes[5]
+
+
+def test_verify_beside_a_rewrite_says_so(tmp_path):
+    with saved(tmp_path / "s", [1]) as store, mk.KeyValueStore.open(tmp_path / "s") as reader:
+        store.compact()
+        with pytest.raises(StoreError, match="was rewritten: refresh first"):
+            reader.verify()
+        assert reader.get(1) == 1 and reader.refresh() and reader.verify().ok

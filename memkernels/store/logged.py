@@ -36,7 +36,7 @@ class Logged:
         self.index = Index(self.key_type)
         self._undo: list[tuple[KeyBatch, torch.Tensor]] = []  # keys written since the last commit, with the rows they had
         self._seen: tuple[int, ...] = ()
-        self._generation = 0  # whose rows the index names
+        self._generation = self._commit = 0  # whose rows the index names, up to which commit
         self._chunks: dict[str, list[torch.Tensor]] = {}
         self._firsts: list[int] = []
         self._replay()

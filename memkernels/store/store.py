@@ -100,7 +100,6 @@ class KeyValueStore:
         self._lock, self._closed = threading.RLock(), False
         self._changes = self._writers = 0  # calls that change what is stored: all of them, and those under way
         self._torn = False  # a copy, by a fork, of a store that was being changed
-        self._path: Path | None = None
         self._parameters: Any = None
         _stores.add(self)
 

@@ -243,6 +243,10 @@ class View:
             try:
                 assert self._engine is not None
                 return verify(self._engine, transaction, self._segments, self._state, self._records)
+            except (StoreError, OSError):
+                if self._moved():
+                    raise Moved(f"store: {self.path} was rewritten: refresh first") from None
+                raise
             finally:
                 transaction.abort()
 
