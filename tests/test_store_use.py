@@ -256,3 +256,15 @@ def test_verify_beside_a_rewrite_says_so(tmp_path):
         with pytest.raises(StoreError, match="was rewritten: refresh first"):
             reader.verify()
         assert reader.get(1) == 1 and reader.refresh() and reader.verify().ok
+
+
+def test_compact_does_not_hide_a_damage(tmp_path):
+    saved(tmp_path / "s", [1, 2]).close()
+    segment = tmp_path / "s" / "segment-00000001.mkv"
+    data = bytearray(segment.read_bytes())
+    data[4096] ^= 1
+    segment.write_bytes(data)
+    with mk.KeyValueStore.open(tmp_path / "s", mode="w") as store:
+        with pytest.raises(StoreFormatError, match=r"is left as it is: .*wrong checksum"):
+            store.compact()
+        assert not store.verify().ok

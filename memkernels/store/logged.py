@@ -14,7 +14,7 @@ from memkernels.store.columns import Columns, as_bytes, from_bytes, row_bytes
 from memkernels.store.index import Index
 from memkernels.store.inmemory import ADDED, KEPT, NEW, REPLACED, Evicted, Values
 from memkernels.store.keys import KeyBatch, distinct, join
-from memkernels.store.log import Log, Schema, StoreError
+from memkernels.store.log import Log, Schema, StoreError, StoreFormatError
 from memkernels.store.pool import wider
 
 CPU = torch.device("cpu")
@@ -143,8 +143,10 @@ class Logged:
             self.erase(join(keys))
 
     def compact(self, erase: bool) -> None:
-        """Commits, then writes what lives into new files."""
+        """Commits, then writes what lives into new files, whose checksums would hide a damage of the old ones."""
         self.commit()
+        if problems := self.log.verify().problems:
+            raise StoreFormatError(f"store: {self.log.path} is damaged, and is left as it is: {'; '.join(problems[:3])}")
         self.log.rewrite(((batch, self._row_values(rows)) for batch, rows in self.index.items()), erase)
         self.index.clear()
         self._replay()
