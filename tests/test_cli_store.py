@@ -138,3 +138,21 @@ def test_errors(run, tmp_path):
     ):
         assert message in run(*arguments, code=2)[1], arguments
     assert sorted(p.name for p in tmp_path.iterdir()) == ["binary.jsonl", "file", "old"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "key,value,value\na,b,c\n", "line 1: expected distinct names, got key, value, value"),
+        ("a.jsonl", '{"key": "\\\\ud800", "value": "x"}\n', "row 1: key: expected a text with a UTF-8 form"),
+        ("a.jsonl", '{"key": "a", "value": "\\\\ud800"}\n', "row 1: value: expected a text of at most 16 bytes of UTF-8"),
+    ],
+)
+def test_import_of_names_twice_and_of_no_text(tmp_path, name, content, message):
+    from memkernels.cli.errors import UserError
+    from memkernels.cli.records import Codec
+
+    (tmp_path / name).write_text(content.replace("\\\\", "\\"))
+    codec = Codec("str", {"value": ((16,), torch.uint8)}, text=True)
+    with pytest.raises(UserError, match=message):
+        list(codec.read(tmp_path / name))

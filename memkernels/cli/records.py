@@ -43,6 +43,8 @@ class Codec(NamedTuple):
         if not isinstance(got, str):
             raise UserError(f"{self.key}: expected a string, got {got!r}")
         if self.key_type == "str":
+            if _utf8(got) is None:
+                raise UserError(f"{self.key}: expected a text with a UTF-8 form, got {got!r}")
             return got
         try:
             return bytes.fromhex(got)
@@ -73,7 +75,7 @@ class Codec(NamedTuple):
         return value
 
     def _text(self, column: str, got: Any, width: int) -> torch.Tensor:
-        data = got.encode() if isinstance(got, str) else None
+        data = _utf8(got) if isinstance(got, str) else None
         if data is None or len(data) > width or data.endswith(b"\0"):
             what = f"{len(data)} bytes" if data is not None else _short(got)
             raise UserError(f"{column}: expected a text of at most {width} bytes of UTF-8, got {what}")
@@ -164,6 +166,14 @@ def _whole(got: Any, dtype: torch.dtype) -> None:
         raise ValueError
 
 
+def _utf8(text: str) -> bytes | None:
+    """None for half of a surrogate pair, which JSON may have."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return None
+
+
 def _short(got: Any) -> str:
     text = repr(got)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -199,6 +209,8 @@ def _csv(path: Path, lines: _counted) -> Iterator[tuple[int, dict[str, Any]]]:
     table = csv.reader(lines, strict=True)
     try:
         names = next(table, [])
+        if len(set(names)) < len(names):
+            raise UserError(f"{path}: line 1: expected distinct names, got {', '.join(names)}")
         for cells in table:
             if len(cells) != len(names):
                 raise UserError(f"{path}: line {table.line_num}: expected {len(names)} fields as in the first line, got {len(cells)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,9 @@ def as_columns(op: str, value_shape: Any, dtype: Any, columns: Any) -> Columns:
 
 
 def _shape(op: str, argument: str, shape: Any) -> tuple[int, ...]:
-    sizes = (shape,) if isinstance(shape, int) and not isinstance(shape, bool) else tuple(shape)
+    if not isinstance(shape, (int, Sequence)):
+        fail(op, argument, "a size or a sequence of sizes", type(shape).__name__, TypeError)
+    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in sizes):
         fail(op, argument, "sizes of 0 or more", repr(shape))
     return sizes

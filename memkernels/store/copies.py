@@ -17,6 +17,7 @@ from memkernels.store.catalog import SCHEMA, STATE, follows, run_key, runs
 from memkernels.store.crc32c import crc32c
 from memkernels.store.engine import Transaction, engine_files, open_engine
 from memkernels.store.format import Marker, Schema, State, damaged
+from memkernels.store.journal import Journal
 from memkernels.store.keys import KeyBatch
 from memkernels.store.runs import Run
 from memkernels.store.segments import Segments
@@ -118,8 +119,7 @@ def _switch(log: Log, erase: bool) -> None:
     try:
         if erase:
             segments.wipe()
-            if log._journal is not None:
-                log._journal.wipe()
+            (log._journal or Journal(log.path)).wipe()  # a log that uses none may have found one
             for path in filter(Path.exists, write_ahead):  # sqlite removes it when it closes
                 disk.overwrite(path)
     finally:
@@ -132,6 +132,7 @@ def snapshot(log: View, transaction: Transaction, path: Path) -> None:
     """See Log.snapshot. `transaction` is on log._state."""
     path.mkdir(parents=True, exist_ok=True)
     disk.refuse_network(path)
+    folder.check_new(path)  # before anything is put there
     lock = folder.lock_writer(path)
     try:
         folder.prepare_new(path)
@@ -161,6 +162,7 @@ def snapshot(log: View, transaction: Transaction, path: Path) -> None:
         finally:
             target.close()
         folder.write_marker(path, Marker(log.engine, 1), True)
+        folder.created(path)
         disk.sync_directory(path.absolute().parent)
     finally:
         os.close(lock)

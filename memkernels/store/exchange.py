@@ -37,7 +37,7 @@ def to_tensors(store: KeyValueStore) -> dict[str, torch.Tensor]:
 def from_tensors(store: KeyValueStore, op: str, state: Any) -> None:
     """The store holds what `to_tensors` gave and nothing else."""
     batch, values = _parts(store, op, state)
-    with store._opened(op):
+    with store._opened(op, True):
         if store._parameters is not None:
             fail(op, "store", "a store whose values are no parameter", "one after as_parameter()")
         store._data.clear()

@@ -13,7 +13,9 @@ from memkernels.store.errors import StoreError, StoreFormatError
 from memkernels.store.format import MARKER, Marker, State
 from memkernels.store.segments import file_name
 
-_OWN = re.compile(r"LOCK|READERS|JOURNAL|ENGINE\.new|index-\d{8,}\.(lmdb|sqlite)(-\w+)?|segment-\d{8,}\.mkv")
+_OWN = re.compile(r"LOCK|READERS|JOURNAL|UNFINISHED|ENGINE\.new|index-\d{8,}\.(lmdb|sqlite)(-\w+)?|segment-\d{8,}\.mkv")
+
+UNFINISHED = "UNFINISHED"  # there while a store is created
 
 
 def read_marker(folder: Path) -> Marker:
@@ -64,15 +66,28 @@ def lock_out_readers(folder: Path) -> int:
 
 
 def prepare_new(folder: Path) -> None:
-    """For a store about to be created, locked: refuses what is not empty, removes what a creation that was cut off left."""
+    """For a store about to be created, locked: removes what a creation that was cut off left. `created` ends it."""
+    check_new(folder)
+    os.close(disk.open_file(folder / UNFINISHED, os.O_CREAT | os.O_WRONLY))
+    for name in sorted(os.listdir(folder)):
+        if name not in ("LOCK", "READERS", UNFINISHED):
+            disk.remove(folder / name)
+
+
+def created(folder: Path) -> None:
+    """The store is whole."""
+    disk.remove(folder / UNFINISHED)
+
+
+def check_new(folder: Path) -> None:
+    """Refuses a directory that holds anything but what a creation that was cut off left."""
     if (folder / "ENGINE").exists():
         raise StoreError(f"store: there is a store at {folder} already")
     names = sorted(os.listdir(folder))
     if other := [name for name in names if not _OWN.fullmatch(name)]:
         raise StoreError(f"store: {folder} is not empty: {', '.join(other[:5])}")
-    for name in names:
-        if name not in ("LOCK", "READERS"):
-            disk.remove(folder / name)
+    if UNFINISHED not in names and (lost := [name for name in names if name.startswith(("segment-", "JOURNAL"))]):
+        raise StoreFormatError(f"store: {folder} holds {', '.join(lost[:5])} but no ENGINE: a store that lost it; nothing was changed")
 
 
 def remove_unused(folder: Path, marker: Marker, state: State) -> None:

@@ -1,4 +1,7 @@
-"""The thread that commits in the background: what gathers while it writes goes into one transaction."""
+"""The thread that commits in the background: what gathers while it writes goes into one transaction.
+
+While it waits it holds nothing of the log, which so goes when nobody else has it.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,17 @@ from typing import Any
 class Group:
     """`write(items)` in a thread, for all items given since the last call; a failure ends it and is raised from then on by the log."""
 
-    def __init__(self, write: Callable[[list[Any]], None]) -> None:
-        self._write = write
+    def __init__(self) -> None:
         self._items: list[Any] = []
+        self._write: Callable[[list[Any]], None] | None = None  # while there are items
         self._busy = self._stop = False
-        self._change = threading.Condition()
+        self._change = threading.Condition(threading.RLock())  # a log that goes calls `let_go` from anywhere
         self._thread = threading.Thread(target=self._run, name="memkernels-store", daemon=True)
         self._thread.start()
 
-    def submit(self, item: Any) -> None:
+    def submit(self, write: Callable[[list[Any]], None], item: Any) -> None:
         with self._change:
+            self._write = write
             self._items.append(item)
             self._change.notify_all()
 
@@ -31,10 +35,14 @@ class Group:
 
     def stop(self) -> None:
         self.wait()
+        self.let_go()
+        self._thread.join()
+
+    def let_go(self) -> None:
+        """The thread ends when nothing is left to write. It may be the caller."""
         with self._change:
             self._stop = True
             self._change.notify_all()
-        self._thread.join()
 
     def _run(self) -> None:
         while True:
@@ -43,12 +51,14 @@ class Group:
                     self._change.wait()
                 if not self._items:
                     return
-                items, self._items, self._busy = self._items, [], True
+                items, write, self._items, self._write, self._busy = self._items, self._write, [], None, True
             try:
-                self._write(items)
+                assert write is not None
+                write(items)
             except BaseException:  # kept by the log, which refuses to go on
                 return
             finally:
                 with self._change:
                     self._busy = False
                     self._change.notify_all()
+                del items, write

@@ -231,6 +231,8 @@ class Texts:
         if last > self.spans.shape[0]:
             size = max(last, int(GROWTH * self.spans.shape[0]), 64)
             self.spans, self.rows = grown(self.spans, size), grown(self.rows, size)
+        if self.end + batch.data.shape[0] > self.arena.shape[0] and 2 * self.dead > self.end:
+            self._close_gaps()
         end = self.end + batch.data.shape[0]
         if end > self.arena.shape[0]:
             self.arena = grown(self.arena, max(end, int(GROWTH * self.arena.shape[0]), 1024))
@@ -263,6 +265,18 @@ class Texts:
         self.spans[entries], self.rows[entries] = 0, -1
         if self.numbers.end:  # they are given out here, by `upsert`
             self.numbers.give_back(entries)
+
+    def _close_gaps(self) -> None:
+        """Half of the arena or more is of keys that are gone: those that are there move to its front, and it need not grow."""
+        held = self.spans[:, 1].nonzero()[:, 0]
+        begins, lengths = self.spans[held].unbind(1)
+        kept = gather_runs(self.arena, begins, lengths)
+        end = kept.shape[0]
+        self.arena[:end] = kept
+        self.arena[end : self.end] = 0
+        self.spans[held, 0] = offsets_of(lengths)[:-1]
+        self.end, self.dead = end, 0
+        wipe(kept)
 
     def batch(self, key_type: str, entries: torch.Tensor) -> KeyBatch:
         begins, lengths = self.spans[entries].unbind(1)

@@ -89,12 +89,16 @@ class InMemory:
         now, old = now.to(self.device), old.to(self.device)
         new = old < 0
         numbers.use(len(self.index) - before)
-        self.pool.reserve(numbers.end)
-        for name, value in values.items():
-            if accumulate:
-                self.pool.add(name, now, value, new)
-            else:
-                self.pool.write(name, torch.where(new, now, -1) if if_absent else now, value)
+        try:
+            self.pool.reserve(numbers.end)
+            for name, value in values.items():
+                if accumulate:
+                    self.pool.add(name, now, value, new)
+                else:
+                    self.pool.write(name, torch.where(new, now, -1) if if_absent else now, value)
+        except BaseException:  # e.g. no memory: no key is left without its value
+            numbers.give_back(self.index.erase(batch.select(new.to(self.index.device))).to(self.device))
+            raise
         if self.use:
             self.use.keys_of(batch, now, new)
             self.use.touch(now)

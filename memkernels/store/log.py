@@ -6,6 +6,8 @@ small one goes to the journal first, with one sync, and with many others to segm
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
 import os
 import threading
@@ -69,6 +71,7 @@ class Log(View):
         name = engine or default_engine()
         self.path.mkdir(parents=True, exist_ok=True)
         disk.refuse_network(self.path)
+        folder.check_new(self.path)  # before anything is put there
         self._lock_fd = folder.lock_writer(self.path)
         try:
             folder.prepare_new(self.path)
@@ -76,6 +79,7 @@ class Log(View):
             state = State(0, 0, 0, capacity, 1, os.urandom(16))
             copies.new_engine(self.path, Marker(name, 1), schema, self._syncs(), lambda _: state)
             folder.write_marker(self.path, Marker(name, 1), self._syncs())
+            folder.created(self.path)
             if self._syncs():
                 disk.sync_directory(self.path.absolute().parent)
             self._start()
@@ -109,7 +113,7 @@ class Log(View):
             folder.remove_unused(self.path, self._marker, self._state)
             self._given = self._state.commit
             if self.durability == "async":
-                self._group = Group(self._write)
+                self._group = Group()
             elif self.durability == "commit":
                 self._journal = Journal(self.path)
         else:
@@ -172,7 +176,7 @@ class Log(View):
             item = self._tail.runs, self._tail.rows
             if self._group is not None:
                 self._given += 1
-                self._group.submit(item)
+                self._group.submit(self._write, item)
             else:
                 self._write_now(item)
                 self._given = self._state.commit
@@ -305,6 +309,8 @@ class Log(View):
 
     def __del__(self) -> None:
         if not getattr(self, "closed", True) and self._pid == os.getpid():
+            if self._group is not None:
+                self._group.let_go()
             self._release()
 
     def _release(self) -> None:
@@ -351,7 +357,9 @@ class Log(View):
 
     def _after_fork(self) -> None:
         """In the child: the parent keeps its lock and its engine; this side opens its own when it is asked for something."""
-        self._lock, self._group = threading.RLock(), None
+        self._lock, self._group, self._forked, self.forks = threading.RLock(), None, True, self.forks + 1
+        if self.mode == "w":
+            self._told = None  # of a writer's own commits nobody was told
         if self._journal is not None:
             self._journal.close(remove=False)
         if self._lock_fd is not None:
@@ -368,3 +376,13 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+def _at_exit() -> None:
+    """What was asked for in the background is still written."""
+    for log in list(_logs):
+        with contextlib.suppress(Exception):
+            log.wait()
+
+
+atexit.register(_at_exit)

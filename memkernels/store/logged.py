@@ -14,7 +14,7 @@ from memkernels.store.columns import Columns, as_bytes, from_bytes, row_bytes
 from memkernels.store.index import Index
 from memkernels.store.inmemory import ADDED, KEPT, NEW, REPLACED, Evicted, Values
 from memkernels.store.keys import KeyBatch, distinct, join
-from memkernels.store.log import Log, Schema
+from memkernels.store.log import Log, Schema, StoreError, StoreFormatError
 from memkernels.store.pool import wider
 
 CPU = torch.device("cpu")
@@ -35,10 +35,11 @@ class Logged:
         self.key_type = log.schema.key_type
         self.index = Index(self.key_type)
         self._undo: list[tuple[KeyBatch, torch.Tensor]] = []  # keys written since the last commit, with the rows they had
-        self._seen: tuple[int, int] = (-1, -1)
+        self._seen: tuple[int, ...] = ()
+        self._generation = self._commit = 0  # whose rows the index names, up to which commit
         self._chunks: dict[str, list[torch.Tensor]] = {}
         self._firsts: list[int] = []
-        self._apply(log.replay())
+        self._replay()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -59,13 +60,23 @@ class Logged:
 
     def refresh(self) -> bool:
         """For a reader: takes in what was committed since; whether there was anything."""
-        before = self.log.commit_number
+        before = self._commit
         changes = self.log.refresh()
-        if changes.restart:
-            self.index.clear()
-        self._apply(iter(changes))
-        self._seen = (-1, -1)
-        return changes.restart or before != self.log.commit_number
+        try:
+            if changes.restart:
+                self.index.clear()
+                self._undo.clear()
+            self._apply(iter(changes))
+        except BaseException:  # the index has some of it: not to be read until all of it has come
+            self.log.forget_told()
+            self._generation = -1
+            raise
+        self._seen, self._generation, self._commit = (), self.log.generation, self.log.commit_number
+        return changes.restart or before != self._commit
+
+    def _replay(self) -> None:
+        self._apply(self.log.replay())
+        self._seen, self._generation, self._commit = (), self.log.generation, self.log.commit_number
 
     # --- writing: the log first, which may refuse; then the index, which does not
 
@@ -123,7 +134,7 @@ class Logged:
             self.index.erase(batch.select(~was))
             self.index.upsert(batch.select(was), rows[was])
         self._undo.clear()
-        self._seen = (-1, -1)
+        self._seen = ()
 
     def clear(self) -> None:
         """Erases every key; the rows stay on disk until `compact`."""
@@ -132,12 +143,13 @@ class Logged:
             self.erase(join(keys))
 
     def compact(self, erase: bool) -> None:
-        """Commits, then writes what lives into new files."""
+        """Commits, then writes what lives into new files, whose checksums would hide a damage of the old ones."""
         self.commit()
+        if problems := self.log.verify().problems:
+            raise StoreFormatError(f"store: {self.log.path} is damaged, and is left as it is: {'; '.join(problems[:3])}")
         self.log.rewrite(((batch, self._row_values(rows)) for batch, rows in self.index.items()), erase)
-        self._seen = (-1, -1)
         self.index.clear()
-        self._apply(self.log.replay())
+        self._replay()
 
     def _row_values(self, rows: torch.Tensor) -> Values:
         return {name: self.read(name, rows, torch.zeros(1, *shape, dtype=dtype)) for name, (shape, dtype) in self.columns.items()}
@@ -165,9 +177,11 @@ class Logged:
 
     def _map(self) -> None:
         """The chunks of the log, seen as bytes; asked for again when rows came."""
-        now = (self.log.generation, self.log.rows)
+        now = self.log.generation, self.log.rows, self.log.forks
         if now == self._seen:
             return
+        if self.log.generation != self._generation:
+            raise StoreError(f"store: {self.log.path} was rewritten: refresh first")
         chunks = [chunk for chunk in self.log.chunks() if chunk.rows]
         self._firsts = [chunk.first_row for chunk in chunks]
         for name, column in self.columns.items():

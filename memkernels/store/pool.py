@@ -15,8 +15,10 @@ LEAST_ROWS, MOST_ROWS = 64, 1 << 22  # rows of the first chunk, which grows, and
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:
-    """What values of this dtype are added up in."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    """What values of this dtype are added up in; torch adds no float8 and no wide unsigned ones."""
+    if dtype.is_floating_point and dtype.itemsize < 4:
+        return torch.float32
+    return torch.int64 if dtype in (torch.uint16, torch.uint32, torch.uint64) else dtype
 
 
 class Pool:
@@ -81,7 +83,7 @@ class Pool:
             store_scatter_(chunks, firsts, rows, as_bytes(values, width))
 
     def add(self, name: str, rows: torch.Tensor, values: torch.Tensor, new: torch.Tensor) -> None:
-        """Adds to the rows, in the order of the batch, in float32 for the half types; a row begins at zero where `new` is true."""
+        """Adds to the rows, in the order of the batch, in `wider` types; a row begins at zero where `new` is true."""
         shape, dtype = self.columns[name]
         distinct, place = torch.unique(rows, return_inverse=True)
         begins_at_zero = torch.zeros_like(distinct, dtype=torch.bool)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,11 @@ import torch
 from memkernels._checks import check_choice, check_flag, fail
 from memkernels.store import exchange
 from memkernels.store.columns import ONE, as_columns, as_default, as_values
+from memkernels.store.errors import StoreError
 from memkernels.store.inmemory import Evicted, InMemory
 from memkernels.store.keys import KEY_TYPES, KeyBatch, as_batch
 
+_stores: weakref.WeakSet[KeyValueStore] = weakref.WeakSet()
 ON_FULL = ("grow", "error", "lru", "lfu")
 
 
@@ -78,9 +83,8 @@ class KeyValueStore:
         if capacity is None and on_full != "grow":
             fail(op, "capacity", f"a number of keys with on_full={on_full!r}", "None")
         self._columns = as_columns(op, value_shape, dtype, columns)
-        self._key_type, self._lock, self._device = key_type, threading.RLock(), torch.device(device)
-        self._parameters: Any = None
-        self._closed = False
+        self._key_type, self._device = key_type, torch.device(device)
+        self._begin()
         self._path = None if path is None else Path(path)
         self._extra: dict[str, Any] = {"capacity": capacity, "on_full": on_full}
         if self._path is None:
@@ -91,6 +95,13 @@ class KeyValueStore:
         if self._device.type != "cpu":
             fail(op, "device", "'cpu' with a path", repr(device))
         self._data = self._logged(self._path, durability, capacity if on_full == "error" else None)
+
+    def _begin(self) -> None:
+        self._lock, self._closed = threading.RLock(), False
+        self._changes = self._writers = 0  # calls that change what is stored: all of them, and those under way
+        self._torn = False  # a copy, by a fork, of a store that was being changed
+        self._parameters: Any = None
+        _stores.add(self)
 
     def _logged(self, path: Path, durability: str, capacity: int | None) -> Any:
         """The store of this path, created or opened to write."""
@@ -124,7 +135,8 @@ class KeyValueStore:
         log = logged.Log.open(Path(path), mode, durability)
         self = cls.__new__(cls)
         self._columns, self._key_type, self._extra = log.schema.columns, log.schema.key_type, dict(log.schema.extra)
-        self._lock, self._device, self._parameters, self._closed = threading.RLock(), torch.device("cpu"), None, False
+        self._device = torch.device("cpu")
+        self._begin()
         self._path = Path(path)
         self._data = logged.Logged(log, self._extra.get("capacity") if self._extra.get("on_full") == "error" else None)
         return self
@@ -141,7 +153,7 @@ class KeyValueStore:
             values: "n ...", a tensor of the store's dtype; with several columns a dict of them.
             if_absent: leave keys that are there as they are. accumulate: add to the value that is there (an absent key begins at zero);
                 in the
-                order of the batch, float16 and bfloat16 in float32 within a batch.
+                order of the batch, floats of 16 and 8 bits in float32 within a batch.
             return_evicted: also return what had to go, `Evicted(keys, values)` or None.
 
         Returns:
@@ -155,7 +167,7 @@ class KeyValueStore:
         check_flag(op, "accumulate", accumulate)
         if if_absent and accumulate:
             fail(op, "accumulate", "False with if_absent", "True")
-        with self._opened(op):
+        with self._opened(op, True):
             batch = as_batch(op, self._key_type, keys)
             given = as_values(op, self._columns, values, len(batch), self._device)
             if accumulate:
@@ -204,7 +216,7 @@ class KeyValueStore:
     def erase(self, keys: Any) -> torch.Tensor:
         """Take keys out; bool "n": whether the key was there (of equal keys, for the first one). `compact(erase=True)` removes every
         trace."""
-        with self._opened("erase"):
+        with self._opened("erase", True):
             return self._data.erase(as_batch("erase", self._key_type, keys))
 
     def contains(self, keys: Any) -> torch.Tensor:
@@ -247,15 +259,18 @@ class KeyValueStore:
             yield batch.ints if batch.ints is not None else batch.tolist(), (values[ONE] if list(self._columns) == [ONE] else values)
 
     def _batches(self, op: str) -> Iterator[tuple[KeyBatch, dict[str, torch.Tensor]]]:
+        zero = {name: as_default(op, name, column, None, self._device) for name, column in self._columns.items()}
         with self._opened(op):
-            zero = {name: as_default(op, name, column, None, self._device) for name, column in self._columns.items()}
-            size = len(self)
-            for batch, rows in self._data.items():
-                yield batch, {name: self._data.read(name, rows, zero[name]) for name in self._columns}
-                if len(self) != size:
-                    raise RuntimeError(
-                        f"{op}: expected a store that stays as it is during iteration, got {len(self)} keys in place of {size}"
-                    )
+            batches, changes = self._data.items(), self._changes
+        while True:  # the lock is not held over a yield: other threads may read meanwhile
+            with self._opened(op):
+                if changes != self._changes:
+                    raise RuntimeError(f"{op}: expected a store that stays as it is during iteration, got one that was changed")
+                batch, rows = next(batches, (None, None))
+                if batch is None:
+                    return
+                values = {name: self._data.read(name, rows, zero[name]) for name in self._columns}
+            yield batch, values
 
     @property
     def nbytes(self) -> int:
@@ -285,7 +300,7 @@ class KeyValueStore:
                 Tensors that were given out are the caller's.
         """
         check_flag("compact", "erase", erase)
-        with self._opened("compact"):
+        with self._opened("compact", True):
             self._data.compact(erase)
 
     def as_parameter(self, capacity: int | None = None) -> Any:
@@ -305,11 +320,11 @@ class KeyValueStore:
             >>> bank.grad.sum()
             tensor(2.)
         """
-        with self._opened("as_parameter"):
+        with self._opened("as_parameter", True):
             if self._path is not None:
                 fail("as_parameter", "store", "a store in memory", f"one with path {self._path!r}")
             end = self._data.pool.numbers.end
-            if capacity is not None and (not isinstance(capacity, int) or capacity < end):
+            if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < end):
                 fail("as_parameter", "capacity", f"at least the {end} rows in use", repr(capacity))
             floating = [name for name, (_, dtype) in self._columns.items() if dtype.is_floating_point or dtype.is_complex]
             if not floating:
@@ -349,13 +364,13 @@ class KeyValueStore:
 
     def rollback(self) -> None:
         """Back to the last commit: what was stored and erased since is undone. Only a store with a path has commits to go back to."""
-        with self._opened("rollback"):
+        with self._opened("rollback", True):
             self._need_path("rollback")
             self._data.rollback()
 
     def refresh(self) -> bool:
         """Take in what another process has committed since this store was opened or last refreshed; whether there was anything."""
-        with self._opened("refresh"):
+        with self._opened("refresh", True):
             self._need_path("refresh")
             return self._data.refresh()
 
@@ -402,7 +417,34 @@ class KeyValueStore:
         shapes = ", ".join(f"{name}: {tuple(shape)} {str(dtype).removeprefix('torch.')}" for name, (shape, dtype) in self._columns.items())
         return f"KeyValueStore({len(self)} {self._key_type} keys, {shapes})"
 
-    def _opened(self, op: str) -> Any:
-        if self._closed:
-            raise ValueError(f"{op}: store: expected an open store, got a closed one")
-        return self._lock
+    @contextmanager
+    def _opened(self, op: str, changing: bool = False) -> Iterator[None]:
+        with self._lock:
+            if self._closed:
+                raise ValueError(f"{op}: store: expected an open store, got a closed one")
+            if self._torn:
+                raise StoreError(f"{op}: store: another thread was writing to it when this process was forked: open it anew")
+            self._changes += changing
+            self._writers += changing
+            try:
+                yield
+            finally:
+                self._writers -= changing
+
+    def _after_fork(self) -> None:
+        """In the child, which has none of the other threads that may have held the lock."""
+        if not self._lock.acquire(blocking=False):
+            self._lock, self._torn = threading.RLock(), self._writers > 0
+        else:
+            self._lock.release()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("KeyValueStore: cannot be pickled or copied: use state_dict, snapshot, or the path in the other process")
+
+
+def _after_fork() -> None:
+    for store in list(_stores):
+        store._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -48,12 +48,15 @@ class View:
     def __init__(self, path: Path, mode: str) -> None:
         if mode not in ("r", "w"):
             raise ValueError(f"store: mode: expected r or w, got {mode!r}")
-        self.path, self.mode = Path(path), mode
+        self.path, self.mode = Path(path).absolute(), mode  # a relative one would follow the process to another directory
         self.closed = True
         self._lock, self._pid = threading.RLock(), os.getpid()
         self._lock_fd: int | None = None
         self._engine: Engine | None = None
         self._records: list[Record] = []  # a reader's: commits that the journal holds and the engine does not
+        self._told: tuple[int, int] | None = None  # generation and commit up to which `replay` and `refresh` have given keys
+        self.forks = 0  # between the process that opened this log and this one
+        self._forked = False  # and nothing was read in this one yet
 
     @property
     def commit_number(self) -> int:
@@ -81,32 +84,37 @@ class View:
     def chunks(self) -> list[Chunk]:
         """Every row in memory that is mapped, in order. Ask again after `append`, `refresh` and `rewrite`."""
         with self._lock:
-            self._check_open()
+            self._check_files()
             return self._segments.chunks()
 
     def replay(self) -> Iterator[tuple[KeyBatch, Tensor]]:
         """Keys and rows (-1: erased) of all commits, in batches of at most a million; of equal keys the later one holds."""
         with self._lock:
             self._settle()
-            transaction = self._see()
+            transaction = self._look() if self._told is None else self._see()  # nobody has row numbers yet
+            self._told = self._state.generation, self._state.commit
             return catalog.replay(transaction, self.schema, self._state, self._records)
 
     def refresh(self) -> Changes:
-        """For a reader: what was committed since it last looked."""
+        """For a reader: what was committed since the last `replay` or `refresh`, whatever else has looked at newer commits since."""
         with self._lock:
             self._check_open()
             if self._writes():
                 return Changes()
-            before, generation = self._state.commit, self._state.generation
             if self._moved():
                 self._follow()
-            transaction = self._look()
-            if self._state.generation != generation:
+            transaction, told = self._look(), self._told
+            self._told = self._state.generation, self._state.commit
+            if told is None or told[0] != self._state.generation:
                 return Changes(True, catalog.replay(transaction, self.schema, self._state, self._records))
-            if self._state.commit == before:
+            if told == self._told:
                 transaction.abort()
                 return Changes()
-            return Changes(False, catalog.replay(transaction, self.schema, self._state, self._records, before))
+            return Changes(False, catalog.replay(transaction, self.schema, self._state, self._records, told[1]))
+
+    def forget_told(self) -> None:
+        """What was told is not known any more: the next `refresh` gives all of it."""
+        self._told = None
 
     def _look(self) -> Transaction:
         """`_see`, of the files that the marker names now."""
@@ -132,8 +140,9 @@ class View:
         self._check_open()
         assert self._engine is not None
         for _ in range(50):
-            transaction = self._engine.begin(False)
+            transaction = None
             try:
+                transaction = self._engine.begin(False)
                 if self._writes():
                     return transaction
                 base = catalog.read_state(transaction)
@@ -142,8 +151,9 @@ class View:
                 if whole and self._adopt(base, records):
                     return transaction
             except BaseException as error:
-                transaction.abort()
-                if isinstance(error, (FileNotFoundError, StoreFormatError)) and self._moved():
+                if transaction is not None:
+                    transaction.abort()
+                if isinstance(error, (FileNotFoundError, StoreError)) and self._moved():
                     raise Moved(f"store: {self.path} was rewritten: refresh first") from None
                 raise
             transaction.abort()
@@ -186,7 +196,7 @@ class View:
             self._marker = folder.read_marker(self.path)
             try:
                 return self._load_marked()
-            except (FileNotFoundError, StoreFormatError) as error:
+            except (FileNotFoundError, StoreError) as error:  # sqlite says of a file that was removed just now: an error of the disk
                 if attempt == 99 or folder.read_marker(self.path) == self._marker:
                     if isinstance(error, FileNotFoundError):
                         raise damaged(str(self.path), f"{error.filename} is missing") from None
@@ -212,7 +222,7 @@ class View:
         except BaseException:
             engine.close()
             raise
-        self._engine, self.schema, self._state, self._segments = engine, schema, state, segments
+        self._engine, self.schema, self._state, self._segments, self._forked = engine, schema, state, segments, False
         self._tail = Tail(segments, state.rows)
 
     def snapshot(self, path: str | os.PathLike[str]) -> None:
@@ -233,6 +243,10 @@ class View:
             try:
                 assert self._engine is not None
                 return verify(self._engine, transaction, self._segments, self._state, self._records)
+            except (StoreError, OSError):
+                if self._moved():
+                    raise Moved(f"store: {self.path} was rewritten: refresh first") from None
+                raise
             finally:
                 transaction.abort()
 
@@ -243,8 +257,23 @@ class View:
         if self.closed:
             raise StoreError(f"store: {self.path} is closed")
         if self._engine is None:  # a forked child opens its own
-            self._lock_fd = folder.lock_reader(self.path)
+            self._lock_reader()
             self._load()
+
+    def _check_files(self) -> None:
+        """The rows are still there. A forked child reads them through the files that it has, which keep the numbers that it knows."""
+        if self.closed:
+            raise StoreError(f"store: {self.path} is closed")
+        if self._forked:
+            self._lock_reader()
+            now = folder.read_marker(self.path)
+            if now != self._marker and (now.erase or now.number != self._marker.number + 1):
+                raise Moved(f"store: {self.path} was rewritten and may have been erased: refresh first")
+            self._forked = False
+
+    def _lock_reader(self) -> None:
+        if self._lock_fd is None:
+            self._lock_fd = folder.lock_reader(self.path)
 
     # What the writing half does
 
