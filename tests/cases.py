@@ -159,6 +159,12 @@ def short(parameters: list[Any], first: int) -> list[Any]:
     return found
 
 
+def but_long_references(parameters: list[Any]) -> list[Any]:
+    """Cases of ops whose reference is hundreds of calls of torch belong to the long form."""
+    slow = pytest.mark.slow
+    return [pytest.param(*p.values, id=p.id, marks=[*p.marks, slow]) if p.values[0].spec.name in LONG_REFERENCES else p for p in parameters]
+
+
 def one_per_op(dtype: torch.dtype = torch.float64, **kwargs: Any) -> list[Any]:
     """The typical sample of every op on every place, in one dtype (float32 where Triton runs)."""
     return select(dtypes=(torch.float32,) if INTERPRETED else (dtype,), first=1, **kwargs)

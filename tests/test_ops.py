@@ -134,6 +134,6 @@ def test_row_poison(case):
     checks.check_row_poison(case)
 
 
-@pytest.mark.parametrize("case", one_per_op())
+@pytest.mark.parametrize("case", one_per_op(kernels_only=True))
 def test_nothing_stays_alive(case):
     checks.check_no_leak(case)

@@ -3,7 +3,7 @@
 import checks
 import pytest
 import torch
-from cases import DTYPES, INTERPRETED, select, short
+from cases import DTYPES, INTERPRETED, but_long_references, select, short
 from flat import backward_arguments, flat_call, of_tensors
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
@@ -126,7 +126,7 @@ def test_opcheck(case):
     check_opcheck(case, ("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
-@pytest.mark.parametrize("case", select(levels="traced", dtypes=DTYPES[1:2], first=1))
+@pytest.mark.parametrize("case", but_long_references(select(levels="traced", dtypes=DTYPES[1:2], first=1)))
 def test_opcheck_aot(case):
     check_opcheck(case, "test_aot_dispatch_dynamic")
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import DTYPES, INTERPRETED, Case, one_per_op, select
+from cases import DTYPES, INTERPRETED, Case, but_long_references, one_per_op, select, short
 from flat import flat_call, of_tensors, plain_torch
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
@@ -108,7 +108,7 @@ def compiled(case, **kwargs):
             close(torch.autograd.grad(found, leaves, upstream), torch.autograd.grad(wanted, leaves, upstream), case.dtype)
 
 
-@pytest.mark.parametrize("case", select(dtypes=DTYPES[1:2], hard=False, empty=False, first=2))
+@pytest.mark.parametrize("case", short(select(dtypes=DTYPES[1:2], hard=False, empty=False, first=2), 1))
 def test_compile(case):
     compiled(case, backend="aot_eager", dynamic=False)
 
@@ -149,7 +149,7 @@ def test_compile_dynamic(case):
     assert len(graphs) <= 2, f"{len(graphs)} graphs for four sizes"
 
 
-@pytest.mark.parametrize("case", one_per_op(levels="traced"))
+@pytest.mark.parametrize("case", but_long_references(one_per_op(levels="traced")))
 def test_compile_of_vmap_of_grad(case):
     """torch drops a custom backward here without a word; the router must not let it."""
     torch._dynamo.reset()

@@ -67,5 +67,8 @@ def test_mqar(memory):
     later = tokens.clone()
     later[:, int(places.max()) + 1 :] = 1
     torch.testing.assert_close(model(later, places), logits)
-    found = CliRunner().invoke(app, ["train-task", "mqar", "--model", memory, "--seconds", "0.1", "--batch", "4"])
+
+
+def test_mqar_command():
+    found = CliRunner().invoke(app, ["train-task", "mqar", "--seconds", "0.1", "--batch", "4"])
     assert found.exit_code == 1 and "not solved" in found.output
