@@ -268,3 +268,13 @@ def test_compact_does_not_hide_a_damage(tmp_path):
         with pytest.raises(StoreFormatError, match=r"is left as it is: .*wrong checksum"):
             store.compact()
         assert not store.verify().ok
+
+
+def test_an_index_of_another_store_removes_nothing(tmp_path):
+    saved(tmp_path / "s", range(3)).close()
+    mk.KeyValueStore((), path=tmp_path / "empty").close()
+    (index,) = (p for p in (tmp_path / "empty").glob("index-*") if p.suffix in (".lmdb", ".sqlite"))
+    (tmp_path / "s" / index.name).write_bytes(index.read_bytes())
+    with pytest.raises(StoreFormatError, match="another store"):
+        mk.KeyValueStore.open(tmp_path / "s", mode="w")
+    assert list((tmp_path / "s").glob("segment-*"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from memkernels.store import disk
 from memkernels.store.engine import engine_files
 from memkernels.store.errors import StoreError, StoreFormatError
-from memkernels.store.format import MARKER, Marker, State
+from memkernels.store.format import HEADER, MARKER, Marker, SegmentHeader, State
 from memkernels.store.segments import file_name
 
 _OWN = re.compile(r"LOCK|READERS|JOURNAL|UNFINISHED|ENGINE\.new|index-\d{8,}\.(lmdb|sqlite)(-\w+)?|segment-\d{8,}\.mkv")
@@ -94,7 +94,24 @@ def remove_unused(folder: Path, marker: Marker, state: State) -> None:
     """Removes the files that neither the marker nor the state names: of a commit or a rewrite that was cut off, or rewritten."""
     used = {path.name for path in engine_files(folder, marker.engine, marker.number)} | {"LOCK", "READERS", "JOURNAL"}
     used |= {file_name(state.first_segment + i) for i in range(state.segments)}
-    for name in sorted(os.listdir(folder)):
-        if name not in used and _OWN.fullmatch(name):
-            with contextlib.suppress(FileNotFoundError):  # a reader's sqlite removes its own
-                disk.remove(folder / name, marker.erase)
+    unused = [name for name in sorted(os.listdir(folder)) if name not in used and _OWN.fullmatch(name)]
+    _refuse_foreign(folder, unused, state)
+    for name in unused:
+        with contextlib.suppress(FileNotFoundError):  # a reader's sqlite removes its own
+            disk.remove(folder / name, marker.erase)
+
+
+def _refuse_foreign(folder: Path, names: list[str], state: State) -> None:
+    """A whole segment of another store among what is unused: the index is not the one that belongs here."""
+    for name in names:
+        if not name.startswith("segment-"):
+            continue
+        fd = disk.open_file(folder / name, os.O_RDONLY)
+        try:
+            header = SegmentHeader.decode(name, disk.read_at(fd, HEADER, 0))
+        except StoreFormatError:  # of a creation that was cut off
+            continue
+        finally:
+            os.close(fd)
+        if header.store != state.store:
+            raise StoreFormatError(f"store: {folder / name} belongs to another store than the index beside it; nothing was changed")
