@@ -101,11 +101,13 @@ class Dying:
         def call(*args):
             self.left -= 1
             if self.left == 0:
-                if self.how == 1 and name == "pwrite":
-                    os.pwrite(args[0], memoryview(args[1])[: len(args[1]) // 2], args[2])
-                elif self.how == 2:
-                    getattr(os, name)(*args)
-                os.kill(os.getpid(), signal.SIGKILL)
+                try:
+                    if self.how == 1 and name == "pwrite":
+                        os.pwrite(args[0], memoryview(args[1])[: len(args[1]) // 2], args[2])
+                    elif self.how == 2:
+                        getattr(os, name)(*args)
+                finally:  # also where the call fails, as removing what is not there does
+                    os.kill(os.getpid(), signal.SIGKILL)
             return getattr(os, name)(*args)
 
         return call if name in CALLS else getattr(os, name)

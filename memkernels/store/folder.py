@@ -94,24 +94,24 @@ def remove_unused(folder: Path, marker: Marker, state: State) -> None:
     """Removes the files that neither the marker nor the state names: of a commit or a rewrite that was cut off, or rewritten."""
     used = {path.name for path in engine_files(folder, marker.engine, marker.number)} | {"LOCK", "READERS", "JOURNAL"}
     used |= {file_name(state.first_segment + i) for i in range(state.segments)}
-    unused = [name for name in sorted(os.listdir(folder)) if name not in used and _OWN.fullmatch(name)]
-    _refuse_foreign(folder, unused, state)
-    for name in unused:
-        with contextlib.suppress(FileNotFoundError):  # a reader's sqlite removes its own
-            disk.remove(folder / name, marker.erase)
+    for name in sorted(os.listdir(folder)):
+        if name not in used and _OWN.fullmatch(name):
+            with contextlib.suppress(FileNotFoundError):  # a reader's sqlite removes its own
+                disk.remove(folder / name, marker.erase)
 
 
-def _refuse_foreign(folder: Path, names: list[str], state: State) -> None:
-    """A whole segment of another store among what is unused: the index is not the one that belongs here."""
-    for name in names:
-        if not name.startswith("segment-"):
-            continue
-        fd = disk.open_file(folder / name, os.O_RDONLY)
+def refuse_foreign(folder: Path, state: State) -> None:
+    """A whole segment of another store in the directory: the index is not the one that belongs there."""
+    for path in sorted(folder.glob("segment-*")):
         try:
-            header = SegmentHeader.decode(name, disk.read_at(fd, HEADER, 0))
-        except StoreFormatError:  # of a creation that was cut off
+            fd = disk.open_file(path, os.O_RDONLY)
+        except FileNotFoundError:  # a writer has just removed it
+            continue
+        try:
+            header = SegmentHeader.decode(path.name, disk.read_at(fd, HEADER, 0))
+        except StoreFormatError:  # of a creation that was cut off; `Segments.open` says so of one that is needed
             continue
         finally:
             os.close(fd)
         if header.store != state.store:
-            raise StoreFormatError(f"store: {folder / name} belongs to another store than the index beside it; nothing was changed")
+            raise StoreFormatError(f"store: {path} belongs to another store than the index beside it; nothing was changed")

@@ -108,6 +108,7 @@ class Log(View):
     def _start(self) -> None:
         self.closed = False
         self._load()
+        folder.refuse_foreign(self.path, self._state)
         if self.mode == "w":
             self._recover()
             folder.remove_unused(self.path, self._marker, self._state)
