@@ -28,6 +28,8 @@ MANY_PROGRAMS = (
 )  # fmt: skip
 # Their references are hundreds of calls of torch, whose truths take seconds: the usual run sees half as many of their samples.
 LONG_REFERENCES = ("dnc_sequence", "ntm_sequence")
+# One op of each kind: several outputs, optional inputs and outputs, one output, integer inputs, a state over time, optional products.
+KINDS = ("lstm_gates", "attention", "memory_write", "segment_attention", "rnn", "content_read")
 DTYPES = compare.DTYPES
 
 
@@ -163,6 +165,12 @@ def but_long_references(parameters: list[Any]) -> list[Any]:
     """Cases of ops whose reference is hundreds of calls of torch belong to the long form."""
     slow = pytest.mark.slow
     return [pytest.param(*p.values, id=p.id, marks=[*p.marks, slow]) if p.values[0].spec.name in LONG_REFERENCES else p for p in parameters]
+
+
+def of_each_kind(parameters: list[Any]) -> list[Any]:
+    """Where an op adds nothing but its schema: one op of each kind of arguments and outputs, the others belong to the long form."""
+    slow = pytest.mark.slow
+    return [p if p.values[0].spec.name in KINDS else pytest.param(*p.values, id=p.id, marks=[*p.marks, slow]) for p in parameters]
 
 
 def one_per_op(dtype: torch.dtype = torch.float64, **kwargs: Any) -> list[Any]:

@@ -224,7 +224,7 @@ def check_error(case: Case, error: ErrorCase) -> None:
         assert not isinstance(t, torch.Tensor) or same_bits(t, before[name]), f"{error.name}: input {name} was changed"
 
 
-def check_no_leak(case: Case, calls: int = 5 if SHORT else 50) -> None:
+def check_no_leak(case: Case, calls: int = 5 if SHORT else 20) -> None:
     """Nothing outlives a forward and backward: no graph, no saved tensor, no output."""
     given = case.inputs()
     names = case.differentiable(given)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import DTYPES, INTERPRETED, Case, but_long_references, one_per_op, select, short
+from cases import DTYPES, INTERPRETED, Case, of_each_kind, one_per_op, select, short
 from flat import flat_call, of_tensors, plain_torch
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
@@ -149,7 +149,7 @@ def test_compile_dynamic(case):
     assert len(graphs) <= 2, f"{len(graphs)} graphs for four sizes"
 
 
-@pytest.mark.parametrize("case", but_long_references(one_per_op(levels="traced")))
+@pytest.mark.parametrize("case", of_each_kind(one_per_op(levels="traced")))
 def test_compile_of_vmap_of_grad(case):
     """torch drops a custom backward here without a word; the router must not let it."""
     torch._dynamo.reset()

@@ -58,7 +58,7 @@ def test_dataloader_workers():
 
 @in_a_process
 def test_memory_does_not_grow():
-    run_python("import processes as p; p.check_memory(p.typical_cases('traced'), 500, 1 << 20)")
+    run_python("import processes as p; p.check_memory(p.typical_cases('traced'), 200, 1 << 19)")
 
 
 @in_a_process
