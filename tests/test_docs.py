@@ -27,6 +27,17 @@ def test_readme_examples():
         exec(compile(block, "README.md", "exec"), namespace)
 
 
+WITH_EXAMPLES = [page for page in sorted((ROOT / "docs/ops").glob("*.md")) if "```python\n" in page.read_text()]
+
+
+@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.stem)
+def test_op_page_examples(page):
+    """The python blocks of an op's page run as they stand there."""
+    namespace: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(block, page.name, "exec"), namespace)
+
+
 def test_readme_starts_with_the_two_commands():
     text = (ROOT / "README.md").read_text()
     assert re.match(r"# memkernels\n\n```\nmake demo\nmake test\n```\n", text)
