@@ -87,6 +87,24 @@ def test_bits_do_not_depend_on_threads(backend, dtype):
                 assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
 
 
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("backend", BACKENDS[:1])
+def test_a_mask_that_heads_share_has_one_gradient_on_any_threads(backend, groups, options):
+    before, runs = torch.get_num_threads(), []
+    inputs = drawn((2, 2, 90, 8), (2, 2 // groups, 1300, 8), (2, 2 // groups, 1300, 8), (1, 1, 90, 1300))  # three runs of keys
+    try:
+        for threads in (1, 2, 5):  # five threads: more than tasks
+            torch.set_num_threads(threads)
+            runs.append(gradients(backend, torch.float64, inputs, enable_gqa=groups > 1, **options))
+    finally:
+        torch.set_num_threads(before)
+    wanted = gradients("reference", torch.float64, inputs, enable_gqa=groups > 1, **options)
+    for first, second, third, w in zip(*runs, wanted):
+        assert torch.equal(first, second) and torch.equal(first, third)
+        torch.testing.assert_close(first, w, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(5, 16), (1, 1, 5, 16), (1, 1, 1, 16), (5, 1)])
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])

@@ -78,6 +78,12 @@ AttentionArgs arguments(const TensorView& query, const TensorView& key, const Te
   return a;
 }
 
+// Large groups pack the keys less often; sequences that would be one or two of them keep more tasks for threads.
+int64_t queries_a_task(const AttentionArgs& a, int64_t group) {
+  constexpr int64_t kSmallGroup = 512;
+  return a.queries >= 2 * group ? group : std::min(group, kSmallGroup);
+}
+
 void forward(const TensorView& out, const TensorView& lse, const TensorView& stats, const InputView& query,
              const InputView& key, const InputView& value, const InputView& mask, const TensorView& sink,
              const TensorView& lengths, const TensorView& seed, double scale, double softcap, double dropout,
@@ -92,7 +98,8 @@ void forward(const TensorView& out, const TensorView& lse, const TensorView& sta
   const auto& kernels = select(attention_levels);
   const int type = int(dtype);
   pybind11::gil_scoped_release nogil;
-  const int64_t rows = a.batch * a.heads, step = kernels.query_group[type], groups = blocks_of(a.queries, step);
+  const int64_t rows = a.batch * a.heads, step = queries_a_task(a, kernels.query_group[type]);
+  const int64_t groups = blocks_of(a.queries, step);
   Scratch partials;
   if (a.splits > 1)
     a.partial = partials.take<char>(rows * a.splits * a.queries * (padded16(a.value_width) + 2) * sum_size(dtype));
@@ -107,24 +114,94 @@ void forward(const TensorView& out, const TensorView& lse, const TensorView& sta
             [&](int64_t row, void*) { kernels.merge[type](a, row / a.heads, row % a.heads); });
 }
 
-// A mask that only batch rows share, with a key head for each thread: one task takes all that share, in order, and adds
-// to dmask as it goes. Not for the half types, which would round every addend.
-bool batch_rows_share(const AttentionArgs& a, int type) {
-  const bool rows_only = a.mask_heads == a.heads && a.mask_queries == a.queries && a.mask_keys == a.keys;
-  return a.dmask && !mask_is_full(a) && rows_only && type < int(DType::bfloat16) && a.splits == 1 &&
-         a.mask_batch * a.key_heads >= num_threads();
+// An additive mask, shared, with an element for every query and key. Not of the half types, whose gradient would be
+// rounded at every addend.
+bool is_shared_block(const AttentionArgs& a, int type) {
+  return a.mask && !a.mask_boolean && !mask_is_full(a) && a.mask_queries == a.queries && a.mask_keys == a.keys &&
+         (a.mask_heads == a.heads || a.mask_heads == 1) && type < int(DType::bfloat16);
 }
 
+// Heads that share a mask are one task: its keys are split, for threads to have several. By the shapes alone, as the
+// splits decide the bits of dquery.
+void split_shared_heads(AttentionArgs& a, int type) {
+  constexpr int64_t kMostRuns = 4, kLeastKeys = 512;
+  if (!is_shared_block(a, type) || a.mask_heads == a.heads || a.splits > 1) return;
+  const int64_t keys = std::max(kLeastKeys, blocks_of(a.keys, kMostRuns));
+  a.split_keys = blocks_of(keys, kLeastKeys) * kLeastKeys,
+  a.splits = std::max<int64_t>(1, blocks_of(a.keys, a.split_keys));
+}
+
+// Key heads of one task of by_mask_row(): those that share a row of the mask.
+int64_t heads_a_row(const AttentionArgs& a) { return a.mask_heads == a.heads ? 1 : a.key_heads; }
+int64_t mask_row_tasks(const AttentionArgs& a) { return a.mask_batch * (a.key_heads / heads_a_row(a)) * a.splits; }
+
+// One block of keys of the mask of a task and of its gradient, packed: in place, each row lies in a page of its own,
+// and every head would miss the translation of as many addresses as there are queries.
+struct MaskBlock {
+  int64_t heads, row, head;  // of the mask: how many, its row, the first of them
+  int64_t rows, size, keys;  // of the block; bytes of an element
+  char *mask, *dmask;
+
+  MaskBlock(const AttentionArgs& a, int64_t row, int64_t head, int64_t size, int64_t keys, char* memory)
+      : heads(a.mask_heads == a.heads ? a.heads / a.key_heads : 1),
+        row(row),
+        head(a.mask_heads == a.heads ? head * heads : 0),
+        rows(heads * a.queries),
+        size(size),
+        keys(keys),
+        mask(memory),
+        dmask(memory + rows * keys * size) {}
+  static int64_t bytes(const AttentionArgs& a, int64_t size, int64_t keys) {
+    return 2 * a.heads / a.key_heads * a.queries * keys * size;
+  }
+
+  // The arguments for keys [first, first + count) of the packed block.
+  AttentionArgs load(const AttentionArgs& a, int64_t first, int64_t count) const {
+    const char* from = static_cast<const char*>(a.mask) + (row * a.mask_b + head * a.mask_h + first * a.mask_k) * size;
+    for (int64_t i = 0; i < rows; i++)
+      std::memcpy(mask + i * keys * size, from + (i / a.queries * a.mask_h + i % a.queries * a.mask_q) * size,
+                  size_t(count * size));
+    std::memset(dmask, 0, size_t(rows * keys * size));
+    AttentionArgs part = a;
+    const int64_t before = head * a.queries * keys + first;  // kernels count from head 0 and key 0
+    part.mask = before_block(mask, before);
+    part.mask_b = 0, part.mask_h = a.mask_heads == 1 ? 0 : a.queries * keys, part.mask_q = keys;
+    part.dmask = before_block(dmask, row * a.mask_heads * a.queries * keys + before), part.dmask_row = keys;
+    return part;
+  }
+  void* before_block(char* block, int64_t elements) const {
+    return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(block) - uintptr_t(elements * size));
+  }
+  void store(const AttentionArgs& a, int64_t first, int64_t count) const {
+    char* to = static_cast<char*>(a.dmask) + ((row * a.mask_heads + head) * a.queries * a.keys + first) * size;
+    for (int64_t i = 0; i < rows; i++)
+      std::memcpy(to + i * a.keys * size, dmask + i * keys * size, size_t(count * size));
+  }
+};
+
+// One task takes all that share a block of the mask and adds to dmask as it goes, in their order.
 void by_mask_row(const AttentionArgs& a, const AttentionKernels& kernels, int type) {
-  const int64_t bytes = kernels.backward_scratch[type](a);
-  run_tasks(a.mask_batch * a.key_heads, 2.5 * work(a), bytes, [&](int64_t task, void* scratch) {
-    const int64_t row = task / a.key_heads, h = task % a.key_heads;
-    AttentionArgs room;
-    for (int64_t b = row * a.mask_group; b < (row + 1) * a.mask_group; b++)
-      kernels.backward[type](entry_of(a, b, room),
-                             {b, h, 0, a.keys, 0, a.queries, 0, a.dquery != nullptr, a.dkey || a.dvalue, false, true},
-                             scratch);
-  });
+  const int64_t bytes = kernels.backward_scratch[type](a), heads = heads_a_row(a), columns = a.key_heads / heads;
+  const int64_t size = sum_size(DType(type)), step = kernels.key_block;
+  run_tasks(mask_row_tasks(a), 2.5 * work(a), bytes + MaskBlock::bytes(a, size, step),
+            [&](int64_t task, char* scratch) {
+              const int64_t run = task % a.splits, column = task / a.splits % columns, row = task / a.splits / columns;
+              const int64_t start = run * a.split_keys, stop = std::min(start + a.split_keys, a.keys);
+              const MaskBlock block(a, row, column, size, step, scratch + bytes);
+              for (int64_t first = start; first < stop; first += step) {
+                const int64_t last = std::min(first + step, stop);
+                const AttentionArgs part = block.load(a, first, last - first);
+                AttentionArgs room;
+                for (int64_t i = 0; i < a.mask_group * heads; i++) {
+                  const int64_t b = row * a.mask_group + i / heads, h = column * heads + i % heads;
+                  kernels.backward[type](entry_of(part, b, room),
+                                         {b, h, first, last, 0, a.queries, run, a.dquery != nullptr, a.dkey || a.dvalue,
+                                          false, true, first > start},
+                                         scratch);
+                }
+                block.store(a, first, last - first);
+              }
+            });
 }
 
 void shared_mask(const AttentionArgs& a, const AttentionKernels& kernels, int type) {
@@ -156,6 +233,7 @@ void backward(const TensorView& dquery, const TensorView& dkey, const TensorView
   a.dkey = written(kOp, "dkey", dkey, {a.batch, a.key_heads, a.keys, a.width}, dtype);
   a.dvalue = written(kOp, "dvalue", dvalue, {a.batch, a.key_heads, a.keys, a.value_width}, dtype);
   a.dmask = written(kOp, "dattn_mask", dmask, {a.mask_batch, a.mask_heads, a.mask_queries, a.mask_keys}, dtype);
+  a.dmask_row = a.keys;
   a.dsink = written(kOp, "dsink", dsink, {a.heads}, dtype);
   const auto& kernels = select(attention_levels);
   const int type = int(dtype);
@@ -165,6 +243,7 @@ void backward(const TensorView& dquery, const TensorView& dkey, const TensorView
     if (a.dsink) std::memset(a.dsink, 0, size_t(a.heads * item_size(dtype)));
     return;
   }
+  split_shared_heads(a, type);
   const int64_t rows = a.batch * a.heads * a.queries, size = sum_size(dtype);
   Scratch scratch;
   a.rows_base = scratch.take<char>(rows * size), a.rows_unit = scratch.take<char>(rows * size);
@@ -174,9 +253,9 @@ void backward(const TensorView& dquery, const TensorView& dkey, const TensorView
   parallel_for(rows, grain_for(2 * a.value_width * size),
                [&](int64_t begin, int64_t end) { kernels.prepare[type](a, begin, end); });
   restate(a, kernels, type);
-  if (a.dmask && (!mask_is_full(a) || a.left >= 0 || a.right >= 0 || a.lengths))
+  if (a.dmask && mask_is_full(a) && (a.left >= 0 || a.right >= 0 || a.lengths))
     std::memset(a.dmask, 0, size_t(dmask.numel() * item_size(dtype)));
-  const bool by_row = batch_rows_share(a, type);
+  const bool by_row = a.dmask && is_shared_block(a, type) && mask_row_tasks(a) >= num_threads();
   if (by_row)
     by_mask_row(a, kernels, type);
   else

@@ -14,7 +14,8 @@ struct AttentionArgs {
   AttentionTensor query, key, value, dout, out, dlse;
   const void* stats;  // [B][NH][Q][2]: the maximum m of the scores of a query, the sum of exp(score - m)
   void *out_data, *lse_data, *stats_data, *dquery, *dkey, *dvalue, *dmask,
-      *dsink;  // written, contiguous; a gradient nobody needs is null
+      *dsink;         // written, contiguous; a gradient nobody needs is null
+  int64_t dmask_row;  // elements from the gradient of one query's mask to the next one's
   int64_t batch, heads, key_heads, queries, keys, width, value_width;
   double scale, softcap;       // softcap > 0: scores s become softcap tanh(s / softcap) before the mask is added
   int64_t left, right, shift;  // query i sees keys i + shift - left to i + shift + right; a limit < 0 is none
@@ -64,10 +65,11 @@ inline const AttentionArgs& entry_of(const AttentionArgs& a, int64_t b, Attentio
 // Keys [first, last) against queries [begin, end) of batch entry b and key head h.
 struct AttentionPart {
   int64_t b, h, first, last, begin, end;
-  int64_t run;       // which dquery_sums it adds to
-  bool dquery, dkv;  // what is wanted
-  bool dmask;        // ds is written to the place that the mask has for every score,
-  bool add_dmask;    // or added where batch rows share it: by one task, in order
+  int64_t run;              // which dquery_sums it adds to
+  bool dquery, dkv;         // what is wanted
+  bool dmask;               // ds is written to the place that the mask has for every score,
+  bool add_dmask;           // or added where batch rows or heads share it: by one task, in order
+  bool add_dquery = false;  // the sums hold those of the keys before
 };
 
 struct AttentionKernels {

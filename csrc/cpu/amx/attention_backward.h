@@ -17,18 +17,18 @@ constexpr int64_t kTaskQueries = 128;  // least of a task that computes dquery a
 
 struct HalfBackward {
   // query_across, dout_across: operand B of the scores, [head][panel][width / 2][32][2]; query_down, dout_down: operand
-  // B of dkey and dvalue, [head][queries / 2][width][2]; pairs: operand B of dquery^T, [panel][keys / 2][32][2];
-  // dquery: [head][panel][width][32].
-  static constexpr int64_t kWeightRow = kHalfQueries + 32;
+  // B of dkey and dvalue, [slice of 64 columns][head][queries / 2][columns][2]; pairs: operand B of dquery^T,
+  // [panel][keys / 2][32][2]; dquery: [head][panel][width][32].
+  static constexpr int64_t kWeightRow = kHalfQueries + 32, kSlice = 64;
   uint16_t *query_across, *dout_across, *query_down, *dout_down, *key, *value, *key_columns, *weights, *gradients,
       *pairs;
   float *base, *delta, *dquery, *dkey, *dvalue, *scores, *products;
-  int64_t width, value_width, queries, used;
+  int64_t width, value_width, queries, rows, used;
 
   HalfBackward(const AttentionArgs& a, void* memory)
       : width(padded32(a.width)), value_width(padded32(a.value_width)), queries(padded32(a.queries)) {
     Carver carver(memory);
-    const int64_t rows = queries * (a.key_heads ? a.heads / a.key_heads : 1);
+    rows = queries * (a.key_heads ? a.heads / a.key_heads : 1);
     query_across = carver.take<uint16_t>(rows * width);
     dout_across = carver.take<uint16_t>(rows * value_width);
     query_down = carver.take<uint16_t>(rows * width);
@@ -47,6 +47,11 @@ struct HalfBackward {
     scores = carver.take<float>(32 * 32);
     products = carver.take<float>(32 * 32);
     used = carver.used();
+  }
+  // Columns of the slice from `column`, and its row `slot`.
+  static int64_t slice(int64_t width, int64_t column) { return smaller(kSlice, width - column); }
+  int64_t slice_at(int64_t width, int64_t column, int64_t slot) const {
+    return rows * column + slot * slice(width, column);
   }
 };
 
@@ -97,8 +102,12 @@ MK_INLINE void pack_queries(const AttentionArgs& a, const AttentionPart& part, c
     const bfloat16 *query = rows_of<bfloat16>(a.query, part.b, h, at), *dout = rows_of<bfloat16>(a.dout, part.b, h, at);
     pack_pairs_across(query, a.query.row, rows, a.width, w.query_across + to * w.width, kPanelQueries);
     pack_pairs_across(dout, a.dout.row, rows, a.value_width, w.dout_across + to * w.value_width, kPanelQueries);
-    pack_pairs_down(query, a.query.row, rows, a.width, w.query_down + to * w.width, kPanelQueries);
-    pack_pairs_down(dout, a.dout.row, rows, a.value_width, w.dout_down + to * w.value_width, kPanelQueries);
+    for (int64_t j = 0; j < w.width; j += w.kSlice)
+      pack_pairs_down(query + j, a.query.row, rows, smaller(w.kSlice, a.width - j),
+                      w.query_down + w.slice_at(w.width, j, to), kPanelQueries);
+    for (int64_t j = 0; j < w.value_width; j += w.kSlice)
+      pack_pairs_down(dout + j, a.dout.row, rows, smaller(w.kSlice, a.value_width - j),
+                      w.dout_down + w.slice_at(w.value_width, j, to), kPanelQueries);
     const int64_t from = row_index(a, part.b, h, at);
     for (int64_t i = 0; i < kPanelQueries; i++) {
       w.base[to + i] = i < rows ? joint_base(a, from + i) : kInfinity<float>;
@@ -195,9 +204,18 @@ MK_INLINE void half_operands(const AttentionArgs& a, const HalfBackward& w, int6
 // elements from the next.
 MK_INLINE void add_tiles(const uint16_t* a, int64_t a_row, const uint16_t* b, int64_t b_columns, int64_t b_step,
                          int64_t rows, int64_t blocks, int64_t depth, float* c, int64_t c_row, int64_t c_step) {
-  for (int64_t j = 0; j < blocks; j++)
-    for (int64_t i = 0; i < rows; i += 32)
+  for (int64_t i = 0; i < rows; i += 32)
+    for (int64_t j = 0; j < blocks; j++)
       tile_gemm_32x32(a + i * a_row, a_row, b + j * b_step, b_columns, depth, c + i * c_row + j * c_step, c_row, true);
+}
+
+// dkey or dvalue += weights^T [keys32][depth] by rows [at, at + depth) of `down`. A slice of those stays in the L1
+// cache while all weights pass.
+MK_INLINE void add_to_keys(const HalfBackward& w, const uint16_t* weights, const uint16_t* down, int64_t width,
+                           int64_t at, int64_t depth, int64_t keys32, float* sums) {
+  for (int64_t j = 0; j < width; j += w.kSlice)
+    add_tiles(weights, w.kWeightRow, down + w.slice_at(width, j, at), w.slice(width, j), 64, keys32,
+              w.slice(width, j) / 32, depth, sums + j, width, 32);
 }
 
 // What the operands of the panels of `columns` add to the sums.
@@ -205,15 +223,11 @@ MK_INLINE void add_products(const AttentionArgs& a, const AttentionPart& part, c
                             int64_t slot, int64_t keys32) {
   const int64_t depth = columns.last - columns.first, at = slot + columns.first;
   if (part.dkv && a.dvalue)
-    add_tiles(w.weights + columns.first, w.kWeightRow, w.dout_down + at * w.value_width, w.value_width, 64, keys32,
-              w.value_width / 32, depth, w.dvalue, w.value_width, 32);
-  if (part.dkv && a.dkey)
-    add_tiles(w.gradients + columns.first, w.kWeightRow, w.query_down + at * w.width, w.width, 64, keys32, w.width / 32,
-              depth, w.dkey, w.width, 32);
-  if (part.dquery)
-    add_tiles(w.key_columns, kBackwardKeys, w.pairs + columns.first * kBackwardKeys, kPanelQueries,
-              kPanelQueries * kBackwardKeys, w.width, depth / kPanelQueries, keys32, w.dquery + at * w.width,
-              kPanelQueries, kPanelQueries * w.width);
+    add_to_keys(w, w.weights + columns.first, w.dout_down, w.value_width, at, depth, keys32, w.dvalue);
+  if (part.dkv && a.dkey) add_to_keys(w, w.gradients + columns.first, w.query_down, w.width, at, depth, keys32, w.dkey);
+  for (int64_t panel = 0; part.dquery && panel < depth; panel += kPanelQueries)
+    add_tiles(w.key_columns, kBackwardKeys, w.pairs + (columns.first + panel) * kBackwardKeys, kPanelQueries, 0,
+              w.width, 1, keys32, w.dquery + (at + panel) * w.width, kPanelQueries, 0);
 }
 
 // dquery^T [width][kPanelQueries] of each panel of queries to rows of dquery_sums.

@@ -87,7 +87,7 @@ MK_INLINE bool pack_pairs_down(const bfloat16* in, int64_t stride, int64_t rows,
   return broken;
 }
 
-constexpr int64_t kHalfRows = 32, kHalfGroup = 512, kHalfKeys = 256;
+constexpr int64_t kHalfRows = 32, kHalfGroup = 1024, kHalfKeys = 256;
 constexpr float kHeadroom = 24;  // in powers of 2
 
 struct HalfForward {

@@ -26,6 +26,19 @@ struct Unit {
   bool fresh, edge;         // the first unit of its rows; not all its rows see all its keys
 };
 
+// Rows of keys and values to come. Each group of queries reads them again, from a cache that is far.
+struct NextRows {
+  const bfloat16 *key, *value;
+  int64_t key_row, value_row, width, value_width, count;
+
+  MK_INLINE void fetch(int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; i++) {
+      for (int64_t j = 0; j < width; j += 32) __builtin_prefetch(key + i * key_row + j, 0, 2);
+      for (int64_t j = 0; j < value_width; j += 32) __builtin_prefetch(value + i * value_row + j, 0, 2);
+    }
+  }
+};
+
 struct HalfUnits {
   static constexpr int64_t kScores = kUnitRows * kUnitKeys;
   uint16_t *query, *key, *value, *weights;
@@ -289,13 +302,14 @@ MK_INLINE void run_tiles(TileSteps tiles) {
 }
 
 template <bool cap>
-MK_INLINE void run_units(const AttentionArgs& a, const HalfUnits& w, int64_t count) {
+MK_INLINE void run_units(const AttentionArgs& a, const HalfUnits& w, int64_t count, const NextRows& next) {
   if (count == 0) return;
   const bool square = w.width == w.value_width && (w.width == 64 || w.width == 128) && !cap;
   run_tiles({w, w.units, w.scores, {nullptr, 0, 0}});
   for (int64_t i = 0; i < count; i++) {
     const Unit& unit = w.units[i];
     const RunShare share = run_share(w, unit);
+    next.fetch(i * next.count / count, (i + 1) * next.count / count);
     asm volatile("" ::: "memory");
     if (square && share.first && share.first->size == w.run && unit.size == w.run && i + 1 < count &&
         unit.rows == kUnitRows && !unit.edge && !unit.fresh) {
@@ -371,7 +385,15 @@ bool unit_blocks(const AttentionArgs& a, HalfUnits& w, int64_t b, int64_t h, int
                         (keys + kUnitKeys - 1) / kUnitKeys * kUnitKeys))
       return false;
     const int64_t count = list_units(a, w, begin, end, first, keys, started);
-    a.softcap > 0 ? run_units<true>(a, w, count) : run_units<false>(a, w, count);
+    const int64_t after = first + kUnitBlock, more = larger(smaller(kUnitBlock, start + seen.last - after), 0);
+    const NextRows next = {rows_of<bfloat16>(a.key, b, shared, after),
+                           rows_of<bfloat16>(a.value, b, shared, after),
+                           a.key.row,
+                           a.value.row,
+                           a.width,
+                           a.value_width,
+                           more};
+    a.softcap > 0 ? run_units<true>(a, w, count, next) : run_units<false>(a, w, count, next);
   }
   return true;
 }

@@ -282,15 +282,20 @@ void center(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_t
   }
 }
 
+// Where the gradient of the mask of a query starts.
+MK_INLINE int64_t mask_row_index(const AttentionArgs& a, int64_t b, int64_t h, int64_t query) {
+  return (b / a.mask_group * a.mask_heads + (a.mask_heads == 1 ? 0 : h)) * a.queries + query;
+}
+
 template <class A, class T, bool add = false>
 void write_mask_rows(const AttentionArgs& a, const A* from, int64_t from_row, int64_t rows, Range block,
                      int64_t mask_row, int64_t first) {
   using V = Vec<A>;
   for (int64_t i = 0; i < rows; i++) {
-    T* out = static_cast<T*>(a.dmask) + (mask_row + i) * a.keys + first + block.first;
+    T* out = static_cast<T*>(a.dmask) + (mask_row + i) * a.dmask_row + first + block.first;
     for_each_vec<V>(block.last - block.first, [&](int64_t k, auto part) {
       const V x = load<V>(from + i * from_row + block.first + k, part);
-      store(add ? load<V>(out + k, part) + x : x, out + k, part);
+      store((add ? load<V>(out + k, part) : V::zero()) + x, out + k, part);  // -0 becomes 0 either way
     });
   }
 }
@@ -298,12 +303,11 @@ void write_mask_rows(const AttentionArgs& a, const A* from, int64_t from_row, in
 template <class A, class T>
 void backward_block(const AttentionArgs& a, const AttentionPart& part, const BackwardScratch<A>& w, int64_t h,
                     int64_t query, int64_t rows, int64_t first, int64_t keys, Range block, bool broken, bool add) {
+  fetch_mask<T>(a, part.b, h, query, rows, first, block);
   gradient_block<A, T>(a, w, part.b, h, query, rows, first, keys, block);
-  if (part.dmask)
-    write_mask_rows<A, T>(a, w.gradients, w.kScoreRow, rows, block, row_index(a, part.b, h, query), first);
-  if (part.add_dmask) {
-    const int64_t row = row_index(a, part.b / a.mask_group, h, query);
-    write_mask_rows<A, T, true>(a, w.gradients, w.kScoreRow, rows, block, row, first);
+  if (part.dmask || part.add_dmask) {
+    const auto write = part.dmask ? write_mask_rows<A, T> : write_mask_rows<A, T, true>;
+    write(a, w.gradients, w.kScoreRow, rows, block, mask_row_index(a, part.b, h, query), first);
   }
   for (int64_t i = 0; a.softcap > 0 && i < rows; i++)
     slope_gradients(w.gradients + i * w.kScoreRow, w.slopes + i * w.kScoreRow, block.first / kLanes<A> * kLanes<A>,
@@ -366,7 +370,7 @@ void backward(const AttentionArgs& a, const AttentionPart& part, void* memory) {
   if (is_few(a) && !any_beyond<A>(a, part.b, part.h)) return few_backward<A, T>(a, part, memory);
   const BackwardScratch<A> w(a, memory);
   const int64_t group = a.heads / a.key_heads;
-  if (part.dquery)
+  if (part.dquery && !part.add_dquery)
     for (int64_t h = part.h * group; h < (part.h + 1) * group; h++) {
       A* sums = static_cast<A*>(a.dquery_sums) +
                 (part.run * a.batch * a.heads * a.queries + row_index(a, part.b, h, part.begin)) * w.query_row;

@@ -306,6 +306,18 @@ __attribute__((nothrow)) void load_mask(const AttentionArgs& a, int64_t b, int64
   }
 }
 
+// Rows of a mask lie pages apart, where no hardware prefetcher follows: those of a block are on their way while its
+// products are computed.
+template <class T>
+MK_INLINE void fetch_mask(const AttentionArgs& a, int64_t b, int64_t h, int64_t query, int64_t rows, int64_t first,
+                          Range block) {
+  if (!a.mask || a.mask_boolean || !a.mask_k) return;
+  const T* mask = static_cast<const T*>(a.mask) + b / a.mask_group * a.mask_b + h * a.mask_h + first;
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t k = block.first; k < block.last; k += int64_t(64 / sizeof(T)))
+      __builtin_prefetch(mask + (query + i) * a.mask_q + k, 0, 2);
+}
+
 MK_INLINE uint32_t mix(uint32_t x) {
   x = (x ^ x >> 16) * 0x85EBCA6Bu;
   x = (x ^ x >> 13) * 0xC2B2AE35u;

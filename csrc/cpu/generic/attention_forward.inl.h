@@ -125,6 +125,7 @@ void forward_block(const AttentionArgs& a, const ForwardScratch<A>& w, int64_t b
     const int64_t rows = smaller(kForwardQueries, end - at), row = at - begin;
     const Range block = seen_by_block(a, at, at + rows, first, first + keys);
     if (block.first == block.last) continue;
+    fetch_mask<T>(a, b, h, at, rows, first, block);
     product<A>({w.query + row * width, width, 1, w.key, a.width, 0, w.scores, w.kScoreRow}, rows, keys, block.first,
                block.last, a.width, nullptr, false);
     softmax_block<A, T>(a, w, b, h, at, rows, first, block, w.base + row, w.total + row);
