@@ -162,11 +162,15 @@ struct RecurrentBackward {
 // same core halves it, and more on tiles. Who computes a unit changes no bit of it.
 class Deal {
  public:
-  static constexpr int64_t kWords = 8;  // of a rank: a cache line
+  static constexpr int64_t kWords = 8, kFew = 12;  // words of a rank: a cache line
   MK_INLINE Deal(int64_t units, int rank, int size, uint64_t* left, bool back = false)
       : units_(units), rank_(rank), size_(size), left_(left), back_(back) {
-    // The word is used up until now: before this store nobody takes from it.
-    __atomic_store_n(word(rank), uint64_t(count(rank)) << 32, __ATOMIC_RELEASE);
+    // The word is used up until now: before this store nobody takes from it. Few units are not worth locked
+    // instructions.
+    if (count(rank) < kFew)
+      mine_ = {0, count(rank)};
+    else
+      __atomic_store_n(word(rank), uint64_t(count(rank)) << 32, __ATOMIC_RELEASE);
   }
   // The next unit, or -1. A rank takes half of what it has left at once: a locked instruction waits for all stores. At
   // least `spare` units of others are left to them: their weights are not in this core's cache.
