@@ -157,12 +157,64 @@ struct RecurrentBackward {
   MK_INLINE bool first_chunk(Span lines) const { return rows.reverse ? lines.begin == 0 : lines.end == rows.lines; }
 };
 
+// Units of a phase between two barriers, dealt to the ranks in equal spans. A rank goes through its own from the front;
+// when it is done it takes from the back of another that has several left, whose core is slow now: a neighbour on the
+// same core halves it, and more on tiles. Who computes a unit changes no bit of it.
+class Deal {
+ public:
+  static constexpr int64_t kWords = 8, kFew = 12;  // words of a rank: a cache line
+  MK_INLINE Deal(int64_t units, int rank, int size, uint64_t* left, bool back = false)
+      : units_(units), rank_(rank), size_(size), left_(left), back_(back) {
+    // The word is used up until now: before this store nobody takes from it. Few units are not worth locked
+    // instructions.
+    if (count(rank) < kFew)
+      mine_ = {0, count(rank)};
+    else
+      __atomic_store_n(word(rank), uint64_t(count(rank)) << 32, __ATOMIC_RELEASE);
+  }
+  // The next unit, or -1. A rank takes half of what it has left at once: a locked instruction waits for all stores. At
+  // least `spare` units of others are left to them: their weights are not in this core's cache.
+  MK_INLINE int64_t next(int64_t spare = 2) {
+    if (mine_.begin < mine_.end) return unit(rank_, mine_.begin++);
+    for (int i = 0; i < size_; i++) {
+      const int from = rank_ + i < size_ ? rank_ + i : rank_ + i - size_;
+      const bool own = i == 0;
+      uint64_t seen = __atomic_load_n(word(from), __ATOMIC_ACQUIRE);
+      for (;;) {
+        const int64_t begin = int64_t(uint32_t(seen)), end = int64_t(seen >> 32), left = end - begin;
+        if (left <= (own ? 0 : spare)) break;
+        const int64_t taken = own ? (left + 1) / 2 : 1;
+        const uint64_t rest = own ? seen + uint64_t(taken) : seen - (uint64_t(1) << 32);
+        if (!__atomic_compare_exchange_n(word(from), &seen, rest, true, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) continue;
+        if (!own) return unit(from, end - 1);
+        mine_ = {begin + 1, begin + taken};
+        return unit(rank_, begin);
+      }
+    }
+    return -1;
+  }
+  MK_INLINE int64_t share() const { return count(rank_); }
+
+ private:
+  MK_INLINE uint64_t* word(int rank) const { return left_ + rank * kWords; }
+  MK_INLINE int64_t first(int rank) const { return units_ * rank / size_; }
+  MK_INLINE int64_t count(int rank) const { return first(rank + 1) - first(rank); }
+  MK_INLINE int64_t unit(int rank, int64_t i) const { return back_ ? first(rank + 1) - 1 - i : first(rank) + i; }
+
+  const int64_t units_;
+  const int rank_, size_;
+  uint64_t* const left_;
+  const bool back_;  // every other line backwards, so that the weights that the second cache kept are read before
+                     // others push them out
+  Span mine_{0, 0};  // taken, not begun
+};
+
 // What depends on the cell.
 struct CellKernels {
   void (*pack[kFloatTypes])(const RecurrentForward&, Span panels);
   void (*start[kFloatTypes])(const RecurrentForward&, Span rows);
   void (*project[kFloatTypes])(const RecurrentForward&, Span lines, Span units);
-  void (*step[kFloatTypes])(const RecurrentForward&, int64_t line, int64_t row, int64_t parity, Span units);
+  void (*step[kFloatTypes])(const RecurrentForward&, int64_t line, int64_t row, int64_t parity, Deal units);
   void (*recall[kFloatTypes])(const RecurrentForward&, Span lines, Span panels);  // all steps of known states
   void (*gates_backward[kFloatTypes])(const RecurrentBackward&, int64_t line, void* dz, Span units);  // dz of a line
 };

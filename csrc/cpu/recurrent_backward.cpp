@@ -14,6 +14,7 @@ struct Run {
   int dtype;
   int64_t lines, item;  // lines of a chunk, bytes of an element
   char* operand;        // of all ranks
+  uint64_t* left;       // of a Deal
 };
 
 // Of a rank: the rows of two operands, then a packed panel of one.
@@ -71,7 +72,12 @@ void run_products(const RecurrentBackward& f, const Run& run, Span chunk, const 
     kernels.bias_backward[run.dtype](f, chunk, dz, {blocks.begin * 64, std::min(blocks.end * 64, f.columns())});
   }
   const int64_t units = panels * tiles_of(columns, format.gate_tile);
-  kernels.weight_backward[run.dtype](f, chunk, dz, operand, share(units, rank, size));
+  const auto weight_backward = [&](Span some) { kernels.weight_backward[run.dtype](f, chunk, dz, operand, some); };
+  // Elsewhere a call packs or shares what many units read: those stay together.
+  if (format.pack_bytes == 2)
+    deal_pieces(units, rank, size, run.left, weight_backward);
+  else
+    weight_backward(share(units, rank, size));
 }
 
 // Gradients of what has no step: sequences of length 0, inputs past the ends, states given where nothing resets.
@@ -145,7 +151,7 @@ void run_recurrent(RecurrentBackward& f, const Lengths& lengths, bool reverse, D
   const int64_t rows = std::max<int64_t>(f.rows.rows, 1);
   const int64_t lines = std::clamp<int64_t>(format.chunk_rows / rows, 1, std::max<int64_t>(f.rows.lines, 1));
   const int ranks = ranks_for(f.cell, rows, f.H, tiles_of(f.H, 2 * format.lanes) * tiles_of(rows, format.tile));
-  Run run{kernels, lengths, int(type), lines, item, nullptr};
+  Run run{kernels, lengths, int(type), lines, item, nullptr, take_deal(ranks, scratch)};
   plan_backward(f, format, run, ranks, scratch);
   team(ranks, [&](int rank, int size, Barrier& barrier) {
     finish_sequences(f, run, rank, size);

@@ -46,6 +46,7 @@ struct Run {
   const Lengths& lengths;
   int dtype;
   int64_t lines, item;  // lines of a chunk, bytes of an element
+  uint64_t* left;       // of a Deal
 };
 
 // Sequences without steps hand their state through; outputs past the ends are zero.
@@ -66,6 +67,13 @@ void finish_sequences(const RecurrentForward& f, const Run& run, int rank, int s
   zero_past_ends(f.gates, f.rows, run.lengths, kShapes[int(f.cell)].saved * bytes, steps);
 }
 
+// Operands in parts are shared by many units (by_groups): those stay together.
+void project(const RecurrentForward& f, const Run& run, Span lines, int64_t units, int rank, int size) {
+  const auto kernel = run.kernels.cell[int(f.cell)].project[run.dtype];
+  if (run.kernels.format[run.dtype].product_bytes) return kernel(f, lines, share(units, rank, size));
+  deal_pieces(units, rank, size, run.left, [&](Span piece) { kernel(f, lines, piece); });
+}
+
 void run_lines(const RecurrentForward& f, const Run& run, int rank, int size, Barrier& barrier) {
   const RecurrentKernels& kernels = run.kernels;
   const CellKernels& cell = kernels.cell[int(f.cell)];
@@ -73,7 +81,7 @@ void run_lines(const RecurrentForward& f, const Run& run, int rank, int size, Ba
   const int64_t rows = f.rows.rows, dtype = run.dtype, row_tile = format.row_tiles[int(f.cell)];
   const int64_t vectors = f.panels * kShapes[int(f.cell)].vectors();
   const int64_t columns = format.product_vectors ? tiles_of(vectors, format.product_vectors) : f.panels;
-  const Span step_units = share(f.panels * tiles_of(rows, row_tile), rank, size);
+  const int64_t step_units = f.panels * tiles_of(rows, row_tile);
   cell.pack[dtype](f, share(f.panels, rank, size));
   cell.start[dtype](f, share(rows, rank, size));
   int64_t parity = 0;
@@ -89,12 +97,12 @@ void run_lines(const RecurrentForward& f, const Run& run, int rank, int size, Ba
       continue;
     }
     if (!f.fused) {
-      cell.project[dtype](f, chunk, share(columns * tiles_of(count, format.product_rows(row_tile)), rank, size));
+      project(f, run, chunk, columns * tiles_of(count, format.product_rows(row_tile)), rank, size);
       barrier.wait();
     }
     for (int64_t s = 0; s < chunk.end - chunk.begin; s++, parity ^= 1) {
       const int64_t at = f.rows.reverse ? chunk.end - chunk.begin - 1 - s : s;
-      cell.step[dtype](f, chunk.begin + at, at * rows, parity, step_units);
+      cell.step[dtype](f, chunk.begin + at, at * rows, parity, {step_units, rank, size, run.left, parity != 0});
       barrier.wait();
     }
   }
@@ -124,7 +132,7 @@ void run_recurrent(RecurrentForward& f, const Lengths& lengths, bool reverse, DT
   const int ranks = f.known_output ? ranks_for(f.cell, f.rows.rows * lines, f.H, f.panels)
                                    : ranks_for(f.cell, f.rows.rows, f.H, f.panels * tiles);
   plan_forward(f, format, lines, ranks, scratch);
-  const Run run{kernels, lengths, int(type), lines, item_size(type)};
+  const Run run{kernels, lengths, int(type), lines, item_size(type), take_deal(ranks, scratch)};
   team(ranks, [&](int rank, int size, Barrier& barrier) {
     finish_sequences(f, run, rank, size);
     if (f.rows.lines > 0) run_lines(f, run, rank, size, barrier);

@@ -60,6 +60,21 @@ const RecurrentKernels& kernels_for(const Call& f, DType type) {
 
 inline Span share(int64_t n, int rank, int size) { return {n * rank / size, n * (rank + 1) / size}; }
 
+inline uint64_t* take_deal(int ranks, Scratch& scratch) {
+  uint64_t* left = scratch.take<uint64_t>(ranks * Deal::kWords);
+  std::fill_n(left, ranks * Deal::kWords, 0);
+  return left;
+}
+
+// A Deal of pieces that are some units long.
+template <class Body>
+void deal_pieces(int64_t units, int rank, int size, uint64_t* left, const Body& body) {
+  constexpr int64_t kPieces = 16;  // of a rank: helpers wait little for the last one
+  const int64_t pieces = std::min(units, size == 1 ? 1 : kPieces * size);
+  Deal deal(pieces, rank, size, left);
+  for (int64_t i; (i = deal.next(1)) >= 0;) body(share(units, int(i), int(pieces)));
+}
+
 // Ranks that pay: a barrier costs a few hundred nanoseconds, so a step must be longer than that by far.
 inline int ranks_for(Cell cell, int64_t batch, int64_t hidden, int64_t units) {
   constexpr int64_t kStepFlops = 100000;

@@ -155,20 +155,20 @@ class UnitCells {
 };
 
 // What a later product reads, brought in beside that of unit u: x of the next step, of which every unit takes a share
-// of the rows, or what was projected for the unit after the i-th.
-MK_INLINE Prefetch prefetch_beside(const RecurrentForward& f, int64_t l, int64_t row, const Sweep& sweep, int64_t i,
-                                   int64_t calls) {
-  const int64_t tiles = tiles_of(f.rows.rows, kRows), next = i + 1 < sweep.count() ? sweep[i + 1] : 0;
+// of the rows, or what was projected for unit `next`; -1: none. `i` counts the units of this rank.
+MK_INLINE Prefetch prefetch_beside(const RecurrentForward& f, int64_t l, int64_t row, int64_t next, int64_t i,
+                                   int64_t units, int64_t calls) {
+  const int64_t tiles = tiles_of(f.rows.rows, kRows), unit = next < 0 ? 0 : next;
   if (f.fused) {
-    const Span share = tile_of(f.rows.rows, sweep.count(), i);
+    const Span share = i < units ? tile_of(f.rows.rows, units, i) : Span{0, 0};
     const int64_t after = f.rows.next(l);
     const bool some = after >= 0 && after < f.rows.lines;
     return {element<B16>(f.input, (some ? after : l) * f.input_t + share.begin * f.input_b), f.input_b * 2, f.I / 32,
             some ? share.end - share.begin : 0, calls};
   }
-  const Span b = rows_of(f.rows.rows, next % tiles);
-  return {element<float>(f.projected, (next / tiles * f.chunk + row + b.begin) * kPanel), 256, 4,
-          i + 1 < sweep.count() ? b.end - b.begin : 0, calls};
+  const Span b = rows_of(f.rows.rows, unit % tiles);
+  return {element<float>(f.projected, (unit / tiles * f.chunk + row + b.begin) * kPanel), 256, 4,
+          next < 0 ? 0 : b.end - b.begin, calls};
 }
 
 // z of rows `r` of panel p; x: what was projected for them. A fused run has no x and leaves xn in z.
@@ -197,21 +197,21 @@ MK_INLINE void step_product(const RecurrentForward& f, int64_t l, Span r, int64_
 }
 
 template <class C>
-void step_tiles(const RecurrentForward& f, int64_t l, int64_t row, int64_t parity, Span units) {
+void step_tiles(const RecurrentForward& f, int64_t l, int64_t row, int64_t parity, Deal units) {
   const Tiles shape;
   alignas(64) float z[2][kRows * kPanel];
   const int64_t tiles = tiles_of(f.rows.rows, kRows), depth = depth_of(f.H) + (f.fused ? depth_of(f.I) : 0);
   const int64_t alive = f.rows.alive_at(l);
-  const Sweep sweep{units, parity != 0};
-  if (sweep.count() > 0)
-    fetch_rows(element<B16>(f.hidden[parity], 0), f.ld_hidden, f.H, rows_of(f.rows.rows, sweep[0] % tiles));
+  int64_t next = units.next();
+  if (next >= 0) fetch_rows(element<B16>(f.hidden[parity], 0), f.ld_hidden, f.H, rows_of(f.rows.rows, next % tiles));
   UnitCells<C> cells;
-  for (int64_t i = 0, turn = 0; i < sweep.count(); i++) {
-    const int64_t u = sweep[i], p = u / tiles;
+  for (int64_t i = 0, turn = 0; next >= 0; i++) {
+    const int64_t u = next, p = u / tiles;
+    next = units.next();  // one ahead, for what is brought in beside this one's product
     const Span r = clip(rows_of(f.rows.rows, u % tiles), alive);
     if (r.begin == r.end) continue;
     const int64_t calls = depth * (r.end - r.begin > kBlock ? 2 : 1);
-    Prefetch prefetch = prefetch_beside(f, l, row, sweep, i, calls);
+    Prefetch prefetch = prefetch_beside(f, l, row, next, i, units.share(), calls);
     const auto beside = [&]() __attribute__((always_inline)) { cells.advance(f, l, parity), prefetch(); };
     const float* x = f.fused ? z[turn] : element<float>(f.projected, (p * f.chunk + row + r.begin) * kPanel);
     step_product<C>(f, l, r, p, parity, x, z[turn], beside);

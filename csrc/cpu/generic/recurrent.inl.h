@@ -141,15 +141,14 @@ void project(const RecurrentForward& f, Span lines, Span units) {
 
 // `row`: where the rows of line l start in the chunk.
 template <class C, class T>
-void step(const RecurrentForward& f, int64_t l, int64_t row, int64_t parity, Span units) {
+void step(const RecurrentForward& f, int64_t l, int64_t row, int64_t parity, Deal units) {
   using A = acc_t<T>;
   constexpr int kVectors = shape_of<C>().vectors();
   constexpr int64_t kLanes = Vec<A>::kLanes, kPanel = kPanelVectors * kLanes, kHidden = shape_of<C>().hidden * kLanes;
   alignas(64) A z[tile_rows(kVectors) * kPanel];
   const int64_t tiles = tiles_of(f.rows.rows, tile_rows(kVectors)), alive = f.rows.alive_at(l);
-  const Sweep sweep{units, parity != 0};
-  for (int64_t i = 0; i < sweep.count(); i++) {
-    const int64_t u = sweep[i], p = u / tiles;
+  for (int64_t u; (u = units.next()) >= 0;) {
+    const int64_t p = u / tiles;
     const Span r = clip(tile_of(f.rows.rows, tiles, u % tiles), alive);
     if (r.begin == r.end) continue;
     const A* x = element<A>(f.projected, (p * f.chunk + row + r.begin) * kPanel);
