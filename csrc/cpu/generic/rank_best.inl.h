@@ -55,7 +55,10 @@ struct RankBest {
       left = keep(kept_scores, kept_ids, left, low);
       if (left > room(k)) return sorted(count, k, score, id);
     }
-    rank(left);
+    if (!rank(left)) {
+      place_equal(left, score, id);
+      return k;
+    }
     for (int64_t i = 0; i < left; i++) {  // also those past the k-th: a branch would cost more
       const int64_t place = int64_t(ranks[i]);
       score[place] = kept_scores[i], id[place] = kept_ids[i];
@@ -165,26 +168,30 @@ struct RankBest {
     return total;
   }
 
-  // ranks[i] = how many are better than i. Where the ranks do not add up, some scores are equal: once more with ids.
-  void rank(int64_t count) const {
+  // ranks[i] = how many are larger than i; false where they do not add up: some scores are equal, and share a rank.
+  bool rank(int64_t count) const {
     V total = V::zero();
     int64_t i = 0;
     for (; i + 2 * V::kLanes < count; i += 4 * V::kLanes) total = total + rank_some<4>(i, count);
     if (i < count) total = total + rank_some<2>(i, count);
-    if (int64_t(reduce_add(total)) != count * (count - 1) / 2) rank_with_ties(count);
+    return int64_t(reduce_add(total)) == count * (count - 1) / 2;
   }
 
-  void rank_with_ties(int64_t count) const {
-    const V one = V::set1(A(1));
-    for (int64_t i = 0; i < count; i += V::kLanes) {
-      const V v = V::load(kept_scores + i), id = V::load(kept_ids + i);
-      V better = V::zero();
-      for (int64_t j = 0; j < count; j++) {
-        const V other = V::set1(kept_scores[j]);
-        better = better + select((other > v) | ((other == v) & (V::set1(kept_ids[j]) < id)), one, V::zero());
-      }
-      better.store(ranks + i);
+  // Equal scores take the places from their rank on, then by identifiers: mostly they come in that order.
+  void place_equal(int64_t count, A* score, A* id) const {
+    int16_t taken[4 * (kMostRanked + kMore)];
+    for (int64_t i = 0; i < count; i++) taken[i] = 0;
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t first = int64_t(ranks[i]), place = first + taken[first]++;
+      score[place] = kept_scores[i], id[place] = kept_ids[i];
     }
+    bool ordered = true;
+    for (int64_t i = 1; i < count; i += V::kLanes) {  // past the end: whatever is there
+      const auto falls = V::load(id + i - 1) > V::load(id + i);
+      ordered = ordered && !any((V::load(score + i - 1) == V::load(score + i)) & falls);
+    }
+    for (int64_t i = 1; i < count && !ordered; i++)
+      for (int64_t j = i; j > 0 && score[j - 1] == score[j] && id[j - 1] > id[j]; j--) exchange(id[j - 1], id[j]);
   }
 
   int64_t sorted(int64_t count, int64_t k, A* score, A* id) const {
