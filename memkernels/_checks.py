@@ -178,7 +178,8 @@ def check_dtype(op: str, argument: str, tensor: torch.Tensor | None, dtype: torc
 
 def as_index(op: str, argument: str, got: Any) -> Any:
     """Indices, offsets or lengths as int64, from int64 or int32, on their own device: nothing waits."""
-    check_tensor(op, argument, got)
+    if got.__class__ is not torch.Tensor:
+        check_tensor(op, argument, got)
     if got.dtype == torch.int64:
         return got
     if got.dtype != torch.int32:

@@ -108,6 +108,25 @@ def general_empty(like: torch.Tensor, shape: tuple[int, ...] | None, dtype: torc
     return like.new_empty(like.shape if shape is None else shape, dtype=dtype)
 
 
+ANY, RISING, SPANNING = range(3)
+_SERIAL = 1 << 14  # elements that torch goes over without its threads, for which a forked child would wait for ever
+
+
+def _integers_fit(tensor: torch.Tensor, low: int, high: int, order: int) -> bool | None:
+    """Whether all integers of a tensor lie in low..high; RISING: also the first is low and none is less than the one before; SPANNING:
+    also the last is high. None where looking is not free: not on a CPU, or no plain call."""
+    if tensor.device.type != "cpu" or not plain_call((tensor,)):
+        return None
+    flat = tensor.reshape(-1)
+    if any(int(piece.min()) < low or int(piece.max()) > high for piece in flat.split(_SERIAL) if len(piece)):
+        return False
+    if order == ANY:
+        return True
+    steps = zip(flat[1:].split(_SERIAL), flat[:-1].split(_SERIAL), strict=True)
+    rising = len(flat) > 0 and int(flat[0]) == low and all(bool((after >= before).all()) for after, before in steps)
+    return rising and (order == RISING or int(flat[-1]) == high)
+
+
 # What compiled code of torch allocates with: without parsing of arguments and dispatch, a third of the time of `torch.empty`.
 empty_strided_cpu = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
 
@@ -115,6 +134,7 @@ deterministic = torch._C._get_deterministic_algorithms  # what the public functi
 
 # The C++ backend, once imported, puts faster ones here.
 call_kind: Callable[[tuple[Any, ...], int], int] = _call_kind
+integers_fit: Callable[[torch.Tensor, int, int, int], bool | None] = _integers_fit
 empty: Callable[[torch.Tensor, tuple[int, ...] | None, torch.dtype | None], torch.Tensor] = general_empty
 
 

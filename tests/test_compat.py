@@ -96,6 +96,28 @@ def test_kinds_of_calls(kind):
     assert seen == [_compat.ROUTED]
 
 
+FIT = {"python": _compat._integers_fit, "in use": lambda *args: _compat.integers_fit(*args)}
+
+
+@pytest.mark.parametrize("fit", FIT.values(), ids=FIT)
+def test_integers_fit(fit):
+    least, most = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+    flat, square = torch.tensor([-1, 3, 0]), torch.tensor([[0, 1, 1], [2, 5, 6]])
+    assert fit(flat, -1, 3, _compat.ANY) and fit(square, 0, 6, _compat.SPANNING) and fit(square, 0, 7, _compat.RISING)
+    assert fit(flat[:0], 0, -1, _compat.ANY) and fit(torch.zeros((), dtype=torch.int64).expand(2, 3), 0, 0, _compat.SPANNING)
+    for wrong in (torch.tensor([0, least]), torch.tensor([most, 0]), torch.tensor([4]), torch.tensor([-2]).expand(9)):
+        assert fit(wrong, -1, 3, _compat.ANY) is False
+    assert not fit(square, 0, 7, _compat.SPANNING) and not fit(square, -1, 6, _compat.RISING) and not fit(flat, -1, 3, _compat.RISING)
+    assert fit(square.T, 0, 6, _compat.ANY) and not fit(square.T, 0, 6, _compat.SPANNING) and not fit(flat[:0], 0, 0, _compat.RISING)
+    long = torch.arange(40000)
+    assert fit(long, 0, 39999, _compat.SPANNING) and fit(long[::2], 0, 39998, _compat.SPANNING)
+    long[16384] = 16382
+    assert fit(long, 0, 39999, _compat.ANY) and not fit(long, 0, 39999, _compat.RISING)
+    assert fit(flat.to("meta"), -1, 3, _compat.ANY) is None
+    with torch.autograd.forward_ad.dual_level():
+        assert fit(flat, -1, 3, _compat.ANY) is None
+
+
 class _Watched(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, kind, seen):

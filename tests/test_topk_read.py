@@ -33,6 +33,19 @@ def test_exact_among_many_equal_scores(backend, queries):
         assert torch.equal(mk.topk_read(query, key, value, k, similarity="l2")[2], nearest)
 
 
+@pytest.mark.parametrize("queries", [3, 40])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exact_where_searches_of_other_rows_have_reached_the_same_score(backend, queries):
+    query, key = whole(1, queries, 3, top=2), whole(1, 20000, 3, seed=1, top=2)
+    query[:, 0] = 0  # all scores are 0
+    query[:, 1] = torch.tensor([1e-20, 0.0, 0.0])  # below the normal range
+    key[:, :, 0] = key[:, :, 0] * 1e-20
+    with using(backend):
+        for rows in (key, key.flip(1)):
+            for k in (1, 7):
+                assert torch.equal(mk.topk_read(query, rows, rows, k)[2], ranked(query @ rows.mT, k))
+
+
 @pytest.mark.parametrize("order", ["rising", "falling"])
 def test_exact_in_sorted_memories_of_most_slots(order):
     key = torch.arange(20000.0)[None, :, None]

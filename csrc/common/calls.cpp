@@ -128,6 +128,59 @@ PyObject* tensor_key(PyObject*, PyObject* const* tensors, Py_ssize_t count) {
   return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(words), Py_ssize_t(n * sizeof(int64_t)));
 }
 
+// What the integers of a tensor must be: any from low to high; the first low, and none less than the one before; and
+// the last high.
+enum Order : long { kAny, kRising, kSpanning };
+
+struct Integers {
+  uint64_t low, high, wrong = 0, decreasing = 0;  // the top bits of these two tell
+  uint64_t first = 0, before = 0;
+  bool started = false;
+
+  void see(const dlpack::Tensor& view, const int64_t* from, int axis) {
+    if (axis < view.ndim - 1) {
+      for (int64_t i = 0; i < view.shape[axis]; i++) see(view, from + i * view.strides[axis], axis + 1);
+      return;
+    }
+    const int64_t count = view.ndim ? view.shape[axis] : 1, step = view.ndim ? view.strides[axis] : 1;
+    if (count == 0) return;
+    if (!started) first = before = uint64_t(from[0]), started = true;
+    uint64_t outside = 0, falling = uint64_t(from[0]) - before;
+    if (step == 1) {
+      for (int64_t i = 0; i < count; i++) outside |= (uint64_t(from[i]) - low) | (high - uint64_t(from[i]));
+      for (int64_t i = 1; i < count; i++) falling |= uint64_t(from[i]) - uint64_t(from[i - 1]);
+    } else {
+      for (int64_t i = 0; i < count; i++)
+        outside |= (uint64_t(from[i * step]) - low) | (high - uint64_t(from[i * step]));
+      for (int64_t i = 1; i < count; i++) falling |= uint64_t(from[i * step]) - uint64_t(from[(i - 1) * step]);
+    }
+    wrong |= outside, decreasing |= falling, before = uint64_t(from[(count - 1) * step]);
+  }
+
+  bool fit(long order) const {
+    constexpr uint64_t kTop = uint64_t(1) << 63;
+    if (wrong & kTop) return false;
+    if (order == kAny) return true;
+    return started && first == low && !(decreasing & kTop) && (order == kRising || before == high);
+  }
+};
+
+PyObject* integers_fit(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  if (n != 4) return PyErr_Format(PyExc_TypeError, "integers_fit: expected (tensor, low, high, order)");
+  return guarded([&]() -> PyObject* {
+    dlpack::Tensor view;
+    if (!view_of(args[0], &view) || view.device.type != dlpack::kCPU || dtype_of(view.dtype) != DType::int64 ||
+        watched())
+      Py_RETURN_NONE;
+    const long long low = PyLong_AsLongLong(args[1]), high = PyLong_AsLongLong(args[2]);
+    const long order = PyLong_AsLong(args[3]);
+    if (PyErr_Occurred()) return nullptr;
+    Integers integers{uint64_t(low), uint64_t(high)};
+    integers.see(view, reinterpret_cast<const int64_t*>(static_cast<char*>(view.data) + view.byte_offset), 0);
+    return PyBool_FromLong(integers.fit(order));
+  });
+}
+
 // (sizes, strides) of a contiguous tensor like `view`, or of these sizes; false where they are not plain integers.
 bool layout_of(const dlpack::Tensor& view, PyObject* shape, py::tuple& sizes, py::tuple& strides) {
   const Py_ssize_t ndim = shape == Py_None ? view.ndim : PyTuple_Check(shape) ? PyTuple_GET_SIZE(shape) : -1;
@@ -172,8 +225,11 @@ PyMethodDef fast(const char* name, Function function) {
 void bind_calls(py::module_& m) {
   m.def("bind_torch", &bind_torch, py::arg("tensor"), py::arg("parameter"), py::arg("watchers"), py::arg("forward_ad"),
         py::arg("grad_enabled"), py::arg("deterministic"), py::arg("empty_strided"), py::arg("general_empty"));
-  static PyMethodDef functions[] = {
-      fast("call_kind", &call_kind), fast("tensor_key", &tensor_key), fast("empty", &empty), {}};
+  static PyMethodDef functions[] = {fast("call_kind", &call_kind),
+                                    fast("tensor_key", &tensor_key),
+                                    fast("empty", &empty),
+                                    fast("integers_fit", &integers_fit),
+                                    {}};
   if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
 }
 

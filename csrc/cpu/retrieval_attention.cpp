@@ -6,6 +6,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "common/pages.h"
 #include "cpu/attention_host.h"
 #include "cpu/select.h"
 
@@ -142,6 +143,9 @@ void for_queries(const RetrievalArgs& r, int64_t bytes, int64_t first, int64_t l
 void retrieved_gradients(RetrievalArgs r, const AttentionArgs& a, const RetrievalKernels& kernels, int type) {
   const bool memory = r.dmemory_key || r.dmemory_value;
   if (!memory && !a.dquery && !a.dkey && !r.dbias) return;
+  const int64_t memory_rows = r.batch * r.key_heads * r.rows, item = item_size(DType(type));
+  r.key_cleared = r.dmemory_key && clear_pages(r.dmemory_key, memory_rows * r.width * item);
+  r.value_cleared = r.dmemory_value && clear_pages(r.dmemory_value, memory_rows * r.value_width * item);
   const int64_t bytes = kernels.scratch[type](r), size = sum_size(DType(type)), group = r.heads / r.key_heads;
   const int64_t each = 2 * group * r.queries * r.slots * size, heads = r.batch * r.key_heads;
   const int64_t tasks = std::max<int64_t>(1, group * blocks_of(r.queries, kRetrievingQueries));

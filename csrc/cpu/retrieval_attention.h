@@ -17,6 +17,7 @@ struct RetrievalArgs {
   // on; null: nobody needs them.
   void *local, *retrieved;
   int64_t first_head;
+  bool key_cleared, value_cleared;  // these gradients read as zero already: rows that nobody retrieved stay unwritten
 };
 
 struct RetrievalKernels {

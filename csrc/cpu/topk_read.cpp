@@ -1,6 +1,9 @@
 // topk_read, host side: checks, the split into tasks, the Python binding.
 #include "cpu/topk_read.h"
 
+#include <algorithm>
+#include <limits>
+
 #include "cpu/attention_host.h"
 #include "cpu/select.h"
 
@@ -51,6 +54,13 @@ TopkArgs arguments(const InputView& query, const InputView& key, const InputView
   return a;
 }
 
+template <class A>
+void* nothing_reached(Scratch& scratch, const TopkArgs& a) {
+  A* reached = scratch.take<A>(a.batch * a.queries);
+  std::fill_n(reached, a.batch * a.queries, -std::numeric_limits<A>::infinity());
+  return reached;
+}
+
 double work(const TopkArgs& a) { return 2.0 * double(a.batch * a.queries) * double(a.rows * (a.width + 4)); }
 double chosen_work(const TopkArgs& a) {
   return 2.0 * double(a.batch * a.queries) * double(a.slots) * double(a.width + a.value_width + 64);
@@ -77,6 +87,8 @@ void forward(const TensorView& read, const TensorView& weights, const TensorView
   const int64_t pair = kernels.pair_bytes[type](), part_pairs = a.batch * a.queries * a.slots;
   Scratch scratch;
   char* found = scratch.take<char>(parts * part_pairs * pair);
+  a.reached =
+      query.dtype() == DType::float64 ? nothing_reached<double>(scratch, a) : nothing_reached<float>(scratch, a);
   run_tasks(a.batch * groups * parts, work(a), kernels.search_scratch[type](a), [&](int64_t task, void* memory) {
     const int64_t part = task % parts, b = task / parts / groups, begin = task / parts % groups * kTopkQueries;
     char* to = found + (part * part_pairs + (b * a.queries + begin) * a.slots) * pair;

@@ -15,7 +15,10 @@ struct TopkArgs {
   int64_t batch, queries, rows, width, value_width, slots;
   enum { dot, cosine, l2 } similarity;
   double scale;
-  bool few;     // queries are summed lane by lane along their rows, not by tiles: the rows are read in place
+  bool few;  // queries are summed lane by lane along their rows, not by tiles: the rows are read in place
+  // Forward, [B][Q] of the accumulation type, -inf at first: a score that k rows of some finished search reach.
+  // Searches of other rows read it at any time; it saves them work and changes no result.
+  void* reached;
   void* given;  // backward, of the accumulation type: [B][Q][k][3]: weight, factor of the query, factor of the row
 };
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from memkernels import _compat
 from memkernels._checks import as_index, check_dense, check_dtype, check_number, fail
-from memkernels._compat import plain_call
 
 FAR = 2**40  # past the end of any sequence, and far from where int64 positions overflow
 
@@ -43,8 +43,7 @@ def key_lengths(op: str, lengths: Any, query: torch.Tensor, lead: Any, keys: int
     check_dtype(op, "lengths_k", lengths, torch.int64, query)
     if lengths.shape != lead:
         fail(op, "lengths_k", f"shape {tuple(lead)}, the query's before its heads", f"shape {tuple(lengths.shape)}")
-    if not torch.compiler.is_compiling() and lengths.device.type == "cpu" and plain_call((lengths,)) and lengths.numel():
+    if not torch.compiler.is_compiling() and _compat.integers_fit(lengths, 0, keys, _compat.ANY) is False:
         low, high = (int(v) for v in torch.aminmax(lengths))
-        if low < 0 or high > keys:
-            fail(op, "lengths_k", f"values in 0..K={keys}", f"{low}..{high}")
+        fail(op, "lengths_k", f"values in 0..K={keys}", f"{low}..{high}")
     return lengths if len(lead) == 1 else lengths.reshape(-1)

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from memkernels import _compat
 from memkernels._checks import check_dense, check_flag, check_floating, check_tensor, fail
-from memkernels._compat import functorch_active, jit_tracing, plain_call
+from memkernels._compat import functorch_active, jit_tracing
 from memkernels._registry import Arg
 
 # What a layer with one state takes besides its options.
@@ -36,10 +37,9 @@ def pair(op: str, argument: str, got: Any, expected: str, names: tuple[str, str]
 
 def check_lengths(op: str, lengths: torch.Tensor, input: torch.Tensor) -> None:
     """Reads the values only where that is free: on a CPU, outside of transforms and tracing; the C++ kernel looks in any case."""
-    if not torch.compiler.is_compiling() and lengths.device.type == "cpu" and plain_call((lengths,)) and lengths.numel():
+    if not torch.compiler.is_compiling() and _compat.integers_fit(lengths, 0, input.shape[0], _compat.ANY) is False:
         low, high = (int(v) for v in torch.aminmax(lengths))
-        if low < 0 or high > input.shape[0]:
-            fail(op, "lengths", f"values in 0..T={input.shape[0]}", f"{low}..{high}")
+        fail(op, "lengths", f"values in 0..T={input.shape[0]}", f"{low}..{high}")
 
 
 def check_flags(op: str, **flags: Any) -> None:

@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import torch
 
+from memkernels import _compat
 from memkernels._checks import Signature, as_index, check_choice, check_flag, check_number, fail
-from memkernels._compat import plain_call
 from memkernels._registry import Arg, Out, define_op, new_empty
 from memkernels.ops._attention import softmax_scale, window_limits
 from memkernels.ops.attention import CORNERS
@@ -80,7 +80,7 @@ def attention_varlen(
     heads, key_heads = dims["NH"], dims["NHk"]
     if heads % key_heads if key_heads else heads:
         fail("attention_varlen", "key", f"a divisor of {heads} heads", f"shape {tuple(key.shape)}")
-    if not torch.compiler.is_compiling() and query.device.type == "cpu" and plain_call((cu_seqlens_q, cu_seqlens_k)):
+    if not torch.compiler.is_compiling():
         _check_values("cu_seqlens_q", cu_seqlens_q, "Tq", dims)
         _check_values("cu_seqlens_k", cu_seqlens_k, "Tk", dims)
     if causal not in CORNERS:
@@ -96,9 +96,9 @@ def attention_varlen(
 
 
 def _check_values(name, starts, letter, dims):
-    """Called only where reading them is free: on a CPU, outside of transforms and tracing; the C++ kernel looks in any case."""
-    values = starts.tolist()
-    if values[0] != 0 or values[-1] > dims[letter] or values != sorted(values):
+    """Reads them only where that is free: on a CPU, outside of transforms and tracing; the C++ kernel looks in any case."""
+    if _compat.integers_fit(starts, 0, dims[letter], _compat.RISING) is False:
+        values = starts.tolist()
         at = next((i for i, (a, b) in enumerate(pairwise(values)) if a > b), None)
         got = f"{values[0]} to {values[-1]}" if at is None else f"{values[at]} before {values[at + 1]}"
         fail("attention_varlen", name, f"values that do not decrease, from 0 to at most {letter}={dims[letter]}", got)

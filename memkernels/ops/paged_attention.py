@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from memkernels import _compat
 from memkernels._checks import Signature, as_index, check_flag, fail
-from memkernels._compat import plain_call
 from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
 from memkernels.ops._attention import softmax_scale
 
@@ -81,12 +81,14 @@ def paged_attention(
 
 def _check_values(page_table, lengths, dims):
     """Reads them only where that is free: on a CPU, outside of transforms and tracing; the C++ kernel looks in any case."""
-    if torch.compiler.is_compiling() or lengths.device.type != "cpu" or not plain_call((page_table, lengths)):
+    if torch.compiler.is_compiling():
         return
-    most, size, pages, found = dims["M"] * dims["S"], dims["S"], dims["P"], lengths.tolist()
-    if not found:
+    most, size, pages = dims["M"] * dims["S"], dims["S"], dims["P"]
+    fit = _compat.integers_fit(lengths, 0, most, _compat.ANY)
+    if fit is None or (fit and _compat.integers_fit(page_table, 0, pages - 1, _compat.ANY) is not False):
         return
-    if min(found) < 0 or max(found) > most:
+    found = lengths.tolist()  # or an entry of the table is no page: does a length use it?
+    if not fit:
         fail(NAME, "lengths", f"values in 0..M*S={most}", f"{min(found)}..{max(found)}")
     longest = -(-max(found) // size) if size else 0
     table = page_table if longest == dims["M"] else page_table[:, :longest]

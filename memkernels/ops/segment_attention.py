@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from memkernels import _compat
 from memkernels._checks import Signature, as_index, check_flag, fail
-from memkernels._compat import plain_call
 from memkernels._registry import Arg, Out, define_op, new_empty
 from memkernels.ops._attention import softmax_scale
 from memkernels.ops._recurrent import needs_gradients
@@ -77,23 +77,18 @@ def segment_attention(
     return (out, lse) if return_lse else out
 
 
-_SERIAL = 16384  # elements that torch goes over without its threads, for which a forked child would wait for ever
-
-
 def _check_graph(ptr, index, key):
     """Reads the values only where that is free: on a CPU, outside of transforms and tracing; the C++ kernel looks in any case."""
-    if torch.compiler.is_compiling() or ptr.device.type != "cpu" or not plain_call((ptr, index)):
+    if torch.compiler.is_compiling():
         return
-    edges = index.shape[0]
-    rising = all(bool((after >= before).all()) for after, before in zip(ptr[1:].split(_SERIAL), ptr[:-1].split(_SERIAL), strict=True))
-    if int(ptr[0]) != 0 or int(ptr[-1]) != edges or not rising:
+    edges, nodes = index.shape[0], key.shape[0]
+    if _compat.integers_fit(ptr, 0, edges, _compat.SPANNING) is False:
+        rising = bool((ptr[1:] >= ptr[:-1]).all())
         got = f"{int(ptr[0])} to {int(ptr[-1])}" + ("" if rising else ", decreasing in between")
         fail("segment_attention", "ptr", f"offsets from 0 to E={edges} that do not decrease", got)
-    if edges:
-        ends = [torch.aminmax(part) for part in index.split(_SERIAL)]
-        low, high = min(int(end.min) for end in ends), max(int(end.max) for end in ends)
-        if low < 0 or high >= key.shape[0]:
-            fail("segment_attention", "index", f"values in 0..Ns-1={key.shape[0] - 1}", f"{low}..{high}", IndexError)
+    if _compat.integers_fit(index, 0, nodes - 1, _compat.ANY) is False:
+        low, high = (int(end) for end in torch.aminmax(index))
+        fail("segment_attention", "index", f"values in 0..Ns-1={nodes - 1}", f"{low}..{high}", IndexError)
 
 
 def _allocate(query, key, value, ptr, index, edge_bias, scale, saving):

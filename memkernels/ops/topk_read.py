@@ -81,7 +81,10 @@ def topk_read(
     if shared == (True, True) and mask is None:  # the queries of all entries go over the memory together
         found = OP(query.reshape(1, batch * dims["Q"], query.shape[2]), key[None], value[None], None, *options)
         return tuple(t.view(batch, dims["Q"], t.shape[2]) for t in found)  # type: ignore[return-value]
-    key, value = (t.expand(batch, -1, -1) if t.ndim == 2 else t for t in (key, value))
+    if shared[0]:
+        key = key.expand(batch, -1, -1)
+    if shared[1]:
+        value = value.expand(batch, -1, -1)
     read, weights, index = OP(query, key, value, mask, *options)
     return read, weights, index
 

@@ -1,3 +1,3 @@
-#include "cpu/avx512/attention_vec.h"
+#include "cpu/avx512/compress.h"
 
 #include "cpu/generic/topk_read.inl.h"

@@ -100,7 +100,7 @@ MK_INLINE Vec<float> round(Vec<float> a) {
 }
 MK_INLINE Vec<float> scale(Vec<float> a, Vec<float> n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 MK_INLINE Vec<float> exponent(Vec<float> a) { return {_mm512_getexp_ps(a.v)}; }
-MK_INLINE Vec<float> mantissa(Vec<float> a) { return {_mm512_getmant_ps(a.v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero)}; }
+MK_INLINE Vec<float> mantissa(Vec<float> a) { return {_mm512_getmant_ps(a.v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_nan)}; }
 MK_INLINE Mask16 operator<(Vec<float> a, Vec<float> b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 MK_INLINE Mask16 operator<=(Vec<float> a, Vec<float> b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)}; }
 MK_INLINE Mask16 operator>(Vec<float> a, Vec<float> b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
@@ -177,9 +177,7 @@ MK_INLINE Vec<double> round(Vec<double> a) {
 }
 MK_INLINE Vec<double> scale(Vec<double> a, Vec<double> n) { return {_mm512_scalef_pd(a.v, n.v)}; }
 MK_INLINE Vec<double> exponent(Vec<double> a) { return {_mm512_getexp_pd(a.v)}; }
-MK_INLINE Vec<double> mantissa(Vec<double> a) {
-  return {_mm512_getmant_pd(a.v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero)};
-}
+MK_INLINE Vec<double> mantissa(Vec<double> a) { return {_mm512_getmant_pd(a.v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_nan)}; }
 MK_INLINE Mask8 operator<(Vec<double> a, Vec<double> b) { return {_mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ)}; }
 MK_INLINE Mask8 operator<=(Vec<double> a, Vec<double> b) { return {_mm512_cmp_pd_mask(a.v, b.v, _CMP_LE_OQ)}; }
 MK_INLINE Mask8 operator>(Vec<double> a, Vec<double> b) { return {_mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ)}; }

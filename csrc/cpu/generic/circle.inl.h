@@ -97,22 +97,20 @@ struct Sharpening {
   }
 };
 
-// One of these vectors: it, its logarithm and its power `sharpen` - 1; 0, 0 and 1 where it is not positive. NaN stays
-// NaN.
-template <class V>
-struct Sharpened {
-  V ratio, logarithm, power;
-  typename V::Mask positive;
-  MK_INLINE Sharpened(V shifted, const Sharpening<V>& by) {
-    const V scaled = shifted * by.scale, quotient = scaled * by.inverse;
+// A row of shifted weights over its largest, in place, and the logarithms: 0 and 0 where a weight is not positive. NaN
+// stays NaN. A pass of its own: with the exponential behind the logarithm in one, few vectors are in flight at a time.
+template <class A>
+MK_INLINE void take_logarithms(A* shifted, int64_t rows, const Sharpening<Vec<A>>& by, A* logarithm) {
+  using V = Vec<A>;
+  for_each_vec<V>(rows, [&](int64_t i, auto part) {
+    const V scaled = load<V>(shifted + i, part) * by.scale, quotient = scaled * by.inverse;
     // Rounded as a division does, at a quarter of its time: exactly 1 for the largest.
-    ratio = fma(fma(quotient, by.minus, scaled), by.inverse, quotient);
-    positive = !(ratio <= V::zero());
-    ratio = select(positive, ratio, V::zero());
-    logarithm = log(select(positive, ratio, V::set1(1)));
-    power = exp(by.above * logarithm);
-  }
-};
+    const V ratio = fma(fma(quotient, by.minus, scaled), by.inverse, quotient);
+    const auto positive = !(ratio <= V::zero());
+    store(select(positive, ratio, V::zero()), shifted + i, part);
+    store(log(select(positive, ratio, V::set1(1))), logarithm + i, part);
+  });
+}
 
 }  // namespace
 }  // namespace mk::cpu::MK_LEVEL

@@ -54,10 +54,10 @@ void location_address_forward(const LocationAddressArgs& a, int64_t b, int64_t r
   LocationHead<S> head(a, b, r, scratch);
   const A largest = head.shift();
   const Sharpening<V> by(largest, head.sharpen);
+  take_logarithms(head.shifted, head.rows, by, head.logarithm);
   V sum = V::zero();
   for_each_vec<V>(head.rows, [&](int64_t i, auto part) {
-    const Sharpened<V> w(load<V>(head.shifted + i, part), by);
-    const V mass = w.ratio * w.power;
+    const V mass = load<V>(head.shifted + i, part) * exp(by.above * load<V>(head.logarithm + i, part));
     store(mass, head.shifted + i, part);
     sum = sum + in_part(mass, V::zero(), part);
   });
@@ -99,15 +99,15 @@ void location_address_backward(const LocationAddressArgs& a, int64_t b, int64_t 
   const A sum = stats[1] == 0 ? A(1) : stats[1];
   const Sharpening<V> by(stats[0], head.sharpen);
   const V inverse = V::set1(1 / sum);
+  take_logarithms(head.shifted, head.rows, by, head.logarithm);
   V dot = V::zero(), mass = V::zero();
   for_each_vec<V>(head.rows, [&](int64_t i, auto part) {
-    const Sharpened<V> w(load<V>(head.shifted + i, part), by);
-    const V weight = w.ratio * w.power * inverse;
+    const V ratio = load<V>(head.shifted + i, part), power = exp(by.above * load<V>(head.logarithm + i, part));
+    const V weight = ratio * power * inverse;
     dot = fma(weight, load<V>(dweights + i, part), dot);
     mass = mass + in_part(weight, V::zero(), part);
     store(weight, head.shifted + i, part);
-    store(w.logarithm, head.logarithm + i, part);
-    store(select(w.positive, w.power, V::zero()), head.power + i, part);
+    store(select(ratio <= V::zero(), V::zero(), power), head.power + i, part);
   });
   // Below this the slope of a row of nothing but such weights would leave the range of A.
   constexpr A kLeast = sizeof(A) == 4 ? A(0x1p-100) : A(0x1p-900);

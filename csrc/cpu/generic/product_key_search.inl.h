@@ -47,15 +47,16 @@ MK_INLINE int64_t staircase(int64_t k, int64_t count) {
 template <class A>
 struct ProductKeyScratch {
   A *query, *scores;
-  A* best[2][2];  // of each half: scores, identifiers
-  int64_t step;   // of the scores of one query
+  A* best[2][2];         // of each half: scores, identifiers
+  int64_t packed, step;  // of all panels of a half; of the scores of one query, with the room that RankBest wants
   RankBest<A> halves, pairs;
   int64_t used;
 
   ProductKeyScratch(const ProductKeyArgs& a, Carver carver)
       : query(carver.take<A>(kProductKeyQueries * a.width)),
-        scores(carver.take<A>(2 * kProductKeyQueries * panels_of(a.count, kColumns<A>) * kColumns<A>)),
-        step(panels_of(a.count, kColumns<A>) * kColumns<A>),
+        scores(carver.take<A>(2 * kProductKeyQueries * (panels_of(a.count, kColumns<A>) + 1) * kColumns<A>)),
+        packed(panels_of(a.count, kColumns<A>) * kColumns<A>),
+        step(packed + kColumns<A>),
         halves(carver, a.count),
         pairs(carver, larger(staircase(a.slots, a.count), a.slots)) {
     for (auto& half : best)
@@ -73,16 +74,13 @@ template <class A, class T>
 void score_half(const ProductKeyArgs& a, const ProductKeyScratch<A>& w, int64_t h, int64_t p, int64_t begin,
                 int64_t queries, A* scores) {
   const T* from = row_at<T>(a.query, begin, h, p);
-  const A* rows = w.query;
-  int64_t stride = a.width;
-  if constexpr (sizeof(T) == sizeof(A))
-    rows = from, stride = a.query.b;
-  else
-    for (int64_t q = 0; q < queries; q++) widen(from + q * a.query.b, a.width, w.query + q * a.width);
-  const A* packed = static_cast<const A*>(a.packed) + (h * 2 + p) * w.step * a.width;
-  for (int64_t column = 0; column < w.step; column += kColumns<A>)
+  // Copied in any type: queries often lie a power of two apart, where more than a few share their lines of the L1
+  // cache.
+  for (int64_t q = 0; q < queries; q++) widen(from + q * a.query.b, a.width, w.query + q * a.width);
+  const A* packed = static_cast<const A*>(a.packed) + (h * 2 + p) * w.packed * a.width;
+  for (int64_t column = 0; column < w.packed; column += kColumns<A>)
     for (int64_t q = 0; q < queries; q += tile_rows(2))
-      gemm_tile_for<A, 2, false>(smaller(tile_rows(2), queries - q))(a.width, rows + q * stride, stride,
+      gemm_tile_for<A, 2, false>(smaller(tile_rows(2), queries - q))(a.width, w.query + q * a.width, a.width,
                                                                      packed + column * a.width, nullptr, 0,
                                                                      scores + q * w.step + column, w.step);
 }
@@ -136,9 +134,7 @@ void product_key_forward(const ProductKeyArgs& a, int64_t h, int64_t begin, int6
   for (int64_t q = 0; q < queries; q++) {
     int64_t count[2];
     for (int64_t p = 0; p < 2; p++) {
-      const A* from = w.scores + (p * kProductKeyQueries + q) * w.step;
-      for_each_vec<Vec<A>>(
-          a.count, [&](int64_t i, auto part) { store(load<Vec<A>>(from + i, part), w.halves.scores + i, part); });
+      halves.scores = w.scores + (p * kProductKeyQueries + q) * w.step;
       count[p] = halves.find(a.count, a.slots, w.best[p][0], w.best[p][1]);
     }
     best_pairs<A, T>(a, w, count, (begin + q) * a.heads + h);

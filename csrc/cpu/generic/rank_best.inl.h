@@ -1,36 +1,21 @@
-// The k best of a few hundred scores, sorted, without a branch on a score: the least of k or more group maxima bounds
-// the k-th best from below, bisection raises the bound until little more than k are left, and those are ranked by
-// counting, against each in turn, how many are better. Ties go to the lowest identifier. What does not fit (NaN, very
-// many equal scores, many slots) goes through sortable pairs (top_k.inl.h), with the same result.
+// The k best of a few hundred scores, sorted, without a branch on a score: of the maxima of 2 k or more groups a
+// bisection finds about the k-th, which bounds the k-th best from below so well that little more than k are left, and
+// those are ranked by counting, against each in turn, how many are better. Ties go to the lowest identifier. What does
+// not fit (NaN, very many equal scores, many slots) goes through sortable pairs (top_k.inl.h), with the same result.
 #pragma once
 #include "cpu/generic/attention_block.inl.h"
+#include "cpu/generic/compress.inl.h"
 #include "cpu/generic/top_k.inl.h"
 
 namespace mk::cpu::MK_LEVEL {
 namespace {
-
-#if !MK_HAVE_COMPRESS
-// The lanes of the mask go to `to`, whole vectors of which may be written; returns how many there are.
-template <class T>
-MK_INLINE int64_t compress(typename Vec<T>::Mask mask, Vec<T> v, T* to) {
-  T lanes[Vec<T>::kLanes], kept[Vec<T>::kLanes];
-  v.store(lanes);
-  select(mask, Vec<T>::set1(T(1)), Vec<T>::zero()).store(kept);
-  int64_t count = 0;
-  for (int64_t l = 0; l < Vec<T>::kLanes; l++) {
-    to[count] = lanes[l];
-    count += kept[l] != T(0);
-  }
-  return count;
-}
-#endif
 
 constexpr int64_t kMostRanked = 64;  // slots; more are cheaper to sort
 
 // Identifiers are whole numbers that A holds exactly.
 template <class A>
 struct RankBest {
-  A *scores, *ids, *kept_scores, *kept_ids, *ranks;  // whole vectors and one more
+  A *scores, *ids, *kept_scores, *kept_ids, *ranks;  // room for two more vectors
   Pair<A>* pairs;
 
   static constexpr int64_t kMore = Vec<A>::kLanes;
@@ -54,21 +39,26 @@ struct RankBest {
     A low, high;
     if (!bounds(count, k, low, high)) return sorted(count, k, score, id);
     int64_t left = keep(scores, ids, count, low);
-    const int64_t wanted = k + kMore;
-    for (int round = 0; round < 12 && left > wanted; round++) {
-      const A middle = low + (high - low) * A(0.5);
-      if (!(low < middle && middle < high)) break;
-      const int64_t above = at_least(kept_scores, left, middle);
-      if (above < k) {
-        high = middle;
-      } else {
-        low = middle;
-        if (above <= wanted) break;
+    const int64_t wanted = k + 2 * kMore;
+    if (left > wanted) {
+      for (int round = 0; round < 12; round++) {
+        const A middle = low + (high - low) * A(0.5);
+        if (!(low < middle && middle < high)) break;
+        const int64_t above = at_least(kept_scores, left, middle);
+        if (above < k) {
+          high = middle;
+        } else {
+          low = middle;
+          if (above <= wanted) break;
+        }
       }
+      left = keep(kept_scores, kept_ids, left, low);
+      if (left > room(k)) return sorted(count, k, score, id);
     }
-    left = keep(kept_scores, kept_ids, left, low);
-    if (left > 4 * wanted) return sorted(count, k, score, id);
-    rank(left);
+    if (!rank(left)) {
+      place_equal(left, score, id);
+      return k;
+    }
     for (int64_t i = 0; i < left; i++) {  // also those past the k-th: a branch would cost more
       const int64_t place = int64_t(ranks[i]);
       score[place] = kept_scores[i], id[place] = kept_ids[i];
@@ -84,26 +74,61 @@ struct RankBest {
     V::set1(-kInfinity<A>).store(from + count + V::kLanes);
   }
 
-  // At least k scores are >= low, none is > high; false where something is no number or fewer than k are finite.
   MK_INLINE bool bounds(int64_t count, int64_t k, A& low, A& high) const {
-    V group[kMostRanked / V::kLanes];
-    const int64_t groups = (k + V::kLanes - 1) / V::kLanes;
-    for (int64_t g = 0; g < groups; g++) group[g] = V::set1(-kInfinity<A>);
-    V odd = V::zero();
-    for (int64_t i = 0, g = 0; i < count; i += V::kLanes, g = g + 1 < groups ? g + 1 : 0) {
+    switch ((k + V::kLanes - 1) / V::kLanes) {
+      case 1:
+        return bounds_of<2>(count, k, low, high);
+      case 2:
+        return bounds_of<4>(count, k, low, high);
+      default:
+        return bounds_of<2 * kMostRanked / V::kLanes>(count, k, low, high);
+    }
+  }
+
+  // At least k scores are >= low, none is > high; false where something is no number or fewer than k are finite. N
+  // vectors of groups.
+  template <int N>
+  bool bounds_of(int64_t count, int64_t k, A& low, A& high) const {
+    const V none = V::set1(-kInfinity<A>), all = V::set1(kInfinity<A>);
+    V group[N], sum[N];
+    for (int g = 0; g < N; g++) group[g] = none, sum[g] = V::zero();
+    int64_t i = 0;
+    for (; i + (N - 1) * V::kLanes < count; i += N * V::kLanes)
+      for (int g = 0; g < N; g++) {
+        const V v = V::load(scores + i + g * V::kLanes);
+        group[g] = max(group[g], v), sum[g] = sum[g] + v;
+      }
+    for (int g = 0; i < count; i += V::kLanes, g++) {
       const V v = V::load(scores + i);
-      odd = select(v == v, odd, V::set1(A(1)));
-      group[g] = max(group[g], v);
+      group[g] = max(group[g], v), sum[g] = sum[g] + v;
     }
-    V least = group[0], most = group[0];
-    for (int64_t g = 1; g < groups; g++) least = min(least, group[g]), most = max(most, group[g]);
+    V least = all, most = group[0], total = sum[0];
+    for (int g = 0; g < N; g++) least = min(least, select(group[g] > none, group[g], all)), most = max(most, group[g]);
+    for (int g = 1; g < N; g++) total = total + sum[g];
     low = -reduce_max(-least), high = reduce_max(most);
-    if (low == -kInfinity<A>) {  // too few for every group to have one: the least of all that are there
-      V all = V::set1(kInfinity<A>);
-      for_each_vec<V>(count, [&](int64_t i, auto part) { all = in_part(min(all, V::load(scores + i)), all, part); });
-      low = -reduce_max(-all);
+    const A numbers = reduce_add(total);  // -inf beyond the end; NaN from a NaN or from -inf and +inf
+    if (numbers != numbers || !(low < kInfinity<A> && high < kInfinity<A>)) return false;
+    if (above<N>(group, low) < k) {  // too few groups have one: the least of all that are there
+      V every = all;
+      for_each_vec<V>(count,
+                      [&](int64_t j, auto part) { every = in_part(min(every, V::load(scores + j)), every, part); });
+      low = -reduce_max(-every);
+      return low > -kInfinity<A>;
     }
-    return reduce_max(odd) == A(0) && low > -kInfinity<A> && high < kInfinity<A>;
+    A end = high;
+    for (int round = 0; round < 6; round++) {  // no branch: half of the time it would be the other one
+      const A middle = low + (end - low) * A(0.5);
+      const bool enough = above<N>(group, middle) >= k;
+      low = enough ? middle : low, end = enough ? end : middle;
+    }
+    return true;
+  }
+
+  template <int N>
+  static MK_INLINE int64_t above(const V* group, A bound) {
+    int64_t found = 0;
+    for (int g = 0; g < N; g++) found += lanes_in(group[g] >= V::set1(bound));
+    return found;
   }
 
   MK_INLINE int64_t keep(const A* from, const A* from_ids, int64_t count, A low) const {
@@ -118,43 +143,55 @@ struct RankBest {
     return left;
   }
 
-  MK_INLINE int64_t at_least(const A* from, int64_t count, A bound) const {
-    V above = V::zero();
-    for (int64_t i = 0; i < count; i += V::kLanes)
-      above = above + select(V::load(from + i) >= V::set1(bound), V::set1(A(1)), V::zero());
-    return int64_t(reduce_add(above));
+  static MK_INLINE int64_t at_least(const A* from, int64_t count, A bound) {
+    int64_t found = 0;
+    for (int64_t i = 0; i < count; i += V::kLanes) found += lanes_in(V::load(from + i) >= V::set1(bound));
+    return found;
   }
 
-  // ranks[i] = how many are better than i. Where the ranks do not add up, some scores are equal: once more with ids.
-  void rank(int64_t count) const {
-    V total = V::zero();
-    for (int64_t i = 0; i < count; i += 2 * V::kLanes) {  // two vectors: the sums of one wait for each other
-      const V low = V::load(kept_scores + i), high = V::load(kept_scores + i + V::kLanes), one = V::set1(A(1));
-      V better_low = V::zero(), better_high = V::zero();
-      for (int64_t j = 0; j < count; j++) {
-        const V other = V::set1(kept_scores[j]);
-        better_low = select(other > low, better_low + one, better_low);
-        better_high = select(other > high, better_high + one, better_high);
-      }
-      better_low.store(ranks + i), better_high.store(ranks + i + V::kLanes);
-      total = total + select(V::first_lanes(smaller(count - i, V::kLanes)), better_low, V::zero());
-      total =
-          total + select(V::first_lanes(larger(0, smaller(count - i - V::kLanes, V::kLanes))), better_high, V::zero());
-    }
-    if (int64_t(reduce_add(total)) != count * (count - 1) / 2) rank_with_ties(count);
-  }
-
-  void rank_with_ties(int64_t count) const {
+  // Ranks of N vectors of what is left, from `first` on; returns their sum. The counts of one vector wait for each
+  // other.
+  template <int N>
+  MK_INLINE V rank_some(int64_t first, int64_t count) const {
     const V one = V::set1(A(1));
-    for (int64_t i = 0; i < count; i += V::kLanes) {
-      const V v = V::load(kept_scores + i), id = V::load(kept_ids + i);
-      V better = V::zero();
-      for (int64_t j = 0; j < count; j++) {
-        const V other = V::set1(kept_scores[j]);
-        better = better + select((other > v) | ((other == v) & (V::set1(kept_ids[j]) < id)), one, V::zero());
-      }
-      better.store(ranks + i);
+    V own[N], better[N], total = V::zero();
+    for (int n = 0; n < N; n++) own[n] = V::load(kept_scores + first + n * V::kLanes), better[n] = V::zero();
+    for (int64_t j = 0; j < count; j++) {
+      const V other = V::set1(kept_scores[j]);
+      for (int n = 0; n < N; n++) better[n] = add_in(other > own[n], better[n], one);
     }
+    for (int n = 0; n < N; n++) {
+      const int64_t there = larger(0, smaller(count - first - n * V::kLanes, V::kLanes));
+      better[n].store(ranks + first + n * V::kLanes);
+      total = total + select(V::first_lanes(there), better[n], V::zero());
+    }
+    return total;
+  }
+
+  // ranks[i] = how many are larger than i; false where they do not add up: some scores are equal, and share a rank.
+  bool rank(int64_t count) const {
+    V total = V::zero();
+    int64_t i = 0;
+    for (; i + 2 * V::kLanes < count; i += 4 * V::kLanes) total = total + rank_some<4>(i, count);
+    if (i < count) total = total + rank_some<2>(i, count);
+    return int64_t(reduce_add(total)) == count * (count - 1) / 2;
+  }
+
+  // Equal scores take the places from their rank on, then by identifiers: mostly they come in that order.
+  void place_equal(int64_t count, A* score, A* id) const {
+    int16_t taken[4 * (kMostRanked + kMore)];
+    for (int64_t i = 0; i < count; i++) taken[i] = 0;
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t first = int64_t(ranks[i]), place = first + taken[first]++;
+      score[place] = kept_scores[i], id[place] = kept_ids[i];
+    }
+    bool ordered = true;
+    for (int64_t i = 1; i < count; i += V::kLanes) {  // past the end: whatever is there
+      const auto falls = V::load(id + i - 1) > V::load(id + i);
+      ordered = ordered && !any((V::load(score + i - 1) == V::load(score + i)) & falls);
+    }
+    for (int64_t i = 1; i < count && !ordered; i++)
+      for (int64_t j = i; j > 0 && score[j - 1] == score[j] && id[j - 1] > id[j]; j--) exchange(id[j - 1], id[j]);
   }
 
   int64_t sorted(int64_t count, int64_t k, A* score, A* id) const {

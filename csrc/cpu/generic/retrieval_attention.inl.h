@@ -289,10 +289,11 @@ void write_memory_rows(const RetrievalArgs& r, int64_t b, int64_t h, int64_t fir
     const int64_t count = inverse.start[row] - from;
     const Given<A, 2>* own = inverse.given + from;
     from = inverse.start[row];
-    if (r.dmemory_key) write_memory_row<A, T, 1>(r.query, b, own, count, r.width, A(r.scale), dkey + row * r.width);
-    if (r.dmemory_value)
-      write_memory_row<A, T, 0>(r.dout, b, own, r.dout.data ? count : 0, r.value_width, A(1),
-                                dvalue + row * r.value_width);
+    const int64_t values = r.dout.data ? count : 0;
+    if (r.dmemory_key && (count || !r.key_cleared))  // no factor for nothing: it may be negative
+      write_memory_row<A, T, 1>(r.query, b, own, count, r.width, A(count ? r.scale : 1), dkey + row * r.width);
+    if (r.dmemory_value && (values || !r.value_cleared))
+      write_memory_row<A, T, 0>(r.dout, b, own, values, r.value_width, A(1), dvalue + row * r.value_width);
   }
 }
 

@@ -3,10 +3,12 @@
 // A search owns up to kTopkQueries queries and a run of rows. Scores come in tiles of rows x queries (queries packed as
 // panels, a query a lane; rows as they lie in memory), or, for few queries, as dot products along whole rows. A vector
 // of scores is compared with the thresholds of its queries, and only what passes is touched: it joins the query's
-// pairs, which are cut down to the k best, and the threshold raised, whenever they fill. No score is kept otherwise.
+// pairs, which are cut down to the k best, and the threshold raised, whenever they fill. No score is kept otherwise. A
+// search starts from just below what a finished one of other rows has shown to be reached.
 // The choice is exact and has one result however the rows were split. Bytes: each element of a key once for each 256
 // queries. Precision: everything in the accumulation type.
 #include "cpu/generic/gemm_tile.inl.h"
+#include "cpu/generic/compress.inl.h"
 #include "cpu/generic/inverse_index.inl.h"
 #include "cpu/generic/rows.inl.h"
 #include "cpu/generic/top_k.inl.h"
@@ -53,11 +55,28 @@ struct Candidates {
   MK_INLINE void offer_to(int64_t query, A score, int64_t index) const {
     offer<A>(pairs + query * capacity, count[query], threshold[query], slots, capacity, score, index);
   }
+  // A score that equals what is reached may come from a lower row, and passes: the least normal number, or two units in
+  // the last place, are left between.
+  MK_INLINE void start(int64_t queries, const A* reached) const {
+    constexpr A kLeast = sizeof(A) == 4 ? A(0x1p-126) : A(0x1p-1022), kUnits = sizeof(A) == 4 ? A(0x1p-22) : A(0x1p-51);
+    for (int64_t q = 0; q < queries; q++) {
+      A bound;
+      __atomic_load(reached + q, &bound, __ATOMIC_RELAXED);
+      const A size = bound < A(0) ? -bound : bound;
+      count[q] = 0, threshold[q] = bound < kInfinity<A> ? bound - (size * kUnits + kLeast) : -kInfinity<A>;
+    }
+  }
   // The best so far, 0 where there are fewer than k.
-  void finish(int64_t queries, Pair<A>* found) const {
+  void finish(int64_t queries, Pair<A>* found, A* reached) const {
     for (int64_t q = 0; q < queries; q++, found += slots) {
       Pair<A>* own = pairs + q * capacity;
-      if (count[q] > slots) select_best(own, count[q], slots);
+      if (count[q] > slots) {
+        select_best(own, count[q], slots);
+        const A last = score_of<A>(own[slots - 1]);
+        A known;
+        __atomic_load(reached + q, &known, __ATOMIC_RELAXED);
+        if (last > known) __atomic_store(reached + q, &last, __ATOMIC_RELAXED);
+      }
       for (int64_t i = 0; i < slots; i++) found[i] = i < count[q] ? own[i] : Pair<A>(0);
     }
   }
@@ -73,7 +92,7 @@ MK_INLINE int64_t block_rows(const TopkArgs& a) {
 template <class A>
 struct SearchScratch {
   Candidates<A> candidates;
-  A *query, *rows, *norms, *scores;
+  A *query, *rows, *norms, *scores, *lanes;  // lanes: 0, 1, 2 ...
   int32_t* index;
   int64_t used;
 
@@ -89,6 +108,7 @@ struct SearchScratch {
     rows = carver.take<A>(a.few ? 0 : block * a.width);
     norms = carver.take<A>(block);
     scores = carver.take<A>(larger(4 * kTile, tile_rows(2) * kColumns));
+    lanes = carver.take<A>(kLanes<A>);
     index = carver.take<int32_t>(block);
     used = carver.used();
   }
@@ -121,11 +141,13 @@ MK_INLINE void compare_queries(const SearchScratch<A>& w, A* scores, const A* fa
     V v = V::load(scores + n * V::kLanes);
     if (factor) v = v * V::set1(*factor);
     if (negative) v = -v;
-    if (!any(!(v <= V::load(w.candidates.threshold + query + n * V::kLanes)))) continue;
-    A lanes[V::kLanes];
-    v.store(lanes);
-    for (int64_t l = 0, q = query + n * V::kLanes; l < V::kLanes && q < queries; l++, q++)
-      if (!(lanes[l] <= w.candidates.threshold[q])) w.candidates.offer_to(q, lanes[l], row);
+    const auto passed = !(v <= V::load(w.candidates.threshold + query + n * V::kLanes));
+    if (!any(passed)) continue;
+    A score[V::kLanes], lane[V::kLanes];
+    compress(passed, V::load(w.lanes), lane);
+    const int64_t count = compress(passed, v, score), first = query + n * V::kLanes;
+    for (int64_t i = 0; i < count; i++)
+      if (first + int64_t(lane[i]) < queries) w.candidates.offer_to(first + int64_t(lane[i]), score[i], row);
   }
 }
 
@@ -226,7 +248,9 @@ void topk_search(const TopkArgs& a, int64_t b, int64_t begin, int64_t end, int64
                  void* scratch) {
   const SearchScratch<A> w(a, scratch);
   const int64_t queries = end - begin;
-  for (int64_t q = 0; q < queries; q++) w.candidates.count[q] = 0, w.candidates.threshold[q] = -kInfinity<A>;
+  A* reached = static_cast<A*>(a.reached) + b * a.queries + begin;
+  w.candidates.start(queries, reached);
+  for (int64_t l = 0; l < kLanes<A>; l++) w.lanes[l] = A(l);
   // Lanes without a query: no number passes.
   for (int64_t q = queries; q < queries + 2 * kLanes<A>; q++) w.candidates.threshold[q] = kInfinity<A>;
   if (a.few)
@@ -235,7 +259,7 @@ void topk_search(const TopkArgs& a, int64_t b, int64_t begin, int64_t end, int64
     search_tiles<A, T, 1>(a, w, b, begin, end, first, last);
   else
     search_tiles<A, T, 2>(a, w, b, begin, end, first, last);
-  w.candidates.finish(queries, static_cast<Pair<A>*>(found));
+  w.candidates.finish(queries, static_cast<Pair<A>*>(found), reached);
 }
 
 // A row of the memory for every slot that has one, kTile slots at a time: body(rows, first slot).

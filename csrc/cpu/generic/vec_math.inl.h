@@ -92,8 +92,11 @@ struct Constants<float> {
   static constexpr float kExpMin = -105.0f, kExpMax = 90.0f, kTanhMax = 24.0f;
   static constexpr float kExp[6] = {0.00019890990824673653847f, 0.0013933649996309250429f, 0.0083333109254809008349f,
                                     0.041666464925285905408f,   0.16666666681623231402f,   0.50000000134658092001f};
-  static constexpr float kLog[4] = {0.23331614471843499108f, 0.28550778633191965439f, 0.40000122211810649396f,
-                                    0.6666666655404201243f};
+  // Of (log(1 + f) - f + f^2 / 2) / f^3, the even and the odd powers of f.
+  static constexpr float kLogEven[5] = {0.069716114714511778317f, 0.11685419923486739308f, 0.14249057645697480404f,
+                                        0.20000715748892101743f, 0.33333331180030048052f};
+  static constexpr float kLogOdd[4] = {-0.11479733846637635556f, -0.12425687331451106113f, -0.16667802319501254074f,
+                                       -0.24999996957950882045f};
 };
 template <>
 struct Constants<double> {
@@ -152,20 +155,37 @@ MK_INLINE Vec<T> tanh(Vec<T> x) {
   return copysign(e / (e + V::set1(T(2))), x);
 }
 
+// log(1 + f) - f + f^2 / 2 + low for 1 + f from sqrt(1/2) to sqrt(2). float: a polynomial; a division takes as long as
+// ten of its terms. double, whose polynomial would be twice as long: by s = f / (2 + f).
+MK_INLINE Vec<float> log_tail(Vec<float> f, Vec<float> square, Vec<float> low) {
+  const Vec<float> even = polynomial(square, Constants<float>::kLogEven);
+  return fma(f * square, fma(f, polynomial(square, Constants<float>::kLogOdd), even), low);
+}
+MK_INLINE Vec<double> log_tail(Vec<double> f, Vec<double> square, Vec<double> low) {
+  using V = Vec<double>;
+  const V s = f / (f + V::set1(2)), z = s * s;
+  return fma(s, fma(z, polynomial(z, Constants<double>::kLog), V::set1(0.5) * square), low);
+}
+
 template <class T>
 MK_INLINE Vec<T> log(Vec<T> x) {
   using V = Vec<T>;
   using C = Constants<T>;
-  const V one = V::set1(T(1)), half = V::set1(T(0.5)), infinity = V::set1(T(__builtin_inf()));
+  const V one = V::set1(T(1)), half = V::set1(T(0.5));
   V m = mantissa(x), e = exponent(x);
   const auto big = m > V::set1(T(1.4142135623730950488));
   m = select(big, m * half, m);
   e = select(big, e + one, e);
-  const V f = m - one, s = f / (f + V::set1(T(2))), z = s * s, h = half * f * f;
-  const V tail = fma(s, fma(z, polynomial(z, C::kLog), h), e * V::set1(C::kLn2Low));
-  V out = fma(e, V::set1(C::kLn2High), f - (h - tail));
-  out = select(x == V::zero(), V::zero() - infinity, select(x == infinity, infinity, out));
-  return select(x >= V::zero(), out, V::set1(T(__builtin_nan(""))));
+  const V f = m - one, square = f * f;
+  const V tail = log_tail(f, square, e * V::set1(C::kLn2Low));
+  const V out = fma(e, V::set1(C::kLn2High), f - (half * square - tail));
+#if MK_SCALE_BY_HALVES
+  const V infinity = V::set1(T(__builtin_inf()));
+  const V some = select(x == V::zero(), V::zero() - infinity, select(x == infinity, infinity, out));
+  return select(x >= V::zero(), some, V::set1(T(__builtin_nan(""))));
+#else
+  return out;  // the exponents of 0 and of infinity are infinite, the mantissa of what is negative is no number
+#endif
 }
 
 }  // namespace
