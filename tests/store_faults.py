@@ -6,13 +6,21 @@ import errno
 import os
 import random
 import signal
+import sqlite3
 import struct
 import traceback
 
 from store_logs import contents, ints, put, values
 
-from memkernels.store import disk
+from memkernels.store import disk, engine_sqlite
 from memkernels.store.log import Log
+
+try:
+    from memkernels.store import engine_lmdb
+except ImportError:
+    engine_lmdb = None
+
+_CONNECT, _OPEN = sqlite3.connect, engine_lmdb and engine_lmdb.lmdb.open
 
 CALLS = ("open", "pwrite", "ftruncate", "fdatasync", "fsync", "rename", "unlink")
 
@@ -147,3 +155,68 @@ def check_recovered(path, seed, model, acknowledged, started):
         _, _, _, known = step(seed, number, known)
     assert found == known, commit
     return known, commit
+
+
+class EngineFaults:
+    """The n-th call (from 1 on) of an engine's library fails with `error`. `how` a commit does: 0: undone, 1: done all the same, 2: still
+    open, where the library can leave it so. `made` lists the calls."""
+
+    def __init__(self, n=None, error=None, how=0, calls=None):
+        self.n, self.error, self.how, self.calls, self.made, self.failed, self.after = n, error, how, calls, [], None, []
+
+    def count(self, name):
+        """Whether this call fails."""
+        if self.calls and name not in self.calls:
+            return False
+        self.made.append(name)
+        if self.failed:
+            self.after.append(name)
+        if len(self.made) == self.n:
+            self.failed = name
+        return len(self.made) == self.n
+
+    def install(self, monkeypatch):
+        monkeypatch.setattr(engine_sqlite.sqlite3, "connect", self._connect)
+        if engine_lmdb is not None:
+            monkeypatch.setattr(engine_lmdb.lmdb, "open", self._open)
+
+    def _connect(self, *args, **kwargs):
+        faults = self
+        if self.count("connect"):
+            raise self.error
+
+        class Connection(sqlite3.Connection):
+            def execute(self, statement, *values):
+                word = statement.split()[0]
+                if faults.count(word):
+                    if word == "COMMIT" and faults.how != 2:
+                        super().execute("ROLLBACK" if faults.how == 0 else "COMMIT")
+                    raise faults.error
+                return super().execute(statement, *values)
+
+        return _CONNECT(*args, factory=Connection, **kwargs)
+
+    def _open(self, *args, **kwargs):
+        if self.count("open"):
+            raise self.error
+        return FailingLmdb(self, _OPEN(*args, **kwargs))
+
+
+class FailingLmdb:
+    """An environment, a transaction or a cursor of LMDB whose calls are counted."""
+
+    def __init__(self, faults, inner):
+        self._faults, self._inner = faults, inner
+
+    def __getattr__(self, name):
+        call = getattr(self._inner, name)
+
+        def counted(*args, **kwargs):
+            if name not in ("abort", "close") and self._faults.count(name):
+                if name == "commit":  # LMDB ends a transaction whose commit fails
+                    self._inner.commit() if self._faults.how == 1 else self._inner.abort()
+                raise self._faults.error
+            found = call(*args, **kwargs)
+            return FailingLmdb(self._faults, found) if name in ("begin", "cursor") else found
+
+        return counted

@@ -92,6 +92,8 @@ BAD = {
     "list.jsonl": ("[1]", "line 1: expected an object with fields, got [1]"),
     "cells.csv": ("key,value\n1,2\n1,2,3\n", "line 3: expected 2 fields as in the first line, got 3"),
     "range.csv": ("key,value\n9223372036854775808,1\n", "row 1: key: expected an int64"),
+    "empty.csv": ("", "line 1: expected the names key, value, got none"),
+    "names.csv": ("key,other\n", "line 1: expected the names key, value, got key, other"),
     "quote.csv": ('key,value\n"1,2\n', "line 2: "),
 }
 
@@ -107,6 +109,13 @@ def test_a_file_with_a_wrong_row_changes_nothing(run, tmp_path, name):
         assert name in error and message in error
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, "old"])
     assert json.loads(run("info", "old", "--json")[0])["keys"] == 1
+
+
+def test_a_file_of_no_rows(run, tmp_path):
+    (tmp_path / "none.csv").write_text("key,value\n")
+    (tmp_path / "none.jsonl").write_text("")
+    for name in ("none.csv", "none.jsonl"):
+        assert run("import", "s", name, "--column", "value:int64")[0].strip() == f"0 rows of {name}: 0 new keys, 0 in all"
 
 
 def test_errors(run, tmp_path):

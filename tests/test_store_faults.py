@@ -7,11 +7,12 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import struct
 import time
 
 import pytest
-from store_faults import CALLS, Failing, check_recovered, fork, wait, writer
+from store_faults import CALLS, EngineFaults, Failing, check_recovered, fork, wait, writer
 from store_logs import (
     ENGINES,
     ROW,
@@ -286,6 +287,54 @@ def test_every_call_that_can_fail(in_memory, engine, code, monkeypatch):
     assert refused > 5
 
 
+def engine_errors(engine):
+    """What the engine's own library raises when the disk fails, is full, or somebody else holds the file."""
+    if engine == "sqlite":
+        return [sqlite3.OperationalError(text) for text in ("disk I/O error", "database or disk is full", "database is locked")]
+    import lmdb
+
+    texts = ("mdb_txn_commit: Input/output error", "mdb_txn_commit: No space left on device")
+    return [lmdb.MapFullError("mdb_put: MDB_MAP_FULL: Environment mapsize limit reached"), *map(lmdb.Error, texts)]
+
+
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_call_of_the_engine_that_can_fail(in_memory, engine, every, monkeypatch):
+    """A clear error, nothing acknowledged is lost, no commit is there in part, the log refuses to go on or can, and it opens again."""
+    counting, refused, told = EngineFaults(), 0, set()
+    counting.install(monkeypatch)
+    assert run_until_failure(in_memory / "0" / "s", engine)[2] is None
+    assert len(counting.made) > 30
+    cases = [(n, how) for n, name in enumerate(counting.made, 1) for how in range(3 if name in ("commit", "COMMIT") else 1)]
+    for case, (n, how) in enumerate(cases):
+        for error in engine_errors(engine) if every == 1 or how else [engine_errors(engine)[n % 3]]:
+            if case % every and counting.made[n - 1] not in ("commit", "COMMIT"):
+                continue
+            path, faults = in_memory / str(n) / "s", EngineFaults(n, error, how)
+            faults.install(monkeypatch)
+            log, allowed, seen = run_until_failure(path, engine)
+            where = (n, faults.failed, how, error, seen)
+            if faults.failed != "ROLLBACK":  # of a reading: nothing depends on it
+                assert isinstance(seen, StoreError) and str(error) in str(seen), where
+            if log is not None and not log.closed:
+                allowed, poisoned = go_on(log, allowed, faults)
+                refused += poisoned
+            told.add(faults.failed)
+            monkeypatch.undo()
+            if not Log.exists(path):
+                assert allowed[0] == {}, where
+                new(path, engine).close()
+            found = stored(path)
+            assert found in allowed, where
+            with Log.open(path, "w") as again:
+                assert contents(again) == found, where
+                put(again, [7], 7)
+                again.commit()
+            assert stored(path) == found | {7: 7}
+            shutil.rmtree(in_memory / str(n))
+    assert refused > 2 and len(told) > 5
+
+
 def test_a_failed_sync_is_not_tried_again(in_memory, monkeypatch):
     log = new(in_memory / "s")
     put(log, [1], 1)
@@ -318,3 +367,22 @@ def test_an_error_in_the_background_is_told_at_the_next_call(in_memory, monkeypa
     with pytest.raises(StoreError, match="Input/output"):
         log.close()
     assert stored(in_memory / "s") == {1: 1}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("how", [0, 1])
+def test_a_failed_commit_of_the_engine_in_the_background(in_memory, engine, how, monkeypatch):
+    log = new(in_memory / "s", engine, durability="async")
+    put(log, [1], 1)
+    log.commit()
+    log.close()
+    faults = EngineFaults(1, engine_errors(engine)[1], how, ("commit", "COMMIT"))
+    faults.install(monkeypatch)
+    log = Log.open(in_memory / "s", "w", durability="async")
+    put(log, [2], 2)
+    log.commit()
+    for call in (log.wait, log.commit, log.close):
+        with pytest.raises(StoreError, match=str(faults.error)):
+            call()
+    monkeypatch.undo()
+    assert stored(in_memory / "s") == {1: 1} | ({2: 2} if how else {})

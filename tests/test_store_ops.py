@@ -186,6 +186,28 @@ def test_rows_of_chunks(backend, sizes):
     assert torch.equal(torch.cat(chunks), everything)
 
 
+@CPP
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+def test_lookups_at_every_level(level):
+    """Full tables, where a key that is not there goes round, and an output too large for the caches."""
+    from memkernels._C import supported_levels
+
+    if level not in supported_levels():
+        pytest.skip(f"no {level} here")
+    before = mk.cpu_level()
+    mk.cpu_level(level)
+    try:
+        for buckets in (1, 2, 40):
+            table, keys = table_of(buckets), torch.arange(5 * buckets)
+            store_upsert_(table, keys, keys)
+            on_both(lambda table=table, buckets=buckets: [store_find(table, torch.arange(-3, 5 * buckets + 90))])
+        chunks, default = [torch.arange(64 * 256).remainder(251).to(torch.uint8).view(64, 256)], torch.zeros(1, 256, dtype=torch.uint8)
+        rows = torch.randint(-1, 64, (20_000,))
+        assert torch.equal(store_gather(chunks, [0], rows, default), torch.cat([chunks[0], default])[rows])
+    finally:
+        mk.cpu_level(before)
+
+
 def test_gaps_between_chunks():
     chunks, default = [torch.full((2, 1), c, dtype=torch.uint8) for c in (1, 2)], torch.zeros(1, 1, dtype=torch.uint8)
     for backend in ("reference", None):

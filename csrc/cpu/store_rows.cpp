@@ -5,12 +5,11 @@
 
 #include <cstring>
 #include <vector>
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
 #include "common/checks.h"
 #include "common/parallel.h"
+#include "cpu/select.h"
+#include "cpu/store_lookup.h"
 
 namespace mk::cpu {
 namespace {
@@ -18,33 +17,9 @@ namespace {
 constexpr int64_t kAhead = 16;
 constexpr int64_t kLarge = int64_t(4) << 20;  // bytes of output that the caches of two cores do not keep
 
-struct Chunk {
-  char* data;
-  int64_t first, rows, stride;
-};
-
-struct Chunks {
-  std::vector<Chunk> all;
+struct Chunks : StoreChunks {
+  std::vector<StoreChunk> held;  // what `all` points to, also after a move
   int64_t width = 0;
-  int shift = -1;  // every chunk but the last has 2^shift rows and none is missing in between
-
-  // The address of a row; null where no chunk holds it.
-  char* at(int64_t row) const {
-    size_t c = 0;
-    if (shift >= 0) {
-      c = size_t(row >> shift);
-      if (c >= all.size()) return nullptr;
-    } else {
-      size_t end = all.size();
-      while (end - c > 1) {
-        const size_t middle = (c + end) / 2;
-        (all[middle].first <= row ? c : end) = middle;
-      }
-      if (all.empty()) return nullptr;
-    }
-    const int64_t at = row - all[c].first;
-    return at >= 0 && at < all[c].rows ? all[c].data + at * all[c].stride : nullptr;
-  }
 };
 
 Chunks chunks_of(const char* op, const std::vector<TensorView>& views, const std::vector<int64_t>& firsts,
@@ -57,9 +32,10 @@ Chunks chunks_of(const char* op, const std::vector<TensorView>& views, const std
     check_inner(op, "chunks", view);
     if (!c) out.width = view.size(1);
     MK_CHECK(view.size(1) == out.width, op, "chunks", "rows of one size", describe(view));
-    MK_CHECK(!c || firsts[c] >= firsts[c - 1] + out.all[c - 1].rows, op, "firsts", "increasing rows", firsts[c]);
-    out.all.push_back({view.data<char>(), firsts[c], view.size(0), view.stride(0)});
+    MK_CHECK(!c || firsts[c] >= firsts[c - 1] + out.held[c - 1].rows, op, "firsts", "increasing rows", firsts[c]);
+    out.held.push_back({view.data<char>(), firsts[c], view.size(0), view.stride(0)});
   }
+  out.all = out.held.data(), out.count = int64_t(count);
   if (count && firsts[0] == 0) {
     int shift = 62;
     if (count > 1)
@@ -70,24 +46,6 @@ Chunks chunks_of(const char* op, const std::vector<TensorView>& views, const std
     out.shift = shift;
   }
   return out;
-}
-
-template <int kFetch>  // 0: to read, 1: to write
-inline void prefetch_row(const char* row, int64_t width) {
-  for (int64_t at = 0; at < std::min<int64_t>(width, 512); at += 64) __builtin_prefetch(row + at, kFetch, 2);
-}
-
-// Output that is larger than the caches goes past them: nobody reads it before it has left them anyway.
-inline void copy_row(char* to, const char* from, int64_t width, bool past_caches) {
-#if defined(__SSE2__)
-  if (past_caches) {
-    for (int64_t at = 0; at < width; at += 16)
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + at),
-                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at)));
-    return;
-  }
-#endif
-  std::memcpy(to, from, size_t(width));
 }
 
 [[noreturn]] void no_such_row(const char* op, int64_t row) {
@@ -107,27 +65,20 @@ void gather(const TensorView& out, const std::vector<TensorView>& chunks_and_def
   MK_CHECK(out.size(0) == n, op, "out", "a row for each of rows", describe(out));
   MK_CHECK(fallback.ndim() == 2 && fallback.size(1) == width && fallback.size(0) > 0, op, "default", "[1, bytes]",
            describe(fallback));
-  MK_CHECK(chunks.all.empty() || chunks.width == width, op, "chunks", "rows as wide as the default", chunks.width);
+  MK_CHECK(!chunks.count || chunks.width == width, op, "chunks", "rows as wide as the default", chunks.width);
   const int64_t* rows = rows_view.data<const int64_t>();
   char* to = out.data<char>();
   const char* absent = fallback.data<const char>();
-  const bool past_caches = n * width >= kLarge && width % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 16 == 0;
+  const bool past_caches = n * width >= kLarge && width % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+  const StoreGather work{chunks, rows, absent, to, width, past_caches};
+  const auto copy = select(store_lookup_levels).gather;
   std::atomic<int64_t> wrong{-1};  // a row that no chunk holds
   {
     pybind11::gil_scoped_release nogil;
     prefer_huge_pages(to, n * width);
     parallel_for(n, grain_for(2 * width), [&](int64_t begin, int64_t end) {
-      const char* from[kAhead];
-      for (int64_t i = begin; i < end + kAhead; i++) {
-        if (i - kAhead >= begin) copy_row(to + (i - kAhead) * width, from[i % kAhead], width, past_caches);
-        if (i >= end) continue;
-        const char* row = rows[i] < 0 ? absent : chunks.at(rows[i]);
-        if (!row) wrong = rows[i], row = absent;
-        prefetch_row<0>(from[i % kAhead] = row, width);
-      }
-#if defined(__SSE2__)
-      _mm_sfence();
-#endif
+      const int64_t found = copy(work, begin, end);
+      if (found >= 0) wrong = found;
     });
   }
   if (wrong >= 0) no_such_row(op, wrong);
@@ -142,7 +93,7 @@ void scatter(const std::vector<TensorView>& chunk_views, const std::vector<int64
   check_rank(op, "values", values, 2);
   check_inner(op, "values", values);
   const int64_t width = values.size(1);
-  MK_CHECK(values.size(0) >= n && (chunks.all.empty() || chunks.width == width), op, "values", "a row for each of rows",
+  MK_CHECK(values.size(0) >= n && (!chunks.count || chunks.width == width), op, "values", "a row for each of rows",
            describe(values));
   const int64_t* rows = rows_view.data<const int64_t>();
   const char* from = values.data<const char>();
@@ -157,7 +108,8 @@ void scatter(const std::vector<TensorView>& chunk_views, const std::vector<int64
     for (int64_t owner = begin; owner < end; owner++)
       for (int64_t i = 0; i < n; i++) {
         if (i + kAhead < n && rows[i + kAhead] >= 0 && (rows[i + kAhead] >> stretch) % owners == owner)
-          prefetch_row<1>(chunks.at(rows[i + kAhead]), width);
+          for (int64_t at = 0; at < std::min<int64_t>(width, 512); at += 64)
+            __builtin_prefetch(chunks.at(rows[i + kAhead]) + at, 1, 2);
         if (rows[i] >= 0 && (rows[i] >> stretch) % owners == owner)
           std::memcpy(chunks.at(rows[i]), from + i * step, size_t(width));
       }

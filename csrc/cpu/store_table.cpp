@@ -1,7 +1,6 @@
-// store_find, store_upsert_ and store_erase_ on the CPU: lookups are cache misses, so many are kept under way at once.
-// 32 keys are hashed and their buckets prefetched before the first one is looked at; a batch that writes is first
-// sorted by the part of its homes (counting sort, stable), so that every thread owns whole parts and meets them in
-// cache.
+// store_find, store_upsert_ and store_erase_ on the CPU: lookups are cache misses, so many are kept under way at once
+// (generic/store_lookup.inl.h). A batch that writes is first sorted by the part of its homes (counting sort, stable),
+// so that every thread owns whole parts and meets them in cache.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -10,48 +9,16 @@
 #include "common/checks.h"
 #include "common/store_table.h"
 #include "common/tasks.h"
+#include "cpu/select.h"
+#include "cpu/store_lookup.h"
 
 namespace mk::cpu {
 namespace {
 
 using namespace mk::store;
 
-constexpr int64_t kGroup = 32;  // keys whose buckets are under way
-
-// The homes of `count` keys, at most kGroup; their buckets are prefetched.
-void fetch_homes(const Table& table, const uint64_t* keys, int64_t count, int64_t* homes) {
-  for (int64_t k = 0; k < count; k++) {
-    homes[k] = home_of(keys[k], table.buckets);
-    __builtin_prefetch(table.at(homes[k]), 0, 2);
-  }
-}
-
-void resolve(const Table& table, const uint64_t* keys, const int64_t* homes, int64_t count, int64_t* rows) {
-  int64_t on[kGroup], open = 0;  // keys not in their home, which has passed some on
-  for (int64_t k = 0; k < count; k++) {
-    const uint64_t* bucket = table.at(homes[k]);
-    const uint32_t found = matches(bucket, keys[k]);
-    rows[k] = found ? row_at(bucket, lowest(found)) : -1;
-    on[open] = k;
-    open += !found && passed_of(bucket);
-  }
-  for (int64_t k = 0; k < open; k++) __builtin_prefetch(table.at(table.wrapped(homes[on[k]] + 1)));
-  for (int64_t k = 0; k < open; k++) {
-    const Place place = table.find(keys[on[k]], homes[on[k]], true, Any());
-    if (place.bucket >= 0) rows[on[k]] = row_at(table.at(place.bucket), place.place);
-  }
-}
-
-// Rows of the keys [begin, end): the buckets of one group are on their way while those of the group before it are read.
-void find_ints(const Table& table, const uint64_t* keys, int64_t* rows, int64_t begin, int64_t end) {
-  int64_t homes[2][kGroup];
-  const auto count = [&](int64_t first) { return std::max<int64_t>(0, std::min(kGroup, end - first)); };
-  fetch_homes(table, keys + begin, count(begin), homes[0]);
-  for (int64_t first = begin, turn = 0; first < end; first += kGroup, turn ^= 1) {
-    fetch_homes(table, keys + first + kGroup, count(first + kGroup), homes[turn ^ 1]);
-    resolve(table, keys + first, homes[turn], count(first), rows + first);
-  }
-}
+constexpr int64_t kGroup = 32;       // keys whose buckets are under way
+constexpr int64_t kTextGroup = 128;  // byte keys that are found, then compared
 
 struct ByteKeys {
   const int64_t* spans;  // [entries, 2]; null: the keys are int64
@@ -100,8 +67,9 @@ const uint64_t* keys_of(const char* op, const TensorView& keys) {
 // Entries of byte keys: the place by 64 bits first, then its span, then its bytes, a group of keys at a time.
 void find_bytes(const Table& table, const uint64_t* keys, const ByteKeys& text, int64_t* rows, int64_t begin,
                 int64_t end) {
-  for (int64_t first = begin; first < end; first += kGroup) {
-    const int64_t count = std::min(kGroup, end - first);
+  const auto find_ints = select(store_lookup_levels).find;
+  for (int64_t first = begin; first < end; first += kTextGroup) {
+    const int64_t count = std::min(kTextGroup, end - first);
     find_ints(table, keys, rows, first, first + count);
     for (int64_t i = first; i < first + count; i++)
       if (rows[i] >= 0 && rows[i] < text.entries) __builtin_prefetch(text.spans + 2 * rows[i]);
@@ -125,6 +93,7 @@ void find(const TensorView& rows, const TensorView& table_view, const TensorView
   check_output(op, "rows", rows, {n}, DType::int64);
   const ByteKeys text = byte_keys(op, n, spans, arena, data, offsets);
   int64_t* out = rows.data<int64_t>();
+  const auto find_ints = select(store_lookup_levels).find;
   pybind11::gil_scoped_release nogil;
   parallel_for(n, 2048, [&](int64_t begin, int64_t end) {
     if (text.spans)

@@ -97,7 +97,9 @@ class Codec(NamedTuple):
         """The rows of a file and, before each, how many bytes of it are done. Raises UserError that names file and row."""
         with _opened(path) as file:
             lines = _counted(file)
-            for number, (done, record) in enumerate(_csv(path, lines) if path.suffix == ".csv" else _jsonl(path, lines), 1):
+            for number, (done, record) in enumerate(
+                _csv(path, lines, [self.key, *self.columns]) if path.suffix == ".csv" else _jsonl(path, lines), 1
+            ):
                 try:
                     yield done, *self._row(record)
                 except UserError as error:
@@ -205,10 +207,13 @@ class _counted:
                 raise UserError(f"{self.file.name}: line {number}: not UTF-8 text (byte 0x{line[error.start]:02x})") from None
 
 
-def _csv(path: Path, lines: _counted) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv(path: Path, lines: _counted, expected: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """A file of no rows still has its line of names."""
     table = csv.reader(lines, strict=True)
     try:
         names = next(table, [])
+        if not set(expected) <= set(names):
+            raise UserError(f"{path}: line 1: expected the names {', '.join(expected)}, got {', '.join(names) or 'none'}")
         if len(set(names)) < len(names):
             raise UserError(f"{path}: line 1: expected distinct names, got {', '.join(names)}")
         for cells in table:

@@ -13,6 +13,7 @@ from memkernels.store.format import Schema, State, damaged
 from memkernels.store.journal import NAME, Record
 from memkernels.store.keys import KeyBatch
 from memkernels.store.runs import PIECE, Run, batches, check_rows, decode, merge, to_merge
+from memkernels.store.touch import Touched
 
 SCHEMA, STATE, RUNS = b"schema", b"state", b"run/"
 _KEY = struct.Struct(">4sQI")
@@ -56,13 +57,17 @@ def runs(
 
 
 def replay(
-    transaction: Transaction, schema: Schema, state: State, journal: list[Record], after: int | None = None
+    transaction: Transaction, schema: Schema, state: State, journal: list[Record], touched: Touched, after: int | None = None
 ) -> Iterator[tuple[KeyBatch, Tensor]]:
-    """Batches of the runs of later commits (None: of all, whose rows must then be all there are); ends the transaction."""
+    """Batches of the runs of later commits (None: of all, whose rows must then be all there are); ends the transaction.
+
+    `touched` gets the blocks of the rows.
+    """
     row = 0
     try:
         for what, run, _, _ in runs(transaction, schema, state, journal, RUNS if after is None else after_commit(after)):
             row = follows(what, run, row) if after is None else row
+            touched.add(run.first_row, run.blocks)
             yield from batches(what, run)
         if after is None and row != state.rows:
             raise damaged("the index", f"checksums of {row} rows of {state.rows}")

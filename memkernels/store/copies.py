@@ -130,7 +130,7 @@ def _switch(log: Log, erase: bool) -> None:
 
 def snapshot(log: View, transaction: Transaction, path: Path) -> None:
     """See Log.snapshot. `transaction` is on log._state."""
-    path.mkdir(parents=True, exist_ok=True)
+    folder.make(path)
     disk.refuse_network(path)
     folder.check_new(path)  # before anything is put there
     lock = folder.lock_writer(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,19 @@ from memkernels.store.errors import StoreError, StoreFormatError
 
 NETWORK = {"9p", "afs", "beegfs", "ceph", "cifs", "davfs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "smb2", "smb3", "smbfs"}
 MOUNTS = Path("/proc/self/mountinfo")
+_DIRECTORY = "store: {} is a directory where a file of a store belongs"
 system: Any = os  # what the calls below call
 
 
 def open_file(path: Path, flags: int) -> int:
-    return system.open(path, flags | os.O_CLOEXEC, 0o666)
+    try:
+        fd = system.open(path, flags | os.O_CLOEXEC, 0o666)
+    except IsADirectoryError:
+        raise StoreFormatError(_DIRECTORY.format(path)) from None
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise StoreFormatError(_DIRECTORY.format(path))
+    return fd
 
 
 def write_at(fd: int, data: Any, offset: int) -> None:
@@ -34,6 +43,11 @@ def read_at(fd: int, size: int, offset: int) -> bytes:
         parts.append(part)
         size, offset = size - len(part), offset + len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def read_into(fd: int, buffer: memoryview, offset: int) -> int:
+    """How many bytes came: 0 at the end of the file."""
+    return system.preadv(fd, [buffer], offset)
 
 
 def resize(fd: int, size: int) -> None:
@@ -101,7 +115,9 @@ def lock(path: Path, exclusive: bool) -> int | None:
     """A descriptor that holds the lock of a file until it is closed, or None while another one holds it."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError:
+    except OSError as error:
+        if exclusive and isinstance(error, IsADirectoryError):
+            raise StoreFormatError(_DIRECTORY.format(path)) from None
         if exclusive:
             raise
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

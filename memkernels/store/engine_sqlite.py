@@ -65,8 +65,12 @@ class SqliteTransaction:
         return value
 
     def commit(self) -> None:
-        with _errors(self._engine.path):
-            self._connection.execute("COMMIT")
+        try:
+            with _errors(self._engine.path):
+                self._connection.execute("COMMIT")
+        except BaseException:
+            self._connection.close()  # the transaction may be open still, and would lock the file for as long as the error is kept
+            raise
         self._engine.give_back(self._connection)
 
     def abort(self) -> None:

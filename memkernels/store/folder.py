@@ -18,6 +18,13 @@ _OWN = re.compile(r"LOCK|READERS|JOURNAL|UNFINISHED|ENGINE\.new|index-\d{8,}\.(l
 UNFINISHED = "UNFINISHED"  # there while a store is created
 
 
+def make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise StoreError(f"store: {folder} cannot be a directory: a file is in its place") from None
+
+
 def read_marker(folder: Path) -> Marker:
     try:
         return Marker.decode(disk.read_small(folder / "ENGINE", MARKER))

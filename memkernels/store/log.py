@@ -69,7 +69,7 @@ class Log(View):
         installed) or "sqlite"."""
         self = cls(Path(path), "w", durability)
         name = engine or default_engine()
-        self.path.mkdir(parents=True, exist_ok=True)
+        folder.make(self.path)
         disk.refuse_network(self.path)
         folder.check_new(self.path)  # before anything is put there
         self._lock_fd = folder.lock_writer(self.path)

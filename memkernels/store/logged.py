@@ -24,13 +24,13 @@ class Logged:
     """Keys and rows of values in a log.
 
     Args:
-        log: opened. capacity: the most keys, or None, beyond which `put` refuses.
+        log: opened. capacity: the most keys, or None, beyond which `put` refuses. verify: as `KeyValueStore.open` takes it.
     """
 
     use = None
 
-    def __init__(self, log: Log, capacity: int | None):
-        self.log, self.capacity = log, capacity
+    def __init__(self, log: Log, capacity: int | None, verify: str = "touch"):
+        self.log, self.capacity, self.verify = log, capacity, verify
         self.columns: Columns = log.schema.columns
         self.key_type = log.schema.key_type
         self.index = Index(self.key_type)
@@ -71,12 +71,17 @@ class Logged:
             self.log.forget_told()
             self._generation = -1
             raise
-        self._seen, self._generation, self._commit = (), self.log.generation, self.log.commit_number
+        self._took_in()
         return changes.restart or before != self._commit
 
     def _replay(self) -> None:
         self._apply(self.log.replay())
+        self._took_in()
+
+    def _took_in(self) -> None:
         self._seen, self._generation, self._commit = (), self.log.generation, self.log.commit_number
+        if self.verify == "open":
+            self.log.check()
 
     # --- writing: the log first, which may refuse; then the index, which does not
 
@@ -173,6 +178,8 @@ class Logged:
         if not width:
             return torch.empty(rows.shape[0], *shape, dtype=dtype)
         self._map()
+        if self.verify != "never":
+            self.log.check(rows)
         return from_bytes(store_gather(self._chunks[name], self._firsts, rows, as_bytes(default, width)), (shape, dtype))
 
     def _map(self) -> None:

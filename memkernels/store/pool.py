@@ -34,6 +34,7 @@ class Pool:
         self.chunk_rows = 1 << (max(1, min(MOST_ROWS, CHUNK_BYTES // widest)).bit_length() - 1)
         self.chunks: dict[str, list[torch.Tensor]] = {name: [] for name in columns}
         self.rows = 0  # that the chunks hold
+        self._seen: dict[str, tuple[list[torch.Tensor], list[int]]] = {}
         self.fixed = False  # one tensor in somebody's hands: no growth
 
     @property
@@ -46,6 +47,7 @@ class Pool:
             return
         if self.fixed:
             fail("store", "keys", f"at most {self.rows} rows, which the parameter of as_parameter() holds", f"{rows} rows")
+        self._seen.clear()
         if self.rows < self.chunk_rows:
             size = min(self.chunk_rows, max(rows, 4 * self.rows, LEAST_ROWS))
             for name, (shape, dtype) in self.columns.items():
@@ -61,10 +63,12 @@ class Pool:
             self.rows += self.chunk_rows
 
     def _bytes(self, name: str) -> tuple[list[torch.Tensor], list[int]]:
-        width = row_bytes(*self.columns[name])
-        return [as_bytes(chunk.detach(), width) for chunk in self.chunks[name]], [
-            i * self.chunk_rows for i in range(len(self.chunks[name]))
-        ]
+        """The chunks of a column seen as bytes, and the first row of each; kept until there are other chunks."""
+        if name not in self._seen:
+            width = row_bytes(*self.columns[name])
+            firsts = [i * self.chunk_rows for i in range(len(self.chunks[name]))]
+            self._seen[name] = [as_bytes(chunk.detach(), width) for chunk in self.chunks[name]], firsts
+        return self._seen[name]
 
     def read(self, name: str, rows: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
         """The values of `rows` in a column, `default` "1 ..." where the row is negative."""
@@ -95,6 +99,7 @@ class Pool:
 
     def as_one(self, rows: int) -> None:
         """Every column in one chunk of `rows` rows, which then stays as it is."""
+        self._seen.clear()
         for name, (shape, dtype) in self.columns.items():
             one = fresh((rows, *shape), dtype, self.device)
             one.zero_()

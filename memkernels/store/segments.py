@@ -16,6 +16,7 @@ from memkernels.store.crc32c import crc32c
 from memkernels.store.format import BLOCK, HEADER, Layout, Schema, SegmentHeader, State, damaged
 from memkernels.store.runs import tensor_of
 
+PIECE = 1 << 18  # bytes of a file that are read at a time for a checksum
 STEP = 1 << 20  # a file grows by this, or by an eighth
 
 
@@ -199,6 +200,18 @@ class Segments:
         """The bytes of rows that lie in one segment, from the file itself."""
         index, at = divmod(row, self.state.capacity)
         return disk.read_at(self.files[index].fd, rows * self.layout.stride, HEADER + at * self.layout.stride)
+
+    def checksum(self, row: int, rows: int) -> int | None:
+        """CRC32C of rows that lie in one segment, from the file itself; None where it ends before them."""
+        index, at = divmod(row, self.state.capacity)
+        left, offset, crc = rows * self.layout.stride, HEADER + at * self.layout.stride, 0
+        piece = memoryview(bytearray(min(left, PIECE)))  # stays in cache, where a megabyte would be fresh memory each time
+        while left:
+            size = disk.read_into(self.files[index].fd, piece[: min(left, PIECE)], offset)
+            if not size:
+                return None
+            crc, left, offset = crc32c(piece[:size], crc), left - size, offset + size
+        return crc
 
     def trim(self, rows: int) -> None:
         """Gives back what files are longer than `rows` rows need."""

@@ -117,27 +117,35 @@ class KeyValueStore:
         return logged.Logged(log, capacity)
 
     @classmethod
-    def open(cls, path: Any, mode: str = "r", *, durability: str = "commit") -> KeyValueStore:
+    def open(cls, path: Any, mode: str = "r", *, durability: str = "commit", verify: str = "touch") -> KeyValueStore:
         """The store that lies in a directory, with the key type, columns and capacity it was created with.
 
         Args:
             path: the directory. mode: "r": what was committed, as of now and of each `refresh`; "w": to write too, by one process at a
                 time.
             durability: of commits, as in `KeyValueStore`.
+            verify: when the checksum of a block of values (up to 1 MiB) is compared: "touch": when the first of them is read; "open": all
+                of them now and at each `refresh`; "never": only by the method `verify`. Keys are always compared when they are read, here.
 
         Raises:
             StoreError: somebody else writes, or the place is not fit for a store. StoreFormatError: no store, a damaged or a newer one.
         """
         from memkernels.store import logged
+        from memkernels.store.touch import VERIFY
 
         check_choice("KeyValueStore.open", "mode", mode, ("r", "w"))
+        check_choice("KeyValueStore.open", "verify", verify, VERIFY)
         log = logged.Log.open(Path(path), mode, durability)
         self = cls.__new__(cls)
         self._columns, self._key_type, self._extra = log.schema.columns, log.schema.key_type, dict(log.schema.extra)
         self._device = torch.device("cpu")
         self._begin()
         self._path = Path(path)
-        self._data = logged.Logged(log, self._extra.get("capacity") if self._extra.get("on_full") == "error" else None)
+        try:
+            self._data = logged.Logged(log, self._extra.get("capacity") if self._extra.get("on_full") == "error" else None, verify)
+        except BaseException:
+            log.close()
+            raise
         return self
 
     # --- one batch

@@ -20,6 +20,7 @@ from memkernels.store.journal import Record
 from memkernels.store.keys import KeyBatch
 from memkernels.store.segments import Chunk, Segments
 from memkernels.store.tail import Tail
+from memkernels.store.touch import Touched
 
 
 class Moved(StoreError):
@@ -44,6 +45,7 @@ class View:
     _segments: Segments
     _state: State
     _tail: Tail
+    _touched: Touched  # since the first `replay`
 
     def __init__(self, path: Path, mode: str) -> None:
         if mode not in ("r", "w"):
@@ -93,7 +95,7 @@ class View:
             self._settle()
             transaction = self._look() if self._told is None else self._see()  # nobody has row numbers yet
             self._told = self._state.generation, self._state.commit
-            return catalog.replay(transaction, self.schema, self._state, self._records)
+            return self._replay_all(transaction)
 
     def refresh(self) -> Changes:
         """For a reader: what was committed since the last `replay` or `refresh`, whatever else has looked at newer commits since."""
@@ -106,11 +108,27 @@ class View:
             transaction, told = self._look(), self._told
             self._told = self._state.generation, self._state.commit
             if told is None or told[0] != self._state.generation:
-                return Changes(True, catalog.replay(transaction, self.schema, self._state, self._records))
+                return Changes(True, self._replay_all(transaction))
             if told == self._told:
                 transaction.abort()
                 return Changes()
-            return Changes(False, catalog.replay(transaction, self.schema, self._state, self._records, told[1]))
+            return Changes(False, catalog.replay(transaction, self.schema, self._state, self._records, self._touched, told[1]))
+
+    def _replay_all(self, transaction: Transaction) -> Iterator[tuple[KeyBatch, Tensor]]:
+        self._touched = Touched(self._segments.layout.stride)
+        return catalog.replay(transaction, self.schema, self._state, self._records, self._touched)
+
+    def check(self, rows: Tensor | None = None) -> None:
+        """Before rows are read (None: all that `replay` and `refresh` told of): those whose checksum nobody has compared yet are compared.
+
+        Raises:
+            StoreFormatError: a wrong one. OSError: the disk could not read them.
+        """
+        with self._lock:
+            if rows is None:
+                self._touched.look_at_all(self._segments)
+            else:
+                self._touched.look(rows, self._segments)
 
     def forget_told(self) -> None:
         """What was told is not known any more: the next `refresh` gives all of it."""

@@ -1,0 +1,1 @@
+#include "cpu/generic/store_lookup.inl.h"
