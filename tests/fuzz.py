@@ -93,7 +93,7 @@ def check_call(call: Call) -> bool:
 
 
 def _rounding_decides(case: Case, given: Tensors) -> bool:
-    """Whether the op chooses, and rounding makes it choose otherwise, of its inputs or in float32: then several choices are right."""
+    """Whether rounding, of the inputs or of the arithmetic, makes the op choose otherwise: then several choices are right."""
     generator = torch.Generator().manual_seed(0)
 
     def moved(t: torch.Tensor | None, size: float) -> torch.Tensor | None:
