@@ -108,10 +108,13 @@ def test_least_frequently_used_goes_first():
     assert store.store([5, 6], torch.tensor([5, 6]), return_evicted=True)[1].keys.tolist() == [4, 3]
 
 
+@pytest.mark.parametrize("place", ["memory", "disk"])
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
-def test_eviction_is_what_a_list_says(policy):
+def test_eviction_is_what_a_list_says(policy, place, tmp_path):
     """Against a model that keeps (use, row) for every key; batches larger than the store come in slices."""
-    store, clock, use, rows, free = mk.KeyValueStore((), torch.int64, capacity=8, on_full=policy), 0, {}, {}, list(range(8))[::-1]
+    path = None if place == "memory" else tmp_path / "s"
+    store = mk.KeyValueStore((), torch.int64, capacity=8, on_full=policy, path=path, durability="none")
+    clock, use, rows, free = 0, {}, {}, list(range(8))[::-1]
     torch.manual_seed(0)
     for _ in range(60):
         batch = torch.randint(0, 24, (int(torch.randint(1, 6, ())),)).tolist()
@@ -351,7 +354,6 @@ CREATION = [
     (dict(dtype="float32"), TypeError, "KeyValueStore: dtype: expected a torch.dtype"),
     (dict(columns={}), TypeError, "KeyValueStore: columns: expected"),
     (dict(columns={"a": 3}), TypeError, r"KeyValueStore: columns\['a'\]: expected \(shape, dtype\)"),
-    (dict(path="x", capacity=3, on_full="lru"), ValueError, "KeyValueStore: on_full: expected 'grow' or 'error' with a path"),
 ]
 
 

@@ -12,10 +12,12 @@ from memkernels._checks import fail
 from memkernels.ops import store_gather
 from memkernels.store.columns import Columns, as_bytes, from_bytes, row_bytes
 from memkernels.store.index import Index
-from memkernels.store.inmemory import ADDED, KEPT, NEW, REPLACED, Evicted, Values
+from memkernels.store.inmemory import ADDED, KEPT, NEW, REPLACED
+from memkernels.store.key_use import KeyUse
 from memkernels.store.keys import KeyBatch, distinct, join
 from memkernels.store.log import Log, Schema, StoreError, StoreFormatError
 from memkernels.store.pool import wider
+from memkernels.store.use import POLICIES, Evicted, Outcome, Values, in_slices
 
 CPU = torch.device("cpu")
 
@@ -24,29 +26,41 @@ class Logged:
     """Keys and rows of values in a log.
 
     Args:
-        log: opened. capacity: the most keys, or None, beyond which `put` refuses. verify: as `KeyValueStore.open` takes it.
+        log: opened. capacity: the most keys, or None; on_full: what `put` then does, as `KeyValueStore` takes it. verify: as
+            `KeyValueStore.open` takes it.
     """
 
-    use = None
-
-    def __init__(self, log: Log, capacity: int | None, verify: str = "touch"):
-        self.log, self.capacity, self.verify = log, capacity, verify
+    def __init__(self, log: Log, capacity: int | None, on_full: str, verify: str = "touch"):
+        self.log, self.verify = log, verify
+        self.capacity = None if on_full == "grow" else capacity
         self.columns: Columns = log.schema.columns
         self.key_type = log.schema.key_type
         self.index = Index(self.key_type)
-        self._undo: list[tuple[KeyBatch, torch.Tensor]] = []  # keys written since the last commit, with the rows they had
+        self._undo: list[tuple[KeyBatch, torch.Tensor, torch.Tensor | None]] = []  # keys written since the last commit, rows and use before
+        self.use: KeyUse | None = None
         self._seen: tuple[int, ...] = ()
         self._generation = self._commit = 0  # whose rows the index names, up to which commit
         self._chunks: dict[str, list[torch.Tensor]] = {}
         self._firsts: list[int] = []
         self._replay()
+        if on_full in POLICIES and capacity is not None and log.mode == "w":
+            self.use = KeyUse(self.key_type, capacity, on_full)
+            self._use_as_written(self.use)
 
     def __len__(self) -> int:
         return len(self.index)
 
     @property
     def nbytes(self) -> int:
-        return self.index.nbytes
+        return self.index.nbytes + (self.use.nbytes if self.use else 0)
+
+    def _use_as_written(self, use: KeyUse) -> None:
+        """The order of the rows is that of the writes."""
+        found = list(self.index.items())
+        if found:
+            keys, order = join([batch for batch, _ in found]), torch.argsort(torch.cat([rows for _, rows in found]))
+            for part in order.split(1 << 14):
+                use.put(keys.select(part))
 
     def _apply(self, batches: Iterator[tuple[KeyBatch, torch.Tensor]]) -> None:
         for batch, rows in batches:
@@ -85,12 +99,33 @@ class Logged:
 
     # --- writing: the log first, which may refuse; then the index, which does not
 
-    def put(self, batch: KeyBatch, values: Values, if_absent: bool, accumulate: bool) -> tuple[torch.Tensor, Evicted | None]:
-        """Stores a batch; what was done with each element. Nobody has to go."""
+    def put(self, batch: KeyBatch, values: Values, if_absent: bool, accumulate: bool) -> Outcome:
+        """Stores a batch; what was done with each element, and who had to go."""
+        use = self.use
+        if use is None or self.capacity is None:
+            return self._put(batch, values, if_absent, accumulate), None
+
+        def put(part: KeyBatch, chosen: Values) -> Outcome:
+            gone = use.victims(part)
+            try:
+                rows = self.index.find(gone)
+                lost = Evicted(gone, self._row_values(rows)) if len(gone) else None
+                status = self._put(part, chosen, if_absent, accumulate)
+            except BaseException:
+                use.forget_list()
+                raise
+            if lost:
+                self._take_out(gone, rows)
+            use.put(part)
+            return status, lost
+
+        return in_slices(batch, values, self.capacity, CPU, put)
+
+    def _put(self, batch: KeyBatch, values: Values, if_absent: bool, accumulate: bool) -> torch.Tensor:
         before = self.index.find(batch)
         first = distinct(batch)
         new = first & (before < 0)
-        if self.capacity is not None and len(self) + int(new.sum()) > self.capacity:
+        if self.capacity is not None and self.use is None and len(self) + int(new.sum()) > self.capacity:
             got = f"{len(self) + int(new.sum())} with this batch"
             fail("store", "keys", f"at most {self.capacity} keys in the store (capacity, on_full='error')", got)
         chosen = new if if_absent else first if accumulate else distinct(batch, last=True)
@@ -100,10 +135,10 @@ class Logged:
         elif not bool(chosen.all()):
             values = {name: value[chosen] for name, value in values.items()}
         rows = self.log.append(written, values) if len(written) else torch.empty(0, dtype=torch.int64)
-        self._undo.append((written, before[chosen]))
+        self._undo.append((written, before[chosen], self.use.times(written) if self.use else None))
         self.index.upsert(written, rows)
         known = KEPT if if_absent else ADDED if accumulate else REPLACED
-        return torch.where(new, NEW, known).to(torch.int8), None
+        return torch.where(new, NEW, known).to(torch.int8)
 
     def _sums(self, batch: KeyBatch, before: torch.Tensor, values: Values, first: torch.Tensor) -> Values:
         """What there is plus what is added, for each distinct key, in the order of the batch."""
@@ -121,10 +156,16 @@ class Logged:
         there = (before >= 0) & distinct(batch)
         gone = batch.select(there)
         if len(gone):
-            self.log.forget(gone)
-            self._undo.append((gone, before[there]))
-            self.index.erase(gone)
+            self._take_out(gone, before[there])
         return there
+
+    def _take_out(self, batch: KeyBatch, rows: torch.Tensor) -> None:
+        """Distinct keys that are there, with the rows they have."""
+        self.log.forget(batch)
+        self._undo.append((batch, rows, self.use.times(batch) if self.use else None))
+        self.index.erase(batch)
+        if self.use:
+            self.use.erase(batch)
 
     def commit(self) -> int:
         number = self.log.commit()
@@ -134,10 +175,12 @@ class Logged:
     def rollback(self) -> None:
         """Every key as it was at the last commit."""
         self.log.rollback()
-        for batch, rows in reversed(self._undo):
+        for batch, rows, times in reversed(self._undo):
             was = rows >= 0
             self.index.erase(batch.select(~was))
             self.index.upsert(batch.select(was), rows[was])
+            if self.use and times is not None:
+                self.use.restore(batch, times)
         self._undo.clear()
         self._seen = ()
 
@@ -152,9 +195,12 @@ class Logged:
         self.commit()
         if problems := self.log.verify().problems:
             raise StoreFormatError(f"store: {self.log.path} is damaged, and is left as it is: {'; '.join(problems[:3])}")
-        self.log.rewrite(((batch, self._row_values(rows)) for batch, rows in self.index.items()), erase)
+        batches = self.use.batches() if self.use else (batch for batch, _ in self.index.items())
+        self.log.rewrite(((batch, self._row_values(self.index.find(batch))) for batch in batches), erase)
         self.index.clear()
         self._replay()
+        if self.use:
+            self.use.compact(erase)
 
     def _row_values(self, rows: torch.Tensor) -> Values:
         return {name: self.read(name, rows, torch.zeros(1, *shape, dtype=dtype)) for name, (shape, dtype) in self.columns.items()}
@@ -166,10 +212,14 @@ class Logged:
         self._chunks.clear()
         self.log.close()
         self.index.clear()
+        if self.use:
+            self.use.clear()
 
     # --- reading
 
     def rows(self, batch: KeyBatch, touch: bool) -> torch.Tensor:
+        if touch and self.use:
+            self.use.touch(batch)
         return self.index.find(batch)
 
     def read(self, name: str, rows: torch.Tensor, default: torch.Tensor) -> torch.Tensor:

@@ -15,12 +15,13 @@ import torch
 from memkernels._checks import check_choice, check_flag, fail
 from memkernels.store import exchange
 from memkernels.store.columns import ONE, as_columns, as_default, as_values
-from memkernels.store.errors import StoreError
-from memkernels.store.inmemory import Evicted, InMemory
+from memkernels.store.errors import StoreError, StoreFormatError
+from memkernels.store.inmemory import InMemory
 from memkernels.store.keys import KEY_TYPES, KeyBatch, as_batch
+from memkernels.store.use import POLICIES, Evicted
 
 _stores: weakref.WeakSet[KeyValueStore] = weakref.WeakSet()
-ON_FULL = ("grow", "error", "lru", "lfu")
+ON_FULL = ("grow", "error", *POLICIES)
 
 
 class KeyValueStore:
@@ -38,7 +39,8 @@ class KeyValueStore:
         capacity: the most keys; None: as many as memory holds. on_full: what a store with a capacity does when it is full: "error"
             refuses the
             batch and stays as it was; "lru" and "lfu" take out the keys used longest ago or least often (uses are `store`, `retrieve` and
-            `get`), none that the same batch names; "grow" goes beyond the capacity, which then is only the room made at the start.
+            `get`), none that the same batch names; "grow" goes beyond the capacity, which then is only the room made at the start. With a
+            path uses count while it is open to write; a store that is opened again begins with one use of each key, in the order written.
         device: where values and the table of int64 keys live. durability: of commits to a path: "none", "async" or "commit".
 
     Growth: no call waits for the whole table. A call that finds the table 85% full begins one 1.5 times as large; it and those after it
@@ -89,11 +91,9 @@ class KeyValueStore:
         if self._path is None:
             self._data: Any = InMemory(key_type, self._columns, self._device, capacity, on_full)
             return
-        if on_full in ("lru", "lfu"):
-            fail(op, "on_full", "'grow' or 'error' with a path", repr(on_full))
         if self._device.type != "cpu":
             fail(op, "device", "'cpu' with a path", repr(device))
-        self._data = self._logged(self._path, durability, capacity if on_full == "error" else None)
+        self._data = self._logged(self._path, durability)
 
     def _begin(self) -> None:
         self._lock, self._closed = threading.RLock(), False
@@ -102,19 +102,19 @@ class KeyValueStore:
         self._parameters: Any = None
         _stores.add(self)
 
-    def _logged(self, path: Path, durability: str, capacity: int | None) -> Any:
+    def _logged(self, path: Path, durability: str) -> Any:
         """The store of this path, created or opened to write."""
         from memkernels.store import logged
 
         if not logged.Log.exists(path):
-            return logged.Logged(logged.create(path, self._key_type, self._columns, self._extra, durability), capacity)
+            return logged.Logged(logged.create(path, self._key_type, self._columns, self._extra, durability), **self._extra)
         log = logged.Log.open(path, "w", durability)
         schema = log.schema
         if schema.key_type != self._key_type or schema.columns != self._columns:
             log.close()
             got = f"one of {schema.key_type} keys and columns {schema.columns} at {str(path)!r}"
             fail("KeyValueStore", "path", f"a store of {self._key_type} keys and columns {self._columns}", got)
-        return logged.Logged(log, capacity)
+        return logged.Logged(log, **self._extra)
 
     @classmethod
     def open(cls, path: Any, mode: str = "r", *, durability: str = "commit", verify: str = "touch") -> KeyValueStore:
@@ -142,7 +142,10 @@ class KeyValueStore:
         self._begin()
         self._path = Path(path)
         try:
-            self._data = logged.Logged(log, self._extra.get("capacity") if self._extra.get("on_full") == "error" else None, verify)
+            capacity, on_full = self._extra.get("capacity"), self._extra.get("on_full", "grow")
+            if on_full not in ON_FULL or type(capacity) not in (int, type(None)) or (capacity or 1) < 1:
+                raise StoreFormatError(f"store: {path} is damaged: capacity {capacity!r} with on_full {on_full!r}")
+            self._data = logged.Logged(log, capacity, on_full, verify)
         except BaseException:
             log.close()
             raise
