@@ -58,15 +58,15 @@ MK_INLINE Vec<A> power_of(Vec<A> score, Vec<A> factor, Vec<A> base) {
 
 // C[M][N vectors] = row_scale C + A B, or + 0 where `add` is false.
 template <class A, int M, int N>
-__attribute__((noinline)) void tile_product(int64_t depth, const A* a, int64_t a_row, int64_t a_depth, const A* b, A* c,
-                                            int64_t c_row, const A* row_scale, bool add) {
+__attribute__((noinline)) void tile_product(int64_t depth, const A* a, int64_t a_row, int64_t a_depth, const A* b,
+                                            int64_t b_row, A* c, int64_t c_row, const A* row_scale, bool add) {
   using V = Vec<A>;
   V sum[M][N];
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) sum[m][n] = V::zero();
-  for (int64_t k = 0; k < depth; k++, b += N * V::kLanes, a += a_depth) {
+  for (int64_t k = 0; k < depth; k++, b += b_row, a += a_depth) {
     V right[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) right[n] = V::load(b + n * V::kLanes);
@@ -90,7 +90,7 @@ __attribute__((noinline)) void tile_product(int64_t depth, const A* a, int64_t a
 }
 
 template <class A>
-using TileProduct = void (*)(int64_t, const A*, int64_t, int64_t, const A*, A*, int64_t, const A*, bool);
+using TileProduct = void (*)(int64_t, const A*, int64_t, int64_t, const A*, int64_t, A*, int64_t, const A*, bool);
 template <class A, int N>
 constexpr TileProduct<A> kTileRow[kRows] = {tile_product<A, 1, N>, tile_product<A, 2, N>, tile_product<A, 3, N>,
                                             tile_product<A, 4, N>, tile_product<A, 5, N>, tile_product<A, 6, N>};
@@ -103,7 +103,7 @@ MK_INLINE TileProduct<A> tile_of(int64_t rows, int64_t vectors) {
   return vectors == 2 ? kTileRow<A, 2>[rows - 1] : kTileRow<A, 1>[rows - 1];
 }
 
-// The matrices of a product. B: panels of `panel_depth` rows, used from row `depth_first`.
+// The matrices of a product. B: panels of `panel_depth` rows, used from row `depth_first`, or plain rows `b_row` apart.
 template <class A>
 struct Product {
   const A* a;
@@ -112,6 +112,7 @@ struct Product {
   int64_t panel_depth, depth_first;
   A* c;
   int64_t c_row;
+  int64_t b_row = 0;
 };
 
 // Rows [0, rows) and column vectors of the panels that cover columns [first, last); `depth` terms a sum, long sums in
@@ -122,14 +123,15 @@ void product(const Product<A>& p, int64_t rows, int64_t columns, int64_t first, 
   const int64_t vectors = padded<A>(columns) / kLanes<A>, piece = depth > 256 ? 64 : depth;
   for (int64_t panel = first / kPanel<A>; panel * kPanel<A> < last; panel++) {
     const int64_t width = smaller(kTileVectors<A>, vectors - panel * kTileVectors<A>);
-    const A* b = p.b + (panel * kPanel<A>)*p.panel_depth + p.depth_first * width * kLanes<A>;
+    const int64_t b_row = p.b_row ? p.b_row : width * kLanes<A>;
+    const A* b = p.b + panel * kPanel<A> * (p.b_row ? 1 : p.panel_depth) + p.depth_first * b_row;
     for (int64_t row = 0; row < rows; row += kRows) {
       const int64_t count = smaller(kRows, rows - row);
       A* c = p.c + row * p.c_row + panel * kPanel<A>;
       int64_t done = 0;
       do {
         tile_of<A>(count, width)(smaller(piece, depth - done), p.a + row * p.a_row + done * p.a_depth, p.a_row,
-                                 p.a_depth, b + done * width * kLanes<A>, c, p.c_row,
+                                 p.a_depth, b + done * b_row, b_row, c, p.c_row,
                                  row_scale && !done ? row_scale + row : nullptr, add || done);
         done += piece;
       } while (done < depth);
