@@ -49,6 +49,7 @@ struct RecurrentFormat {
   // Products over a whole chunk may have their own operands: bytes of an element, rows of a unit and, of the product of
   // the input, vectors of columns of a unit at most. 0: those of the steps, a panel.
   int64_t product_bytes, product_tile, product_vectors;
+  MK_INLINE bool matrix_units() const { return pack_bytes == 2 || product_bytes; }
   MK_INLINE int64_t operand_bytes() const { return product_bytes ? product_bytes : pack_bytes; }
   MK_INLINE int64_t product_rows(int64_t step_rows) const { return product_tile ? product_tile : step_rows; }
 };
