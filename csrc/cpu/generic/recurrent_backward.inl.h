@@ -3,10 +3,10 @@
 //   dz = gradient of the pre-activations;  dh' = dz W_hh (+ what the cell passes on);  dx = dz W_ih;
 //   dW_ih = sum dz x^T;  dW_hh = sum dz h'^T;  db = sum dz
 //
-// Lines run backwards; a rank owns (panel of 2 vectors of units, row tile) for both halves of a step, so a step has one
-// barrier, between dz and dh'. After a chunk of lines the three large products read its dz from cache. Columns of dz
-// that only the input or only the state has lie at its two ends. Precision: as forward. Sums over (t, b) are taken
-// chunk by chunk, each from zero, so that no chain of additions is long.
+// Lines run backwards; a rank that takes a unit (panel of 2 vectors of units, row tile) from dz to dh' goes on to its
+// dz of the line before, so a step has one barrier, between dz and dh'. After a chunk of lines the three large products
+// read its dz from cache. Columns of dz that only the input or only the state has lie at its two ends. Precision: as
+// forward. Sums over (t, b) are taken chunk by chunk, each from zero, so that no chain of additions is long.
 #pragma once
 #include "cpu/generic/gemm_tile.inl.h"
 #include "cpu/generic/recurrent_rows.inl.h"
