@@ -5,9 +5,10 @@
 // Weights are packed once a call, in panels of four vectors: the gates of `lanes` hidden units side by side, or four
 // vectors of units where a cell has one gate, so that one register tile holds whole cells. Time runs in chunks: the
 // input part of z for a chunk is one matrix product into cache-sized scratch, then the steps add the recurrent part.
-// All ranks of a team run every step; a rank owns (panel, row tile) units and keeps them. Element types: T of the
-// tensors, P of packed operands, A of sums (P = A = float or double, but P = bfloat16 on AMX tiles). Operands of
-// products over a chunk may have a form of their own, RecurrentFormat::product_bytes long.
+// All ranks of a team run every step; a rank starts with the same (panel, row tile) units each time and helps others
+// with theirs (Deal). Element types: T of the tensors, P of packed operands, A of sums (P = A = float or double, but
+// P = bfloat16 on AMX tiles). Operands of products over a chunk may have a form of their own,
+// RecurrentFormat::product_bytes long.
 //
 // A run has lines (steps) of rows. Without lengths they are t and b. With lengths, a row runs several sequences one
 // after the other and `slots` says which (t, b) each place of a line is: the time goes by tokens, not by B * T.
@@ -49,6 +50,7 @@ struct RecurrentFormat {
   // Products over a whole chunk may have their own operands: bytes of an element, rows of a unit and, of the product of
   // the input, vectors of columns of a unit at most. 0: those of the steps, a panel.
   int64_t product_bytes, product_tile, product_vectors;
+  MK_INLINE bool matrix_units() const { return pack_bytes == 2 || product_bytes; }
   MK_INLINE int64_t operand_bytes() const { return product_bytes ? product_bytes : pack_bytes; }
   MK_INLINE int64_t product_rows(int64_t step_rows) const { return product_tile ? product_tile : step_rows; }
 };

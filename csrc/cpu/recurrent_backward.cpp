@@ -12,9 +12,9 @@ struct Run {
   const RecurrentKernels& kernels;
   const Lengths& lengths;
   int dtype;
-  int64_t lines, item;  // lines of a chunk, bytes of an element
-  char* operand;        // of all ranks
-  uint64_t* left;       // of a Deal
+  int64_t lines, item;                 // lines of a chunk, bytes of an element
+  char* operand;                       // of all ranks
+  uint64_t *steps, *inputs, *weights;  // of Deals: each its own, for no barrier lies between the two products
 };
 
 // Of a rank: the rows of two operands, then a packed panel of one.
@@ -63,9 +63,14 @@ void run_products(const RecurrentBackward& f, const Run& run, Span chunk, const 
     kernels.arrange[run.dtype](f, chunk, dz, operand, share(tiles_of(columns, 32) + panels, rank, size));
     barrier.wait();
   }
+  // Units are dealt unless those of a call share what they read: operand tiles in cache (amx/).
   if (f.dinput) {
     const int64_t units = tiles_of(f.I, panel) * tiles_of(count, format.product_rows(format.tile));
-    kernels.input_backward[run.dtype](f, chunk, dz, share(units, rank, size));
+    const auto input_backward = [&](Span some) { kernels.input_backward[run.dtype](f, chunk, dz, some); };
+    if (format.matrix_units())
+      input_backward(share(units, rank, size));
+    else
+      deal_pieces(units, rank, size, run.inputs, input_backward);
   }
   if (f.dbias_ih || f.dbias_hh) {
     const Span blocks = share(tiles_of(f.columns(), 64), rank, size);
@@ -73,11 +78,10 @@ void run_products(const RecurrentBackward& f, const Run& run, Span chunk, const 
   }
   const int64_t units = panels * tiles_of(columns, format.gate_tile);
   const auto weight_backward = [&](Span some) { kernels.weight_backward[run.dtype](f, chunk, dz, operand, some); };
-  // Elsewhere a call packs or shares what many units read: those stay together.
-  if (format.pack_bytes == 2)
-    deal_pieces(units, rank, size, run.left, weight_backward);
-  else
+  if (format.product_bytes)
     weight_backward(share(units, rank, size));
+  else
+    deal_pieces(units, rank, size, run.weights, weight_backward);
 }
 
 // Gradients of what has no step: sequences of length 0, inputs past the ends, states given where nothing resets.
@@ -101,26 +105,51 @@ void finish_sequences(const RecurrentBackward& f, const Run& run, int rank, int 
     if (dreset) std::memset(static_cast<char*>(dreset) + steps.begin * all, 0, size_t((steps.end - steps.begin) * all));
 }
 
+struct Line {
+  int64_t l;
+  void* dz;
+};
+Line line_at(const RecurrentBackward& f, const Run& run, int64_t l) {
+  const int64_t chunk = (f.rows.reverse ? l : f.rows.lines - 1 - l) / run.lines;
+  const int64_t row = (l - chunk_of(f.rows, run.lines, chunk, !f.rows.reverse).begin) * f.rows.rows;
+  const int64_t bytes = run.kernels.format[run.dtype].pack_bytes;
+  return {l, static_cast<char*>(f.dz[chunk % 2]) + row * f.ld_gates * bytes};
+}
+
+// The second half of a line, whose dz all ranks have written, and the first half of the line before: a unit needs
+// nothing of others between the two.
+void run_line(const RecurrentBackward& f, const Run& run, Line line, int rank, int size) {
+  const RecurrentFormat& format = run.kernels.format[run.dtype];
+  const int64_t units = tiles_of(f.H, 2 * format.lanes) * tiles_of(f.rows.rows, format.tile);
+  const bool is_first = line.l == f.rows.first();
+  const Line before = is_first ? line : line_at(f, run, f.rows.previous(line.l));
+  const auto run_units = [&](Span some) {
+    run.kernels.state_backward[run.dtype](f, line.l, line.dz, some);
+    if (!is_first) run.kernels.cell[int(f.cell)].gates_backward[run.dtype](f, before.l, before.dz, some);
+  };
+  if (format.pack_bytes == 2) return run_units(share(units, rank, size));  // tiles take two units at once
+  Deal deal(units, rank, size, run.steps, line.l % 2 != 0);
+  for (int64_t u; (u = deal.next()) >= 0;) run_units({u, u + 1});
+}
+
 void run_lines(const RecurrentBackward& f, const Run& run, int rank, int size, Barrier& barrier) {
   const RecurrentKernels& kernels = run.kernels;
   const int dtype = run.dtype;
   const RecurrentFormat& format = kernels.format[dtype];
   const int64_t rows = f.rows.rows, panel = 2 * format.lanes;
-  const Span units = share(tiles_of(f.H, panel) * tiles_of(rows, format.tile), rank, size);
+  const int64_t units = tiles_of(f.H, panel) * tiles_of(rows, format.tile);
   kernels.pack_backward[dtype](f, share(tiles_of(f.H, panel) + (f.dinput ? tiles_of(f.I, panel) : 0), rank, size));
   kernels.start_backward[dtype](f, share(rows, rank, size));
   barrier.wait();
+  const Line last = line_at(f, run, f.rows.last());
+  kernels.cell[int(f.cell)].gates_backward[dtype](f, last.l, last.dz, share(units, rank, size));
   for (int64_t i = 0; i * run.lines < f.rows.lines; i++) {
     const Span chunk = chunk_of(f.rows, run.lines, i, !f.rows.reverse);
-    char* dz = static_cast<char*>(f.dz[i % 2]);
     for (int64_t s = 0; s < chunk.end - chunk.begin; s++) {
-      const int64_t at = f.rows.reverse ? s : chunk.end - chunk.begin - 1 - s;
-      char* line = dz + at * rows * f.ld_gates * format.pack_bytes;
-      kernels.cell[int(f.cell)].gates_backward[dtype](f, chunk.begin + at, line, units);
       barrier.wait();
-      kernels.state_backward[dtype](f, chunk.begin + at, line, units);
+      run_line(f, run, line_at(f, run, f.rows.reverse ? chunk.begin + s : chunk.end - 1 - s), rank, size);
     }
-    run_products(f, run, chunk, dz, rank, size, barrier);
+    run_products(f, run, chunk, f.dz[i % 2], rank, size, barrier);
   }
   barrier.wait();
   kernels.finish_backward[dtype](f, share(f.gate_rows(), rank, size));
@@ -151,7 +180,8 @@ void run_recurrent(RecurrentBackward& f, const Lengths& lengths, bool reverse, D
   const int64_t rows = std::max<int64_t>(f.rows.rows, 1);
   const int64_t lines = std::clamp<int64_t>(format.chunk_rows / rows, 1, std::max<int64_t>(f.rows.lines, 1));
   const int ranks = ranks_for(f.cell, rows, f.H, tiles_of(f.H, 2 * format.lanes) * tiles_of(rows, format.tile));
-  Run run{kernels, lengths, int(type), lines, item, nullptr, take_deal(ranks, scratch)};
+  Run run{kernels, lengths, int(type), lines, item, nullptr, nullptr, nullptr, nullptr};
+  for (uint64_t** left : {&run.steps, &run.inputs, &run.weights}) *left = take_deal(ranks, scratch);
   plan_backward(f, format, run, ranks, scratch);
   team(ranks, [&](int rank, int size, Barrier& barrier) {
     finish_sequences(f, run, rank, size);

@@ -120,12 +120,11 @@ void run_recurrent(RecurrentForward& f, const Lengths& lengths, bool reverse, DT
   f.panels = tiles_of(f.H, format.lanes * shape.units);
   // The input part of z for a chunk should stay in the L2 cache. Products on matrix units are so fast that reading the
   // weights again for every chunk costs more than that. No result depends on where chunks end.
-  const bool matrix_units = format.pack_bytes == 2 || format.product_bytes;
-  const int64_t projected_bytes = int64_t(matrix_units ? 4 : 1) << 20;
+  const int64_t projected_bytes = int64_t(format.matrix_units() ? 4 : 1) << 20;
   const int64_t row_bytes = f.panels * kPanelVectors * format.lanes * format.sum_bytes;
   // A known chunk is worked on panel by panel: it needs no room in the cache but for its operands.
   const int64_t rows =
-      f.known_output ? (matrix_units ? 512 : 256) : std::clamp<int64_t>(projected_bytes / row_bytes, 64, 512);
+      f.known_output ? (format.matrix_units() ? 512 : 256) : std::clamp<int64_t>(projected_bytes / row_bytes, 64, 512);
   const int64_t lines =
       std::clamp<int64_t>(rows / std::max<int64_t>(f.rows.rows, 1), 1, std::max<int64_t>(f.rows.lines, 1));
   const int64_t tiles = tiles_of(f.rows.rows, format.row_tiles[int(f.cell)]);

@@ -3,10 +3,10 @@
 //   dz = gradient of the pre-activations;  dh' = dz W_hh (+ what the cell passes on);  dx = dz W_ih;
 //   dW_ih = sum dz x^T;  dW_hh = sum dz h'^T;  db = sum dz
 //
-// Lines run backwards; a rank owns (panel of 2 vectors of units, row tile) for both halves of a step, so a step has one
-// barrier, between dz and dh'. After a chunk of lines the three large products read its dz from cache. Columns of dz
-// that only the input or only the state has lie at its two ends. Precision: as forward. Sums over (t, b) are taken
-// chunk by chunk, each from zero, so that no chain of additions is long.
+// Lines run backwards; a rank that takes a unit (panel of 2 vectors of units, row tile) from dz to dh' goes on to its
+// dz of the line before, so a step has one barrier, between dz and dh'. After a chunk of lines the three large products
+// read its dz from cache. Columns of dz that only the input or only the state has lie at its two ends. Precision: as
+// forward. Sums over (t, b) are taken chunk by chunk, each from zero, so that no chain of additions is long.
 #pragma once
 #include "cpu/generic/gemm_tile.inl.h"
 #include "cpu/generic/recurrent_rows.inl.h"
@@ -161,6 +161,14 @@ void pack_operand(const T* const* rows, int64_t count, int64_t first, int64_t wi
   }
 }
 
+// The sums in dW of column n of dz from `first` on; null: this weight has none.
+template <class A>
+MK_INLINE A* weight_sums(const RecurrentBackward& f, bool hidden, int64_t n, int64_t first) {
+  const int64_t begin = hidden ? f.hidden_column() : 0;
+  if (n < begin || n >= begin + f.gate_rows()) return nullptr;
+  return hidden ? element<A>(f.sum_hh, (n - begin) * f.H + first) : element<A>(f.sum_ih, f.input_row(n) * f.I + first);
+}
+
 // A product of columns [begin, end) of dz and a panel goes to the rows of dW that belong to these columns.
 template <class T>
 MK_INLINE void add_weight_gradient(const RecurrentBackward& f, bool hidden, bool fresh, Span columns, int64_t first,
@@ -168,10 +176,9 @@ MK_INLINE void add_weight_gradient(const RecurrentBackward& f, bool hidden, bool
   using A = acc_t<T>;
   using V = Vec<A>;
   const int64_t width = hidden ? f.H : f.I;
-  const int64_t begin = hidden ? f.hidden_column() : 0, end = begin + f.gate_rows();
   for (int64_t n = columns.begin; n < columns.end; n++, product += panel) {
-    if (n < begin || n >= end) continue;
-    A* total = element<A>(hidden ? f.sum_hh : f.sum_ih, (hidden ? n - begin : f.input_row(n)) * width + first);
+    A* total = weight_sums<A>(f, hidden, n, first);
+    if (!total) continue;
     for_each_vec<V>(smaller(panel, width - first), [&](int64_t j, auto part) {
       const V sum = V::load(product + j);
       store(fresh ? sum : load<V>(total + j, part) + sum, total + j, part);
@@ -200,6 +207,11 @@ void weight_backward(const RecurrentBackward& f, Span lines, const void* dz, voi
     packed = u / tiles;
     const Span rows = tile_of(f.gate_rows(), tiles, u % tiles);
     const int64_t column = rows.begin + (hidden ? f.hidden_column() : 0);
+    // The sums come into cache while what is added to them is computed.
+    for (int64_t n = column; n < column + rows.end - rows.begin; n++) {
+      const A* sums = weight_sums<A>(f, hidden, n, first);
+      __builtin_prefetch(sums), __builtin_prefetch(sums + smaller(kPanel, width - first) - 1);
+    }
     gemm_tile_for<A, 2, true>(rows.end - rows.begin)(count, element<A>(dz, column), f.ld_gates, panel, nullptr, 0,
                                                      product, kPanel);
     add_weight_gradient<T>(f, hidden, fresh, {column, column + rows.end - rows.begin}, first, kPanel, product);
