@@ -9,7 +9,7 @@ import torch
 
 from memkernels import _backends, _compat, _vmap
 from memkernels._compat import PLAIN_CALL, autocast_enabled, eager_apply
-from memkernels._op import Op, filled
+from memkernels._op import Op, filled, picker
 
 
 def attach(op: Op) -> None:
@@ -99,26 +99,30 @@ def _general_backward(op: Op) -> Any:
 
 def _eager_function(op: Op, general: Any) -> Any:
     """The same Function for plain calls: it computes without the dispatcher and without what only other calls need."""
-    n_inputs = len(op.inputs)
-    fixed = [i for i, o in enumerate(op.outputs) if not o.differentiable]
+    n_inputs, n_leading = len(op.inputs), len(op.differentiable)
+    fixed = picker(tuple(i for i, o in enumerate(op.outputs) if not o.differentiable))
+    kept, given, asked = picker(op.saved_outputs), picker(op.differentiable_outputs), picker(op.differentiable)
+    leading = op.differentiable == tuple(range(n_leading))
+    all_differentiable = len(op.differentiable_outputs) == len(op.outputs)
 
     def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, ...]:
         outputs = filled(op.compute(*args), args[0])  # as the torch op has it: checkpointing compares what two calls save
-        if fixed:
-            ctx.mark_non_differentiable(*[outputs[i] for i in fixed])
+        if not all_differentiable:
+            ctx.mark_non_differentiable(*fixed(outputs))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*args[:n_inputs], *[outputs[i] for i in op.saved_outputs])
+        ctx.save_for_backward(*args[:n_inputs], *kept(outputs))
         ctx.options, ctx.backend = args[n_inputs:], _backends.forced.get()
         return outputs
 
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         saved, needed = ctx.saved_tensors, ctx.needs_input_grad  # once: some hooks hand a saved tensor out only once
         plain = not torch.is_grad_enabled() and ctx.backend is None and _compat.call_kind((*grads, *saved), len(grads)) == PLAIN_CALL
-        doutputs = [grads[i] for i in op.differentiable_outputs]
+        doutputs = given(grads)
         if not plain or all([g is None for g in doutputs]):
             return general(ctx, saved, grads)
-        needs = [needed[i] for i in op.differentiable]
-        found = op.gradients(doutputs, saved[:n_inputs], saved[n_inputs:], ctx.options, needs)
+        found = op.gradients(doutputs, saved[:n_inputs], saved[n_inputs:], ctx.options, asked(needed))
+        if leading:
+            return (*found, *(None,) * (len(needed) - n_leading))
         result: list[Any] = [None] * len(needed)
         for i, gradient in zip(op.differentiable, found):
             result[i] = gradient

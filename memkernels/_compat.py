@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -108,6 +108,11 @@ def general_empty(like: torch.Tensor, shape: tuple[int, ...] | None, dtype: torc
     return like.new_empty(like.shape if shape is None else shape, dtype=dtype)
 
 
+def _empty_gradients(inputs: tuple[Any, ...], places: tuple[int, ...], needs: Sequence[bool]) -> list[torch.Tensor | None]:
+    """A contiguous tensor like each of the inputs at these places that needs a gradient, None for the others."""
+    return [general_empty(inputs[i], None, None) if need else None for i, need in zip(places, needs)]
+
+
 ANY, RISING, SPANNING = range(3)
 _SERIAL = 1 << 14  # elements that torch goes over without its threads, for which a forked child would wait for ever
 
@@ -136,6 +141,7 @@ deterministic = torch._C._get_deterministic_algorithms  # what the public functi
 call_kind: Callable[[tuple[Any, ...], int], int] = _call_kind
 integers_fit: Callable[[torch.Tensor, int, int, int], bool | None] = _integers_fit
 empty: Callable[[torch.Tensor, tuple[int, ...] | None, torch.dtype | None], torch.Tensor] = general_empty
+empty_gradients: Callable[[tuple[Any, ...], tuple[int, ...], Sequence[bool]], list[torch.Tensor | None]] = _empty_gradients
 
 
 def eager_apply(function: type[torch.autograd.Function]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -110,9 +111,9 @@ class Op:
         if is_reference:
             found = module.backward(*doutputs, *inputs, *saved, *options)
             return self._reference_gradients(found, (*doutputs, *inputs, *saved), inputs, needs)
-        gradients = [empty_like(inputs[i]) if need else None for i, need in zip(self.differentiable, needs)]
-        # Contiguous, as forward made them: vmap rules hand over views.
-        saved = [t if t is None else t.contiguous() for t in saved]
+        gradients = _compat.empty_gradients(inputs, self.differentiable, needs)
+        if saved:  # contiguous, as forward made them: vmap rules hand over views
+            saved = [t if t is None else t.contiguous() for t in saved]
         module.backward(*gradients, *doutputs, *inputs, *saved, *options)
         return gradients
 
@@ -158,7 +159,14 @@ def new_empty(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype | N
 
 def filled(outputs: Iterable[torch.Tensor | None], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Torch ops return tensors only: an empty one stands for None."""
-    return tuple(new_empty(like, (0,)) if t is None else t for t in outputs)
+    return tuple([new_empty(like, (0,)) if t is None else t for t in outputs])
+
+
+def picker(places: tuple[int, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """A function that takes the items at these places out of a tuple; the first few, as they mostly are, without a loop."""
+    if places == tuple(range(len(places))):
+        return operator.itemgetter(slice(len(places)))
+    return lambda items: tuple([items[i] for i in places])
 
 
 def single(outputs: tuple[Any, ...]) -> Any:

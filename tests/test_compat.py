@@ -148,6 +148,18 @@ def test_empty_is_filled_where_torch_fills():
     assert _compat.empty(torch.ones(3), None, None).isnan().all()
 
 
+@pytest.mark.parametrize("make", [_compat._empty_gradients, lambda *given: _compat.empty_gradients(*given)])
+def test_empty_gradients_are_made_for_those_that_need_one(make):
+    inputs = (torch.ones(2, 3).T, None, torch.ones(0, 3), torch.ones((), dtype=torch.bfloat16))
+    found = make(inputs, (0, 1, 2, 3), (True, False, False, True))
+    assert found[1] is found[2] is None and found[0].is_contiguous()
+    assert [(t.shape, t.dtype) for t in (found[0], found[3])] == [(torch.Size([3, 2]), torch.float32), (torch.Size([]), torch.bfloat16)]
+    assert found[0].isnan().all() and found[3].isnan()  # where torch fills
+    assert make(list(inputs), (3,), [False]) == [None] and make(inputs, (), ()) == []
+    with pytest.raises(IndexError):
+        make(inputs, (4,), (True,))
+
+
 def test_eager_apply_records_the_gradient():
     x = torch.ones(2, requires_grad=True)
     _compat.eager_apply(Double)(x).sum().backward()

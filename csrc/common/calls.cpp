@@ -198,20 +198,54 @@ bool layout_of(const dlpack::Tensor& view, PyObject* shape, py::tuple& sizes, py
   return true;
 }
 
+PyObject* general_empty(PyObject* like, PyObject* shape, PyObject* dtype) {
+  PyObject* given[] = {like, shape, dtype};
+  return PyObject_Vectorcall(torch.general_empty, given, 3, nullptr);
+}
+
+PyObject* empty_of(PyObject* like, PyObject* shape, PyObject* dtype, bool deterministic) {
+  dlpack::Tensor view;
+  py::tuple sizes, strides;
+  // Deterministic torch fills fresh memory.
+  if (deterministic || !view_of(like, &view) || view.device.type != dlpack::kCPU ||
+      !layout_of(view, shape, sizes, strides))
+    return general_empty(like, shape, dtype);
+  const auto own = dtype == Py_None ? py::reinterpret_steal<py::object>(PyObject_GetAttr(like, torch.dtype))
+                                    : py::reinterpret_borrow<py::object>(dtype);
+  if (!own) return nullptr;
+  PyObject* given[] = {sizes.ptr(), strides.ptr(), own.ptr()};
+  return PyObject_Vectorcall(torch.empty_strided, given, 3, nullptr);
+}
+
 PyObject* empty(PyObject*, PyObject* const* args, Py_ssize_t n) {
   if (n != 3) return PyErr_Format(PyExc_TypeError, "empty: expected (like, shape, dtype)");
   return guarded([&]() -> PyObject* {
-    dlpack::Tensor view;
-    py::tuple sizes, strides;
-    // Deterministic torch fills fresh memory.
-    if (truth(PyObject_CallNoArgs(torch.deterministic)) || !view_of(args[0], &view) ||
-        view.device.type != dlpack::kCPU || !layout_of(view, args[1], sizes, strides))
-      return PyObject_Vectorcall(torch.general_empty, args, 3, nullptr);
-    const auto dtype = args[2] == Py_None ? py::reinterpret_steal<py::object>(PyObject_GetAttr(args[0], torch.dtype))
-                                          : py::reinterpret_borrow<py::object>(args[2]);
-    if (!dtype) return nullptr;
-    PyObject* given[] = {sizes.ptr(), strides.ptr(), dtype.ptr()};
-    return PyObject_Vectorcall(torch.empty_strided, given, 3, nullptr);
+    return empty_of(args[0], args[1], args[2], truth(PyObject_CallNoArgs(torch.deterministic)));
+  });
+}
+
+PyObject* empty_gradients(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  if (n != 3 || !PyTuple_Check(args[1]))
+    return PyErr_Format(PyExc_TypeError, "empty_gradients: expected (inputs, places, needs)");
+  return guarded([&]() -> PyObject* {
+    const auto inputs = py::reinterpret_steal<py::object>(PySequence_Fast(args[0], "inputs")),
+               needs = py::reinterpret_steal<py::object>(PySequence_Fast(args[2], "needs"));
+    if (!inputs || !needs) return nullptr;
+    const Py_ssize_t count = std::min(PyTuple_GET_SIZE(args[1]), PySequence_Fast_GET_SIZE(needs.ptr()));
+    const bool deterministic = truth(PyObject_CallNoArgs(torch.deterministic));
+    py::list gradients{size_t(count)};
+    for (Py_ssize_t i = 0; i < count; i++) {
+      const int need = PyObject_IsTrue(PySequence_Fast_GET_ITEM(needs.ptr(), i));
+      const Py_ssize_t place = PyLong_AsSsize_t(PyTuple_GET_ITEM(args[1], i));
+      if (need < 0 || PyErr_Occurred()) return nullptr;
+      if (place < 0 || place >= PySequence_Fast_GET_SIZE(inputs.ptr()))
+        return PyErr_Format(PyExc_IndexError, "empty_gradients: no input %zd", place);
+      PyObject* like = PySequence_Fast_GET_ITEM(inputs.ptr(), place);
+      PyObject* gradient = need ? empty_of(like, Py_None, Py_None, deterministic) : Py_NewRef(Py_None);
+      if (!gradient) return nullptr;
+      PyList_SET_ITEM(gradients.ptr(), i, gradient);
+    }
+    return gradients.release().ptr();
   });
 }
 
@@ -228,6 +262,7 @@ void bind_calls(py::module_& m) {
   static PyMethodDef functions[] = {fast("call_kind", &call_kind),
                                     fast("tensor_key", &tensor_key),
                                     fast("empty", &empty),
+                                    fast("empty_gradients", &empty_gradients),
                                     fast("integers_fit", &integers_fit),
                                     {}};
   if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();

@@ -180,8 +180,47 @@ void forward(const TensorView& read, const TensorView& states, const TensorView&
     run_steps<float>(run, int(dtype));
 }
 
+// The backward of one read of `rows`: attention's, of a single head.
+void step_backward(const TensorView& dquery, const TensorView& dkey, const TensorView& drows, const InputView& dread,
+                   const InputView& query, const InputView& key, const InputView& rows, const InputView& mask,
+                   const InputView& read, const TensorView& stats, double scale) {
+  check_rank(kOp, "query", query, 3), check_rank(kOp, "key", key, 3), check_rank(kOp, "value", rows, 3);
+  check_float(kOp, "query", query);
+  AttentionArgs a = arguments(query, key, rows, mask, scale);
+  const DType dtype = query.dtype();
+  const auto upstream = [&](const char* name, const InputView& t) {
+    check_tensor(kOp, name, t, {a.batch, a.queries, a.value_width}, dtype), check_inner(kOp, name, t);
+    return AttentionTensor{t.data(), t.stride(0), 0, t.stride(1)};
+  };
+  a.dout = upstream("dread", dread), a.out = upstream("read", read);
+  check_output(kOp, "stats", stats, {a.batch, a.queries, 2}, wide(dtype));
+  a.stats = stats.data();
+  a.dquery = written(kOp, "dquery", dquery, {a.batch, a.queries, a.width}, dtype);
+  a.dkey = written(kOp, "dkey", dkey, {a.batch, a.keys, a.width}, dtype);
+  a.dvalue = written(kOp, "dvalue", drows, {a.batch, a.keys, a.value_width}, dtype);
+  const auto& kernels = select(attention_levels);
+  pybind11::gil_scoped_release nogil;
+  if (a.batch == 0) return;
+  const int type = int(dtype);
+  const int64_t count = a.batch * a.queries, size = sum_size(dtype);
+  Scratch scratch;
+  a.rows_base = scratch.take<char>(count * size), a.rows_unit = scratch.take<char>(count * size);
+  a.rows_delta = scratch.take<char>(count * size);
+  if (a.dquery) a.dquery_sums = scratch.take<char>(a.splits * count * padded16(a.width) * size);
+  parallel_for(count, grain_for(2 * a.value_width * size),
+               [&](int64_t begin, int64_t end) { kernels.prepare[type](a, begin, end); });
+  restate(a, kernels, type);
+  keys_and_queries(a, kernels, type);
+  if (a.dquery)
+    parallel_for(count, grain_for(2 * a.width * size),
+                 [&](int64_t begin, int64_t end) { kernels.finish[type](a, begin, end, a.splits); });
+}
+
 }  // namespace
 
-void bind_hopfield_retrieve(pybind11::module_& m) { m.def("hopfield_retrieve", &forward); }
+void bind_hopfield_retrieve(pybind11::module_& m) {
+  m.def("hopfield_retrieve", &forward);
+  m.def("hopfield_step_backward", &step_backward);
+}
 
 }  // namespace mk::cpu

@@ -103,7 +103,8 @@ def dnc_sequence(
     """
     flags = dict(key_mask=key_mask, sharpen_links=sharpen_links, deallocate=deallocate, write_gradient=write_gradient)
     for name, flag in (*flags.items(), ("bounded", bounded)):
-        check_flag("dnc_sequence", name, flag)
+        if flag.__class__ is not bool:
+            check_flag("dnc_sequence", name, flag)
     check_choice("dnc_sequence", "strength", strength, STRENGTHS)
     check_choice("dnc_sequence", "cosine", cosine, COSINES)
     limit = math.inf if clip is None else check_number("dnc_sequence", "clip", clip)
@@ -112,11 +113,12 @@ def dnc_sequence(
     old, asks = DNCState(*state), (None,) * 9 if controller is None else DNCController(*controller)
     if controller is not None:
         for name, tensor in zip(DNCController._fields, asks):
-            check_tensor("dnc_sequence", name, tensor)
+            if tensor is None:  # which only all of them may be
+                check_tensor("dnc_sequence", name, tensor)
     tensors = (input, *old, *asks)
     sizes = SIGNATURE(*tensors)
-    parts = interface_shapes(sizes["R"], sizes["U"], sizes["W"], key_mask, sharpen_links)
-    wanted, got = sum(map(math.prod, parts.values())), sizes["I" if controller is None else "P"]
+    readers, writers, width = sizes["R"], sizes["U"], sizes["W"]
+    wanted, got = interface_size(readers, writers, width, key_mask, sharpen_links), sizes["I" if controller is None else "P"]
     if got != wanted:
         what, dims = ("input", "[T B I] with I") if controller is None else ("weight_interface", "[P H] with P")
         fail("dnc_sequence", what, f"{dims}={wanted}, the interface of this memory", got)
@@ -132,6 +134,12 @@ def _last(weights: Tensor, old: DNCState) -> tuple[Tensor, Tensor]:
     if len(weights):
         read, write = weights[-1].to(read.dtype).split((read.shape[1], write.shape[1]), 1)
     return write.clone(memory_format=torch.contiguous_format), read.clone(memory_format=torch.contiguous_format)
+
+
+def interface_size(readers: int, writers: int, width: int, key_mask: bool, sharpen_links: bool) -> int:
+    """The length of an interface vector: the sum of what `interface_shapes` lists, without making the list for every call."""
+    found = readers * (width + 2 * writers + 3) + 3 * writers * (width + 1)
+    return found + (readers + writers) * width * key_mask + 2 * readers * sharpen_links
 
 
 def interface_shapes(readers: int, writers: int, width: int, key_mask: bool, sharpen_links: bool) -> dict[str, tuple[int, ...]]:

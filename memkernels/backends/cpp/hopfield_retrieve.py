@@ -1,7 +1,7 @@
 """hopfield_retrieve on the CPU (csrc/cpu/hopfield_retrieve.cpp); its backward is that of attention, step by step."""
 
-from memkernels._C import attention_backward
 from memkernels._C import hopfield_retrieve as _forward
+from memkernels._C import hopfield_step_backward
 from memkernels.backends import _hopfield
 
 
@@ -27,10 +27,5 @@ def backward(
 ):  # fmt: skip
     saved = read if exact is None or exact.dim() == 1 else exact, states, stats, moves
     dstate = dstate if return_state else None
-    _hopfield.backward(_attention, (dquery, dkey, dbeta, dvalue), dread, dstate, (query, key, beta, value, mask), saved, scale, steps)
-
-
-def _attention(dquery, dkey, dvalue, dout, query, key, value, mask, out, stats, scale):
-    attention_backward(
-        dquery, dkey, dvalue, None, None, dout, None, query, key, value, mask, None, None, None, out, stats, scale, 0.0, 0.0, -1, -1, False
-    )  # fmt: skip
+    gradients, inputs = (dquery, dkey, dbeta, dvalue), (query, key, beta, value, mask)
+    _hopfield.backward(hopfield_step_backward, gradients, dread, dstate, inputs, saved, scale, steps, tolerance)

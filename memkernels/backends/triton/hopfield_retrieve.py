@@ -130,10 +130,15 @@ def backward(
 ):  # fmt: skip
     saved = read if exact is None or exact.dim() == 1 else exact, states, stats, moves
     dstate = dstate if return_state else None
-    _hopfield.backward(_step_backward, (dquery, dkey, dbeta, dvalue), dread, dstate, (query, key, beta, value, mask), saved, scale, steps)
+    gradients, inputs = (dquery, dkey, dbeta, dvalue), (query, key, beta, value, mask)
+    _hopfield.backward(_step_backward, gradients, dread, dstate, inputs, saved, scale, steps, tolerance)
 
 
 def _step_backward(dquery, dkey, dvalue, dout, query, key, value, mask, out, stats, scale):
+    """That of attention, of a single head."""
+    tensors = (dquery, dkey, dvalue, dout, query, key, value, out, stats)
+    dquery, dkey, dvalue, dout, query, key, value, out, stats = (t if t is None else t[:, None] for t in tensors)
+    mask = None if mask is None else mask[:, None, None]
     _attention.backward(
         dquery, dkey, dvalue, None, None, dout, None, query, key, value, mask, None, None, None, out, stats, scale, 0.0, 0.0, -1, -1,
         "top-left",
