@@ -105,8 +105,10 @@ class Index:
     def _assign(self, batch: KeyBatch, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         keys, byte_keys = self._prepare(batch)
         now, old = store_upsert_(self.table, keys, rows.to(self.device), "assign", byte_keys)
-        self._count(old)
-        if self.texts is not None:
+        new = self._count(old)
+        if self.texts is not None and new == len(batch):
+            self.texts.add(batch, now)
+        elif self.texts is not None and new:
             fresh = old < 0
             self.texts.add(batch.select(fresh), now[fresh])
         return now, old
@@ -123,8 +125,11 @@ class Index:
         self.texts.remove(removed[there])
         return rows
 
-    def _count(self, old: torch.Tensor) -> None:
-        self.count += int((old == -1).sum())
+    def _count(self, old: torch.Tensor) -> int:
+        """Takes new keys into the count; how many there are."""
+        new = int((old == -1).sum())
+        self.count += new
+        return new
 
     # --- growth
 
