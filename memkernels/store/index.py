@@ -160,7 +160,8 @@ class Index:
     def _absent(self, batch: KeyBatch) -> int:
         """How many keys of a batch are not there; all of them where a sample of a large batch has none that is."""
         if len(batch) >= 8 * SAMPLE:
-            some = batch.select(torch.arange(0, len(batch), len(batch) // SAMPLE, device="cpu" if batch.ints is None else batch.ints.device))
+            places = torch.arange(0, len(batch), len(batch) // SAMPLE)
+            some = batch.select(places if batch.ints is None else places.to(batch.ints.device))
             if bool((self.entries(some) < 0).all()):
                 return len(batch)
         return int((self.entries(batch) < 0).sum())
