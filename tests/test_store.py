@@ -9,6 +9,7 @@ import memkernels as mk
 from memkernels.ops import store_upsert_
 from memkernels.store import index as index_module
 from memkernels.store import text_of, text_rows
+from memkernels.store.keys import as_batch
 
 NEW, REPLACED, KEPT, ADDED = range(4)
 
@@ -154,6 +155,19 @@ def test_growth_is_spread_over_calls(monkeypatch):
     assert len(store) == 40000 and torch.equal(store.retrieve(range(40000))[0], torch.arange(40000) % 50)
     assert store._data.index.nbytes / 40000 <= 40  # both tables while it grows; 24 after
     store._data.index.reserve(40001)
+
+
+@pytest.mark.parametrize("known", [0, 5, 9000, 20000])
+def test_a_large_batch_in_a_full_table(known):
+    """Whether it grows is decided by a sample where that knows none of the keys, by all keys otherwise; keys of the old table are found."""
+    index = index_module.Index()
+    index.upsert(as_batch("", "int64", torch.arange(100_000)), torch.arange(100_000))
+    size = index.table.shape[0]
+    batch = torch.cat([torch.arange(200_000, 220_000 - known), torch.arange(known)]).roll(7)
+    before = index.upsert(as_batch("", "int64", batch), torch.arange(20_000))
+    assert torch.equal(before, torch.where(batch < 100_000, batch, -1))
+    assert (index.table.shape[0] > size) == (known < 20_000) and len(index) == 120_000 - known
+    assert torch.equal(index.find(as_batch("", "int64", batch)), torch.arange(20_000))
 
 
 @pytest.mark.parametrize("count", [1000, 30000, 100000])

@@ -189,7 +189,7 @@ def test_rows_of_chunks(backend, sizes):
 @CPP
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
 def test_lookups_at_every_level(level):
-    """Full tables, where a key that is not there goes round, and an output too large for the caches."""
+    """Full tables, where a key that is not there goes round, and rows too many for the caches, read and written."""
     from memkernels._C import supported_levels
 
     if level not in supported_levels():
@@ -204,6 +204,12 @@ def test_lookups_at_every_level(level):
         chunks, default = [torch.arange(64 * 256).remainder(251).to(torch.uint8).view(64, 256)], torch.zeros(1, 256, dtype=torch.uint8)
         rows = torch.randint(-1, 64, (20_000,))
         assert torch.equal(store_gather(chunks, [0], rows, default), torch.cat([chunks[0], default])[rows])
+        values = torch.randint(0, 256, (rows.shape[0], 256), dtype=torch.uint8)
+        last = {row: i for i, row in enumerate(rows.tolist()) if row >= 0}
+        for offset in (0, 1):  # whole lines, and rows that begin anywhere
+            target = torch.zeros(offset + 64 * 256, dtype=torch.uint8)[offset:].view(64, 256)
+            store_scatter_([target], [0], rows, values)
+            assert torch.equal(target, torch.stack([values[last[row]] if row in last else target[row] * 0 for row in range(64)]))
     finally:
         mk.cpu_level(before)
 

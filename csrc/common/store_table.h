@@ -122,9 +122,9 @@ struct Table {
       const uint32_t free = ~meta_of(bucket) & ((1u << kPlaces) - 1);
       if (!free) continue;
       const int place = lowest(free);
-      bucket[place] = key;
-      set_meta(bucket, meta_of(bucket) | 1u << place);
-      set_row(bucket, place, row);
+      bucket[place] = key;  // the rest of a free place is zeros
+      bucket[5 + place / 2] |= (uint64_t(row) & 0xFFFFFFFFull) << place % 2 * 32;
+      bucket[7] |= uint64_t(1u << place | uint32_t(uint64_t(row) >> 32) << (5 + 3 * place)) << 32;
       for (int64_t back = 0; back < step; back++) count(wrapped(home + back), 1);
       return {b, place};
     }

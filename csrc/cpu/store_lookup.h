@@ -45,11 +45,24 @@ struct StoreGather {
   bool past_caches;  // the output is not kept in cache: `to` lies at a multiple of 64, and so does every row of it
 };
 
+// What a scatter writes: nothing where a row is negative.
+struct StoreScatter {
+  StoreChunks chunks;
+  const int64_t* rows;
+  const char* from;
+  int64_t count, step, width;
+  int stretch;  // stretches of 2^stretch rows are dealt out to the owners
+  int64_t owners;
+  bool past_caches;  // as above, of every row of every chunk
+};
+
 struct StoreLookupKernels {
   // Rows of the int64 keys [begin, end); -1 where a key is not there.
   void (*find)(const store::Table& table, const uint64_t* keys, int64_t* rows, int64_t begin, int64_t end);
   // Copies the rows [begin, end); gives one that no chunk holds, or -1.
   int64_t (*gather)(const StoreGather& work, int64_t begin, int64_t end);
+  // Writes the rows of one owner, in the order of the batch.
+  void (*scatter)(const StoreScatter& work, int64_t owner);
 };
 
 MK_KERNELS(StoreLookupKernels, store_lookup)

@@ -1,6 +1,5 @@
-// store_gather and store_scatter_ on the CPU: rows of bytes in chunks. A row is some cache lines at a random place, so
-// the lines of rows further on are prefetched while one is copied. Of equal rows in a scatter the last one stays: a
-// thread owns stretches of 2 MB of rows and takes the batch in order.
+// store_gather and store_scatter_ on the CPU: rows of bytes in chunks (generic/store_lookup.inl.h). Of equal rows in a
+// scatter the last one stays: a thread owns stretches of 2 MB of rows and takes the batch in order.
 #include <pybind11/stl.h>
 
 #include <cstring>
@@ -14,8 +13,7 @@
 namespace mk::cpu {
 namespace {
 
-constexpr int64_t kAhead = 16;
-constexpr int64_t kLarge = int64_t(4) << 20;  // bytes of output that the caches of two cores do not keep
+constexpr int64_t kLarge = int64_t(4) << 20;  // bytes written that the caches of two cores do not keep
 
 struct Chunks : StoreChunks {
   std::vector<StoreChunk> held;  // what `all` points to, also after a move
@@ -46,6 +44,14 @@ Chunks chunks_of(const char* op, const std::vector<TensorView>& views, const std
     out.shift = shift;
   }
   return out;
+}
+
+// Every row is some whole cache lines.
+bool whole_lines(const Chunks& chunks) {
+  bool whole = chunks.width % 64 == 0;
+  for (const StoreChunk& chunk : chunks.held)
+    whole = whole && chunk.stride % 64 == 0 && reinterpret_cast<uintptr_t>(chunk.data) % 64 == 0;
+  return whole;
 }
 
 [[noreturn]] void no_such_row(const char* op, int64_t row) {
@@ -95,24 +101,18 @@ void scatter(const std::vector<TensorView>& chunk_views, const std::vector<int64
   const int64_t width = values.size(1);
   MK_CHECK(values.size(0) >= n && (!chunks.count || chunks.width == width), op, "values", "a row for each of rows",
            describe(values));
-  const int64_t* rows = rows_view.data<const int64_t>();
-  const char* from = values.data<const char>();
-  const int64_t step = values.stride(0);
-  for (int64_t i = 0; i < n; i++)
-    if (rows[i] >= 0 && !chunks.at(rows[i])) no_such_row(op, rows[i]);
-  pybind11::gil_scoped_release nogil;
   int stretch = 0;  // 2^stretch rows: about 2 MB, a page of which two threads should not touch the first byte together
   while (width << stretch < (int64_t(1) << 21)) stretch++;
   const int64_t owners = n * width < 65536 ? 1 : num_threads();
+  const StoreScatter work{
+      chunks, rows_view.data<const int64_t>(),           values.data<const char>(), n, values.stride(0), width, stretch,
+      owners, n * width >= kLarge && whole_lines(chunks)};
+  const auto write = select(store_lookup_levels).scatter;
+  for (int64_t i = 0; i < n; i++)
+    if (work.rows[i] >= 0 && !chunks.at(work.rows[i])) no_such_row(op, work.rows[i]);
+  pybind11::gil_scoped_release nogil;
   parallel_for(owners, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t owner = begin; owner < end; owner++)
-      for (int64_t i = 0; i < n; i++) {
-        if (i + kAhead < n && rows[i + kAhead] >= 0 && (rows[i + kAhead] >> stretch) % owners == owner)
-          for (int64_t at = 0; at < std::min<int64_t>(width, 512); at += 64)
-            __builtin_prefetch(chunks.at(rows[i + kAhead]) + at, 1, 2);
-        if (rows[i] >= 0 && (rows[i] >> stretch) % owners == owner)
-          std::memcpy(chunks.at(rows[i]), from + i * step, size_t(width));
-      }
+    for (int64_t owner = begin; owner < end; owner++) write(work, owner);
   });
 }
 

@@ -184,17 +184,17 @@ struct Upsert {
   Table table;
   const uint64_t* keys;
   ByteKeys text;
-  Mode mode;
   const int64_t* rows;
   int64_t *now, *old, rank;  // rank: new keys so far
 
   // One slice of the batch. Assigned rows are pending, by place in the batch, until the order of the new keys is known.
+  template <Mode mode, bool kInts>
   void slice(int64_t from, int64_t to) {
     Scratch scratch;
     const Runs runs = sort_by_part(table, keys, from, to, scratch);
     const auto later = in_parts(table, runs, [&](Item& item, bool leave) {
       const int64_t i = item.i, row = mode == Mode::assign ? kPending + i : rows[i];
-      const auto same = [&](int64_t other) { return text.same(i, other); };
+      const auto same = [&](int64_t other) { return kInts || text.same(i, other); };
       const Upserted done = upsert(table, item.key, row, mode, leave, same);
       item.key = code(done.place);
       if (done.place.bucket == kOutside) return false;
@@ -211,6 +211,11 @@ struct Upsert {
       for (int64_t k = runs.begin[size_t(r)]; k < runs.begin[size_t(r) + 1]; k++) give_row(table, runs.items[k], now);
     });
     for (const Item& item : later) give_row(table, item, now);
+  }
+
+  template <Mode mode, bool kInts>
+  void all(int64_t n) {
+    for (int64_t from = 0; from < n; from += kSlice) slice<mode, kInts>(from, std::min(n, from + kSlice));
   }
 };
 
@@ -232,16 +237,26 @@ void upsert_batch(const TensorView& now_view, const TensorView& old_view, const 
   check_rank(op, "rows", rows_view, 1);
   MK_CHECK(rows_view.size(0) >= n, op, "rows", std::to_string(n) + " rows", describe(rows_view));
   check_output(op, "rows", rows_view, {rows_view.size(0)}, DType::int64);
+  const Mode chosen = mode_of(mode);
+  MK_CHECK(!spans.defined() || chosen == Mode::assign, op, "mode", "'assign' where byte keys are given", mode);
   Upsert work{table_of(op, table_view),
               keys_of(op, keys_view),
               byte_keys(op, n, spans, arena, data, offsets),
-              mode_of(mode),
               rows_view.data<const int64_t>(),
               now_view.data<int64_t>(),
               old_view.data<int64_t>(),
               0};
   pybind11::gil_scoped_release nogil;
-  for (int64_t from = 0; from < n; from += kSlice) work.slice(from, std::min(n, from + kSlice));
+  switch (chosen) {
+    case Mode::replace:
+      return work.all<Mode::replace, true>(n);
+    case Mode::keep:
+      return work.all<Mode::keep, true>(n);
+    case Mode::assign:
+      return work.text.spans ? work.all<Mode::assign, false>(n) : work.all<Mode::assign, true>(n);
+    case Mode::insert:
+      return work.all<Mode::insert, true>(n);
+  }
 }
 
 void erase(const TensorView& removed_view, const TensorView& table_view, const TensorView& keys_view,

@@ -16,6 +16,7 @@ PLACES = 5  # keys in a bucket
 MOST_LOAD, GROWTH = 0.85, 1.5  # 15 bytes an entry in a full table, 22.6 in one that has just grown
 LEAST_BUCKETS = 4
 LEAST_STEP = 256  # buckets of the old table that a call moves at least
+SAMPLE = 1024  # keys of a large batch that are looked up before all of it is
 _PASSED = -(1 << 52)  # the bits of a bucket's last word that count the keys which passed it
 
 
@@ -104,8 +105,10 @@ class Index:
     def _assign(self, batch: KeyBatch, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         keys, byte_keys = self._prepare(batch)
         now, old = store_upsert_(self.table, keys, rows.to(self.device), "assign", byte_keys)
-        self._count(old)
-        if self.texts is not None:
+        new = self._count(old)
+        if self.texts is not None and new == len(batch):
+            self.texts.add(batch, now)
+        elif self.texts is not None and new:
             fresh = old < 0
             self.texts.add(batch.select(fresh), now[fresh])
         return now, old
@@ -122,8 +125,11 @@ class Index:
         self.texts.remove(removed[there])
         return rows
 
-    def _count(self, old: torch.Tensor) -> None:
-        self.count += int((old == -1).sum())
+    def _count(self, old: torch.Tensor) -> int:
+        """Takes new keys into the count; how many there are."""
+        new = int((old == -1).sum())
+        self.count += new
+        return new
 
     # --- growth
 
@@ -133,11 +139,11 @@ class Index:
             self._make_room(batch)
         keys, byte_keys = self._keys(batch)
         if self.old is not None:
-            if bool((store_find(self.old, keys, byte_keys) >= 0).any()):
-                removed = store_erase_(self.old, keys, byte_keys)
-                there = removed >= 0
-                store_upsert_(self.table, keys[there], removed[there], "insert")
             self._move(max(LEAST_STEP, len(batch)))
+        if self.old is not None and bool((store_find(self.old, keys, byte_keys) >= 0).any()):
+            removed = store_erase_(self.old, keys, byte_keys)
+            there = removed >= 0
+            store_upsert_(self.table, keys[there], removed[there], "insert")
         return keys, byte_keys
 
     def _fits(self, count: int) -> bool:
@@ -146,10 +152,19 @@ class Index:
     def _make_room(self, batch: KeyBatch) -> None:
         if self._fits(self.count + len(batch)):
             return
-        new = int((self.entries(batch) < 0).sum()) if self.count else len(batch)
+        new = self._absent(batch) if self.count else len(batch)
         if self._fits(self.count + new):
             return
         self.reserve(self.count + new)
+
+    def _absent(self, batch: KeyBatch) -> int:
+        """How many keys of a batch are not there; all of them where a sample of a large batch has none that is."""
+        if len(batch) >= 8 * SAMPLE:
+            places = torch.arange(0, len(batch), len(batch) // SAMPLE)
+            some = batch.select(places if batch.ints is None else places.to(batch.ints.device))
+            if bool((self.entries(some) < 0).all()):
+                return len(batch)
+        return int((self.entries(batch) < 0).sum())
 
     def reserve(self, count: int) -> None:
         """Room for `count` keys without another growth."""
@@ -168,13 +183,14 @@ class Index:
         end = min(self.moved + buckets, self.old.shape[0])
         keys, rows = store_items(self.old, self.moved, end)
         store_upsert_(self.table, keys, rows, "insert")
+        if end == self.old.shape[0]:
+            wipe(self.old)
+            self.old = None
+            return
         gone = self.old[self.moved : end]
         gone[:, :7] = 0
         gone[:, 7] &= _PASSED  # keys of these buckets that lie further on are still found
         self.moved = end
-        if end == self.old.shape[0]:
-            wipe(self.old)
-            self.old = None
 
     # --- all of it
 

@@ -72,6 +72,9 @@ def gather_runs(data: torch.Tensor, begins: torch.Tensor, lengths: torch.Tensor)
 
 def runs(begins: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """The numbers begins[i] to begins[i] + lengths[i], one run after another."""
+    if begins.shape[0] == 1:
+        begin = int(begins)
+        return torch.arange(begin, begin + int(lengths), device=begins.device)
     ends = offsets_of(lengths)
     return torch.arange(int(ends[-1]), device=begins.device) + torch.repeat_interleave(begins - ends[:-1], lengths)
 

@@ -23,6 +23,8 @@ class RowNumbers:
 
     def peek(self, count: int) -> torch.Tensor:
         """The next `count` numbers; `use` says how many of them were taken."""
+        if not self._freed:
+            return torch.arange(self.end, self.end + count, device=self._free.device)
         reused = self.free[max(0, self._freed - count) :].flip(0)
         fresh = torch.arange(self.end, self.end + count - reused.shape[0], device=self._free.device)
         return torch.cat([reused, fresh]) if reused.shape[0] else fresh
