@@ -3,7 +3,7 @@
 // A task owns kProductKeyQueries queries of a head. Its scores [half][query][S] stay in the L2 cache: register tiles of
 // queries x packed panels of subkeys, then rank_best per query and half. With both halves sorted, the pair (a, b),
 // counted from 1, has a b - 1 others that are at least as good, so that only pairs with a b <= k compete: k (1 + ln k)
-// instead of k^2. Bytes: the subkeys of a head once a task, from the cache. Precision: everything in the accumulation
+// instead of k^2; where another rounds to the k-th score, those of this score are chosen anew (settle_ties). Bytes: the subkeys of a head once a task, from the cache. Precision: everything in the accumulation
 // type A. Identifiers of pairs are whole numbers in A: S up to 4096 in float; beyond, and for NaN, sorted as integers.
 //
 // Backward: dquery sums the chosen subkeys, a subkey sums the queries that chose it (inverse_index.inl.h).
@@ -85,11 +85,49 @@ void score_half(const ProductKeyArgs& a, const ProductKeyScratch<A>& w, int64_t 
                                                                      scores + q * w.step + column, w.step);
 }
 
-// The outputs of one query from the best of both halves.
+template <class A>
+MK_INLINE bool same(A x, A y) {
+  return x == y || (x != x && y != y);
+}
+
+// Unequal sums that round to the k-th score: the lowest of all S^2 keys that have it take the places from its first on.
+// Rows of keys whose best is over or at the score have one over it, k at most in all, or give one of the wanted.
+template <class A>
+__attribute__((noinline)) void settle_ties(const ProductKeyArgs& a, const A* one, const A* other, A best_other,
+                                           const A* scores, int64_t* chosen) {
+  using V = Vec<A>;
+  const A last = scores[a.slots - 1];
+  int64_t place = a.slots - 1;
+  while (place > 0 && same(scores[place - 1], last)) place--;
+  for (int64_t i = 0; i < a.count; i++) {
+    const A row = one[i], most = row + best_other;
+    if (row <= -kInfinity<A> || !(most >= last || most != most)) continue;
+    for (int64_t j = 0; j < a.count; j += V::kLanes) {
+      const V sums = V::set1(row) + V::load(other + j);
+      if (last == last && !any(sums == V::set1(last))) continue;
+      for (int64_t l = j; l < smaller(j + V::kLanes, a.count); l++) {
+        if (other[l] <= -kInfinity<A> || !same(row + other[l], last)) continue;
+        chosen[place++] = i * a.count + l;
+        if (place == a.slots) return;
+      }
+    }
+  }
+}
+
+// The largest sum that does not compete, or one at least as large; NaN before all numbers.
+template <class A>
+struct Edge {
+  A most = -kInfinity<A>;
+  MK_INLINE void add(A sum) { most = sum > most || sum != sum ? sum : most; }
+};
+
+// The outputs of query q of the task from the best of both halves.
 template <class A, class T>
-void best_pairs(const ProductKeyArgs& a, const ProductKeyScratch<A>& w, const int64_t* count, int64_t at) {
+void best_pairs(const ProductKeyArgs& a, const ProductKeyScratch<A>& w, int64_t q, const int64_t* count, int64_t at) {
   using V = Vec<A>;
   int64_t pairs = 0;
+  Edge<A> edge;
+  const A best_other = w.best[1][0][0];
   const bool exact = double(a.count) * double(a.count) <= (sizeof(A) == 4 ? 0x1p24 : 0x1p53);
   for (int64_t i = 0; i < count[0]; i++) {
     const int64_t others = smaller(a.slots / (i + 1), count[1]);
@@ -99,7 +137,10 @@ void best_pairs(const ProductKeyArgs& a, const ProductKeyScratch<A>& w, const in
       if (exact) (id + V::load(w.best[1][1] + j)).store(w.pairs.ids + pairs + j);
     }
     pairs += others;
+    // Past the k best of the other half are more, no better than the last of these.
+    if (others < count[1] || others == a.slots) edge.add(w.best[0][0][i] + w.best[1][0][smaller(others, a.slots - 1)]);
   }
+  if (count[0] == a.slots) edge.add(w.best[0][0][a.slots - 1] + best_other);
   int64_t* chosen = a.chosen + at * a.slots;
   T* scores = static_cast<T*>(a.scores) + at * a.slots;
   int64_t found;
@@ -120,6 +161,9 @@ void best_pairs(const ProductKeyArgs& a, const ProductKeyScratch<A>& w, const in
       w.best[0][0][i] = score_of<A>(w.pairs.pairs[i]), chosen[i] = index_of<A>(w.pairs.pairs[i]);
   }
   for (int64_t i = found; i < a.slots; i++) w.best[0][0][i] = -kInfinity<A>, chosen[i] = -1;
+  if (found == a.slots && same(edge.most, w.best[0][0][a.slots - 1]))
+    settle_ties(a, w.scores + q * w.step, w.scores + (kProductKeyQueries + q) * w.step, best_other, w.best[0][0],
+                chosen);
   for_each_vec<V>(a.slots, [&](int64_t i, auto part) { store(load<V>(w.best[0][0] + i, part), scores + i, part); });
 }
 
@@ -137,7 +181,7 @@ void product_key_forward(const ProductKeyArgs& a, int64_t h, int64_t begin, int6
       halves.scores = w.scores + (p * kProductKeyQueries + q) * w.step;
       count[p] = halves.find(a.count, a.slots, w.best[p][0], w.best[p][1]);
     }
-    best_pairs<A, T>(a, w, count, (begin + q) * a.heads + h);
+    best_pairs<A, T>(a, w, q, count, (begin + q) * a.heads + h);
   }
 }
 
