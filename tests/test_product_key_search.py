@@ -29,6 +29,36 @@ def test_is_the_best_of_all_sums(backend, k):
         assert torch.equal(scores, wanted[0]) and torch.equal(index, wanted[1])
 
 
+def rounding(dtype, generator):
+    """A large score for some subkeys, and differences that the sum with it swallows."""
+    size = 3 / torch.finfo(dtype).eps
+    tiny = torch.randint(-3, 4, (2, 2, 70, 2), generator=generator).to(dtype)
+    large = torch.randint(0, 2, (2, 2, 70), generator=generator).to(dtype) * size
+    return torch.stack((large + 8 * (tiny[..., 0]), tiny[..., 1] / 4), -1)
+
+
+@pytest.mark.parametrize("k", [1, 7, 32, 64, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_lowest_of_unequal_sums_that_round_to_one_score(backend, dtype, k):
+    generator = torch.Generator().manual_seed(k)
+    subkeys = rounding(dtype, generator)
+    query = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=dtype).expand(1, 2, 2, 2)  # the halves are exact
+    query = torch.cat((query, query.flip(2), query[:, :, :1].expand_as(query)))
+    with using(backend):
+        scores, index = mk.product_key_search(query, subkeys, k)
+    wanted = by_all_sums(query, subkeys, k)
+    assert torch.equal(scores, wanted[0]) and torch.equal(index, wanted[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_that_are_infinite(backend):
+    subkeys = torch.tensor([[[1.0, 2.0, 1e38], [1.0, 3e38, 3.2e38]]])[..., None]
+    with using(backend):
+        scores, index = mk.product_key_search(torch.full((1, 1, 2, 1), 1.0), subkeys, 4)
+    assert index[0, 0].tolist() == [7, 8, 2, 5] and scores[0, 0, :2].isposinf().all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_comes_first_and_minus_infinity_never(backend):
     subkeys = torch.tensor([[[1.0, 2.0, torch.nan], [-torch.inf, 5.0, 3.0]]])[..., None]

@@ -164,7 +164,7 @@ void retrieved_gradients(RetrievalArgs r, const AttentionArgs& a, const Retrieva
     });
     if (!memory) continue;
     const double moved = double(last - first) * double(r.rows * (r.width + r.value_width));
-    run_tasks_apart((last - first) * parts, moved, kernels.memory_scratch[type](r, step), [&](int64_t task, void* m) {
+    run_tasks_apart((last - first) * parts, moved, kernels.memory_scratch(r, step), [&](int64_t task, void* m) {
       const int64_t row = first + task / parts, from = task % parts * step;
       kernels.memory[type](r, row / r.key_heads, row % r.key_heads, from, std::min(from + step, r.rows), m);
     });
@@ -209,7 +209,8 @@ void backward(const TensorView& dquery, const TensorView& dkey, const TensorView
   Scratch scratch;
   a.rows_base = scratch.take<char>(rows * size), a.rows_unit = scratch.take<char>(rows * size);
   a.rows_delta = scratch.take<char>(rows * size);
-  if (a.dquery) a.dquery_sums = scratch.take<char>(2 * rows * padded16(a.width) * size);  // local keys, memories
+  const int64_t runs = dtype == wide(dtype) ? 1 : 2;  // local keys; dquery cannot hold the sums of the memories
+  if (a.dquery) a.dquery_sums = scratch.take<char>(runs * rows * padded16(a.width) * size);
   parallel_for(rows, grain_for(2 * a.value_width * size),
                [&](int64_t begin, int64_t end) { attention.prepare[type](a, begin, end); });
   restate(a, attention, type);
@@ -226,7 +227,7 @@ void backward(const TensorView& dquery, const TensorView& dkey, const TensorView
   keys_and_queries(a, attention, type);
   if (a.dquery)
     parallel_for(rows, grain_for(2 * a.width * size),
-                 [&](int64_t begin, int64_t end) { attention.finish[type](a, begin, end, 2); });
+                 [&](int64_t begin, int64_t end) { kernels.finish[type](r, a, begin, end); });
 }
 
 }  // namespace

@@ -28,12 +28,15 @@ struct RetrievalKernels {
   // memories.
   void (*rejoin[kFloatTypes])(const RetrievalArgs&, const AttentionArgs&, int64_t b, int64_t h, int64_t begin,
                               int64_t end, void* scratch);
-  // Weights and ds of the memories of these queries, their rows_delta, and the second run of dquery_sums.
+  // Weights and ds of the memories of these queries, their rows_delta, and their sums of dquery: in dquery where it is
+  // of the accumulation type, else the second run of dquery_sums.
   void (*gradient[kFloatTypes])(const RetrievalArgs&, const AttentionArgs&, int64_t b, int64_t h, int64_t begin,
                                 int64_t end, void* scratch);
+  // Rows [begin, end) of [B][NH][Q]: dquery from the sums of the local keys and of the memories.
+  void (*finish[kFloatTypes])(const RetrievalArgs&, const AttentionArgs&, int64_t begin, int64_t end);
   // Gradients of memory rows [first, last) of key head h: each row sums what its retrievals give, in the order of the
   // queries.
-  int64_t (*memory_scratch[kFloatTypes])(const RetrievalArgs&, int64_t rows);
+  int64_t (*memory_scratch)(const RetrievalArgs&, int64_t rows);
   void (*memory[kFloatTypes])(const RetrievalArgs&, int64_t b, int64_t h, int64_t first, int64_t last, void* scratch);
 };
 

@@ -29,7 +29,8 @@ def product_key_search(query: torch.Tensor, subkeys: torch.Tensor, k: int) -> tu
 
     Numerics:
         Products and sums in float32 (float64 for float64); scores are rounded once, after the choice. Only pairs of the a-th and b-th
-        best subkeys with a * b <= k compete: as many others are at least as good as any further one. Memory beyond inputs and outputs does
+        best subkeys with a * b <= k compete: as many others are at least as good as any further one; where one of those rounds to the k-th
+        score, the lowest of all indices of that score are kept. Memory beyond inputs and outputs does
         not grow with S * S or B * S. Deterministic; the result depends neither on the number of threads nor on the batch.
 
     Raises:

@@ -3,8 +3,9 @@
 // A task owns kProductKeyQueries queries of a head. Its scores [half][query][S] stay in the L2 cache: register tiles of
 // queries x packed panels of subkeys, then rank_best per query and half. With both halves sorted, the pair (a, b),
 // counted from 1, has a b - 1 others that are at least as good, so that only pairs with a b <= k compete: k (1 + ln k)
-// instead of k^2. Bytes: the subkeys of a head once a task, from the cache. Precision: everything in the accumulation
-// type A. Identifiers of pairs are whole numbers in A: S up to 4096 in float; beyond, and for NaN, sorted as integers.
+// instead of k^2; where another rounds to the k-th score, those of this score are chosen anew (settle_ties). Bytes: the
+// subkeys of a head once a task, from the cache. Precision: everything in the accumulation type A. Identifiers of pairs
+// are whole numbers in A: S up to 4096 in float; beyond, and for NaN, sorted as integers.
 //
 // Backward: dquery sums the chosen subkeys, a subkey sums the queries that chose it (inverse_index.inl.h).
 #include "cpu/generic/gemm_tile.inl.h"
@@ -48,6 +49,8 @@ template <class A>
 struct ProductKeyScratch {
   A *query, *scores;
   A* best[2][2];         // of each half: scores, identifiers
+  A* edges;              // what row i of the pairs leaves out is no better
+  int32_t* others;       // of row i of the pairs: how many compete
   int64_t packed, step;  // of all panels of a half; of the scores of one query, with the room that RankBest wants
   RankBest<A> halves, pairs;
   int64_t used;
@@ -61,6 +64,7 @@ struct ProductKeyScratch {
         pairs(carver, larger(staircase(a.slots, a.count), a.slots)) {
     for (auto& half : best)
       for (A*& x : half) x = carver.take<A>(RankBest<A>::room(a.slots) + kLanes<A>);
+    edges = carver.take<A>(a.slots + 1 + kLanes<A>), others = carver.take<int32_t>(a.slots);
     used = carver.used();
   }
 };
@@ -85,26 +89,69 @@ void score_half(const ProductKeyArgs& a, const ProductKeyScratch<A>& w, int64_t 
                                                                      scores + q * w.step + column, w.step);
 }
 
-// The outputs of one query from the best of both halves.
+template <class A>
+MK_INLINE bool same(A x, A y) {
+  return x == y || (x != x && y != y);
+}
+
+// Unequal sums that round to the k-th score: the lowest of all S^2 keys that have it take the places from its first on.
+// Rows of keys whose best is over or at the score have one over it, k at most in all, or give one of the wanted.
+template <class A>
+__attribute__((noinline)) void settle_ties(const ProductKeyArgs& a, const A* one, const A* other, A best_other,
+                                           const A* scores, int64_t* chosen) {
+  using V = Vec<A>;
+  const A last = scores[a.slots - 1];
+  int64_t place = a.slots - 1;
+  while (place > 0 && same(scores[place - 1], last)) place--;
+  for (int64_t i = 0; i < a.count; i++) {
+    const A row = one[i], most = row + best_other;
+    if (row <= -kInfinity<A> || !(most >= last || most != most)) continue;
+    for (int64_t j = 0; j < a.count; j += V::kLanes) {
+      const V sums = V::set1(row) + V::load(other + j);
+      if (last == last && !any(sums == V::set1(last))) continue;
+      for (int64_t l = j; l < smaller(j + V::kLanes, a.count); l++) {
+        if (other[l] <= -kInfinity<A> || !same(row + other[l], last)) continue;
+        chosen[place++] = i * a.count + l;
+        if (place == a.slots) return;
+      }
+    }
+  }
+}
+
+// Whether one of them is `wanted`, or that is NaN; read as whole vectors.
+template <class A>
+MK_INLINE bool any_equal(const A* from, int64_t count, A wanted) {
+  using V = Vec<A>;
+  bool found = wanted != wanted;
+  for (int64_t i = 0; i < count; i += V::kLanes) found |= any(V::load(from + i) == V::set1(wanted));
+  return found;
+}
+
+// The outputs of query q of the task from the best of both halves.
 template <class A, class T>
-void best_pairs(const ProductKeyArgs& a, const ProductKeyScratch<A>& w, const int64_t* count, int64_t at) {
+void best_pairs(const ProductKeyArgs& a, const ProductKeyScratch<A>& w, int64_t q, const int64_t* count, int64_t at) {
   using V = Vec<A>;
   int64_t pairs = 0;
+  const A best_other = w.best[1][0][0];
   const bool exact = double(a.count) * double(a.count) <= (sizeof(A) == 4 ? 0x1p24 : 0x1p53);
   for (int64_t i = 0; i < count[0]; i++) {
-    const int64_t others = smaller(a.slots / (i + 1), count[1]);
+    const int64_t others = smaller(w.others[i], count[1]);
     const V score = V::set1(w.best[0][0][i]), id = V::set1(exact ? w.best[0][1][i] * A(a.count) : A(i * a.slots));
     for (int64_t j = 0; j < others; j += V::kLanes) {
       (score + V::load(w.best[1][0] + j)).store(w.pairs.scores + pairs + j);
       if (exact) (id + V::load(w.best[1][1] + j)).store(w.pairs.ids + pairs + j);
     }
     pairs += others;
+    // The best sum that does not compete, or at least as much: past the k best of a half are no better than the last.
+    w.edges[i] = w.best[0][0][i] + w.best[1][0][smaller(others, a.slots - 1)];
   }
+  w.edges[count[0]] = (count[0] ? w.best[0][0][count[0] - 1] : A(0)) + best_other;
+  V::set1(-kInfinity<A>).store(w.edges + count[0] + 1);
   int64_t* chosen = a.chosen + at * a.slots;
   T* scores = static_cast<T*>(a.scores) + at * a.slots;
   int64_t found;
   if (exact) {
-    found = w.pairs.find(pairs, a.slots, w.best[0][0], w.best[0][1]);
+    found = w.pairs.find(pairs, a.slots, w.best[0][0], w.best[0][1], false);
     for (int64_t i = 0; i < found; i++) chosen[i] = int64_t(w.best[0][1][i]);
   } else {
     found = 0;
@@ -120,6 +167,9 @@ void best_pairs(const ProductKeyArgs& a, const ProductKeyScratch<A>& w, const in
       w.best[0][0][i] = score_of<A>(w.pairs.pairs[i]), chosen[i] = index_of<A>(w.pairs.pairs[i]);
   }
   for (int64_t i = found; i < a.slots; i++) w.best[0][0][i] = -kInfinity<A>, chosen[i] = -1;
+  if (found == a.slots && any_equal(w.edges, count[0] + 1, w.best[0][0][a.slots - 1]))
+    settle_ties(a, w.scores + q * w.step, w.scores + (kProductKeyQueries + q) * w.step, best_other, w.best[0][0],
+                chosen);
   for_each_vec<V>(a.slots, [&](int64_t i, auto part) { store(load<V>(w.best[0][0] + i, part), scores + i, part); });
 }
 
@@ -131,13 +181,14 @@ void product_key_forward(const ProductKeyArgs& a, int64_t h, int64_t begin, int6
     score_half<A, T>(a, w, h, p, begin, queries, w.scores + p * kProductKeyQueries * w.step);
   RankBest<A> halves = w.halves;
   for (int64_t i = 0; i < a.count; i++) halves.ids[i] = A(i);
+  for (int64_t i = 0; i < a.slots; i++) w.others[i] = int32_t(a.slots / (i + 1));
   for (int64_t q = 0; q < queries; q++) {
     int64_t count[2];
     for (int64_t p = 0; p < 2; p++) {
       halves.scores = w.scores + (p * kProductKeyQueries + q) * w.step;
-      count[p] = halves.find(a.count, a.slots, w.best[p][0], w.best[p][1]);
+      count[p] = halves.find(a.count, a.slots, w.best[p][0], w.best[p][1], true);
     }
-    best_pairs<A, T>(a, w, count, (begin + q) * a.heads + h);
+    best_pairs<A, T>(a, w, q, count, (begin + q) * a.heads + h);
   }
 }
 
@@ -156,12 +207,16 @@ int64_t distinct_parts(const ProductKeyArgs& a, int64_t b, int64_t h, int64_t p,
   const int64_t* index = row_at<int64_t>(a.index, b, h, 0);
   const T* dscores = row_at<T>(a.dscores, b, h, 0);
   int64_t count = 0;
+  for (int64_t i = 0; i < a.slots; i++) gradient[i] = A(0);
   for (int64_t i = 0; i < a.slots && a.dscores.data; i++) {
     const A d = A(to_float(dscores[i]));
     if (index[i] < 0 || d == A(0)) continue;
-    const int32_t part = p ? int32_t(index[i] % a.count) : int32_t(index[i] / a.count);
-    if (place[part] < 0) place[part] = int32_t(count), row[count] = part, gradient[count++] = A(0);
-    gradient[place[part]] += d;
+    const uint32_t key = uint32_t(index[i]), subkeys = uint32_t(a.count);  // fewer than 2^16
+    const uint32_t part = p ? key % subkeys : key / subkeys;
+    const int32_t seen = place[part];  // no branch: every other one is new
+    const int32_t at = seen < 0 ? int32_t(count) : seen;
+    place[part] = at, row[at] = int32_t(part), gradient[at] += d;
+    count += seen < 0;
   }
   for (int64_t i = 0; i < count; i++) place[row[i]] = -1;
   return count;

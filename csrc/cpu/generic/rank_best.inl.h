@@ -32,8 +32,8 @@ struct RankBest {
   static MK_INLINE int64_t room(int64_t k) { return k > kMostRanked ? k : 4 * (k + kMore); }
 
   // Of scores and ids [0, count), both written beyond their end: the k best to `score` and `id`; returns how many there
-  // are. -inf is none.
-  int64_t find(int64_t count, int64_t k, A* score, A* id) const {
+  // are. -inf is none. `ascending`: the identifiers come so.
+  int64_t find(int64_t count, int64_t k, A* score, A* id, bool ascending) const {
     if (k > kMostRanked || count < k) return sorted(count, k, score, id);
     fill(scores, count);
     A low, high;
@@ -55,14 +55,13 @@ struct RankBest {
       left = keep(kept_scores, kept_ids, left, low);
       if (left > room(k)) return sorted(count, k, score, id);
     }
-    if (!rank(left)) {
-      place_equal(left, score, id);
-      return k;
-    }
+    rank(left);
+    const A *from = kept_scores, *from_ids = kept_ids, *places = ranks;
     for (int64_t i = 0; i < left; i++) {  // also those past the k-th: a branch would cost more
-      const int64_t place = int64_t(ranks[i]);
-      score[place] = kept_scores[i], id[place] = kept_ids[i];
+      const int64_t place = int64_t(places[i]);
+      score[place] = from[i], id[place] = from_ids[i];
     }
+    if (!ascending) order_equal(left, score, id);
     return k;
   }
 
@@ -132,15 +131,16 @@ struct RankBest {
   }
 
   MK_INLINE int64_t keep(const A* from, const A* from_ids, int64_t count, A low) const {
-    int64_t left = 0;
+    A *to = kept_scores, *to_ids = kept_ids;          // a member would be read again after each store
     for (int64_t i = 0; i < count; i += V::kLanes) {  // beyond the end: -inf
-      const V v = V::load(from + i);
+      const V v = V::load(from + i), id = V::load(from_ids + i);
       const auto mask = v >= V::set1(low);
-      compress(mask, V::load(from_ids + i), kept_ids + left);
-      left += compress(mask, v, kept_scores + left);
+      const int64_t left = compress(mask, v, to);
+      compress(mask, id, to_ids);
+      to += left, to_ids += left;
     }
-    fill(kept_scores, left);
-    return left;
+    fill(to, 0);
+    return to - kept_scores;
   }
 
   static MK_INLINE int64_t at_least(const A* from, int64_t count, A bound) {
@@ -149,42 +149,47 @@ struct RankBest {
     return found;
   }
 
-  // Ranks of N vectors of what is left, from `first` on; returns their sum. The counts of one vector wait for each
-  // other.
+  // Ranks of N vectors of what is left, from `first` on. The counts of one vector wait for each other.
   template <int N>
-  MK_INLINE V rank_some(int64_t first, int64_t count) const {
+  MK_INLINE void rank_some(int64_t first, int64_t count) const {
     const V one = V::set1(A(1));
-    V own[N], better[N], total = V::zero();
-    for (int n = 0; n < N; n++) own[n] = V::load(kept_scores + first + n * V::kLanes), better[n] = V::zero();
-    for (int64_t j = 0; j < count; j++) {
-      const V other = V::set1(kept_scores[j]);
+    const A* all = kept_scores;
+    V own[N], better[N];
+    for (int n = 0; n < N; n++) own[n] = V::load(all + first + n * V::kLanes), better[n] = V::zero();
+    for (int64_t j = 0; j < first; j++) {
+      const V other = V::set1(all[j]);
+      for (int n = 0; n < N; n++) better[n] = add_in(other >= own[n], better[n], one);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < N; m++) {
+      const int64_t begin = first + m * V::kLanes;
+      for (int64_t j = begin; j < smaller(begin + V::kLanes, count); j++) {
+        const V other = V::set1(all[j]);
+        const auto before = V::first_lanes(j - begin + 1);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) {
+          const auto over = n < m ? other > own[n] : other >= own[n];
+          better[n] = add_in(n == m ? (other > own[n]) | (over & !before) : over, better[n], one);
+        }
+      }
+    }
+    for (int64_t j = first + N * V::kLanes; j < count; j++) {
+      const V other = V::set1(all[j]);
       for (int n = 0; n < N; n++) better[n] = add_in(other > own[n], better[n], one);
     }
-    for (int n = 0; n < N; n++) {
-      const int64_t there = larger(0, smaller(count - first - n * V::kLanes, V::kLanes));
-      better[n].store(ranks + first + n * V::kLanes);
-      total = total + select(V::first_lanes(there), better[n], V::zero());
-    }
-    return total;
+    for (int n = 0; n < N; n++) better[n].store(ranks + first + n * V::kLanes);
   }
 
-  // ranks[i] = how many are larger than i; false where they do not add up: some scores are equal, and share a rank.
-  bool rank(int64_t count) const {
-    V total = V::zero();
+  // ranks[i] = how many are larger than i, or equal and before it.
+  void rank(int64_t count) const {
     int64_t i = 0;
-    for (; i + 2 * V::kLanes < count; i += 4 * V::kLanes) total = total + rank_some<4>(i, count);
-    if (i < count) total = total + rank_some<2>(i, count);
-    return int64_t(reduce_add(total)) == count * (count - 1) / 2;
+    for (; i + 3 * V::kLanes < count; i += 4 * V::kLanes) rank_some<4>(i, count);
+    if (i + 2 * V::kLanes < count) return rank_some<3>(i, count);
+    if (i < count) rank_some<2>(i, count);
   }
 
-  // Equal scores take the places from their rank on, then by identifiers: mostly they come in that order.
-  void place_equal(int64_t count, A* score, A* id) const {
-    int16_t taken[4 * (kMostRanked + kMore)];
-    for (int64_t i = 0; i < count; i++) taken[i] = 0;
-    for (int64_t i = 0; i < count; i++) {
-      const int64_t first = int64_t(ranks[i]), place = first + taken[first]++;
-      score[place] = kept_scores[i], id[place] = kept_ids[i];
-    }
+  // Equal scores come by identifiers: mostly they do.
+  static void order_equal(int64_t count, A* score, A* id) {
     bool ordered = true;
     for (int64_t i = 1; i < count; i += V::kLanes) {  // past the end: whatever is there
       const auto falls = V::load(id + i - 1) > V::load(id + i);

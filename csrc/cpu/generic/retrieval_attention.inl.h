@@ -213,11 +213,29 @@ A retrieved_gradients(const RetrievalScratch<A>& w, int64_t count, A base, A uni
   return delta;
 }
 
+// What the memories give to dquery of a row, until the local keys have given theirs: dquery itself holds it if it can.
+template <class A, class T>
+MK_INLINE A* memory_sums(const RetrievalArgs& r, const AttentionArgs& a, int64_t row) {
+  if (sizeof(T) == sizeof(A)) return static_cast<A*>(a.dquery) + row * r.width;
+  return static_cast<A*>(a.dquery_sums) + (r.batch * r.heads * r.queries + row) * padded<A>(r.width);
+}
+
+template <class A, class T>
+void retrieval_finish(const RetrievalArgs& r, const AttentionArgs& a, int64_t begin, int64_t end) {
+  using V = Vec<A>;
+  for (int64_t i = begin; i < end; i++) {
+    const A *local = static_cast<const A*>(a.dquery_sums) + i * padded<A>(r.width), *sums = memory_sums<A, T>(r, a, i);
+    T* dquery = static_cast<T*>(a.dquery) + i * r.width;
+    for_each_vec<V>(r.width, [&](int64_t j, auto part) {
+      store((V::load(local + j) + load<V>(sums + j, part)) * V::set1(A(r.scale)), dquery + j, part);
+    });
+  }
+}
+
 template <class A, class T>
 void retrieval_gradient(const RetrievalArgs& r, const AttentionArgs& a, int64_t b, int64_t h, int64_t begin,
                         int64_t end, void* memory) {
   const RetrievalScratch<A> w(r, memory);
-  const int64_t sums_row = padded<A>(r.width);
   for (int64_t query = begin; query < end; query++) {
     const int64_t row = (b * r.heads + h) * r.queries + query;
     const Retrieved<T> found(r, w, b, h, query, end);
@@ -237,8 +255,8 @@ void retrieval_gradient(const RetrievalArgs& r, const AttentionArgs& a, int64_t 
                                     moved && moved[1] >= A(0) ? moved : nullptr,
                                     r.dlse.data ? *row_at<A>(r.dlse, b, h, query) : A(0), local.first >= local.last);
     if (a.dquery) {
-      A* sums = static_cast<A*>(a.dquery_sums) + (r.batch * r.heads * r.queries + row) * sums_row;
-      for (int64_t j = 0; j < sums_row; j++) sums[j] = 0;
+      A* sums = memory_sums<A, T>(r, a, row);
+      for (int64_t j = 0; j < r.width; j++) sums[j] = 0;
       add_retrieved(r, w, found, found.keys, r.memory_key.row, r.width, w.products, false, sums);
     }
     if (r.retrieved) {
@@ -255,39 +273,38 @@ void retrieval_gradient(const RetrievalArgs& r, const AttentionArgs& a, int64_t 
 }
 
 // The inverse index of `rows` memory rows; C: what counts the retrievals of a key head.
-template <class A, class C>
+template <class C>
 struct Inverse {
   C* start;
-  Given<A, 2>* given;
+  C* number;
   int64_t used;
 
   Inverse(const RetrievalArgs& r, int64_t rows, void* memory) {
     Carver carver(memory);
     start = carver.take<C>(rows + 1);
-    given = carver.take<Given<A, 2>>(r.heads / r.key_heads * r.queries * r.slots);
+    number = carver.take<C>(r.heads / r.key_heads * r.queries * r.slots);
     used = carver.used();
   }
 };
-// Its starts are most of the scratch of few retrievals.
+// It is most of the scratch of few retrievals.
 MK_INLINE bool counts_fit(const RetrievalArgs& r) { return r.heads / r.key_heads * r.queries * r.slots <= INT32_MAX; }
-template <class A>
 int64_t retrieval_memory_scratch(const RetrievalArgs& r, int64_t rows) {
-  return counts_fit(r) ? Inverse<A, int32_t>(r, rows, nullptr).used : Inverse<A, int64_t>(r, rows, nullptr).used;
+  return counts_fit(r) ? Inverse<int32_t>(r, rows, nullptr).used : Inverse<int64_t>(r, rows, nullptr).used;
 }
 
 template <class A, class T, class C>
 void write_memory_rows(const RetrievalArgs& r, int64_t b, int64_t h, int64_t first, int64_t last, void* memory) {
   const int64_t group = r.heads / r.key_heads;
-  const Inverse<A, C> inverse(r, last - first, memory);
+  const Inverse<C> inverse(r, last - first, memory);
   const A* pairs = static_cast<const A*>(r.retrieved) + (b * r.heads - r.first_head) * r.queries * r.slots * 2;
-  invert<A, 2>({r.index, b, h * group, (h + 1) * group, r.queries, r.slots, pairs}, first, last, inverse.start,
-               inverse.given);
+  const Retrievals<A> retrievals{r.index, b, h * group, (h + 1) * group, r.queries, r.slots, pairs};
+  invert<A, 2>(retrievals, first, last, inverse.start, inverse.number);
   const int64_t offset = (b * r.key_heads + h) * r.rows + first;
   T *dkey = static_cast<T*>(r.dmemory_key) + offset * r.width,
     *dvalue = static_cast<T*>(r.dmemory_value) + offset * r.value_width;
   for (int64_t row = 0, from = 0; row < last - first; row++) {
     const int64_t count = inverse.start[row] - from;
-    const Given<A, 2>* own = inverse.given + from;
+    const Numbered<A, 2, C> own{retrievals, inverse.number + from};
     from = inverse.start[row];
     const int64_t values = r.dout.data ? count : 0;
     if (r.dmemory_key && (count || !r.key_cleared))  // no factor for nothing: it may be negative
@@ -311,8 +328,8 @@ const RetrievalKernels retrieval_attention = {
     MK_RETRIEVAL_TYPES(retrieval_forward),
     MK_RETRIEVAL_TYPES(rejoin),
     MK_RETRIEVAL_TYPES(retrieval_gradient),
-    {retrieval_memory_scratch<double>, retrieval_memory_scratch<float>, retrieval_memory_scratch<float>,
-     retrieval_memory_scratch<float>},
+    MK_RETRIEVAL_TYPES(retrieval_finish),
+    retrieval_memory_scratch,
     MK_RETRIEVAL_TYPES(retrieval_memory)};
 
 }  // namespace mk::cpu::MK_LEVEL

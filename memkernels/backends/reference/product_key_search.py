@@ -1,4 +1,6 @@
-"""product_key_search in plain torch: scores of both halves, the best of each, the best of their sums.
+"""product_key_search in plain torch: scores of both halves, the k subkeys of the first that have the best sums, the best of all their sums.
+
+The k best keys lie in those k rows, also where unequal sums round to one score: each other row has k keys before its best.
 
 Flat arguments: query "B NH 2 D", subkeys "NH 2 S D", k.
 """
@@ -10,27 +12,19 @@ from memkernels.backends.reference.topk_read import best
 
 
 def forward(query, subkeys, k):
-    halves = torch.einsum("bhpd,hpsd->bhps", compute(query), compute(subkeys))
-    count = min(k, subkeys.shape[2])
-    found = best(halves, count)
-    scores = torch.where(found < 0, -torch.inf, halves.gather(-1, found.clamp(min=0)) if count else halves)
-    one, other = _pairs(found)
-    index = one * subkeys.shape[2] + other
-    sums = sum(_pairs(scores))
-    order = index.argsort(-1)
-    sums = torch.where((one < 0) | (other < 0), -torch.inf, sums).gather(-1, order)
+    count = subkeys.shape[2]
+    one, other = torch.einsum("bhpd,hpsd->bhps", compute(query), compute(subkeys)).unbind(2)
+    if not count:
+        none = one.new_full((*one.shape[:2], k), -torch.inf)
+        return none.to(query.dtype), torch.full_like(none, -1, dtype=torch.int64)
+    rows = best(torch.where(one == -torch.inf, -torch.inf, one + other.amax(-1, keepdim=True)), min(k, count)).sort(-1).values
+    scores = torch.where(rows < 0, -torch.inf, one.gather(-1, rows.clamp(min=0)))[..., None]
+    absent = (scores == -torch.inf) | (other == -torch.inf)[:, :, None]
+    sums = torch.where(absent, -torch.inf, scores + other[:, :, None]).flatten(2)
     chosen = best(sums, k)
-    absent = chosen < 0
-    if not index.shape[-1]:
-        return absent.to(query.dtype) * -torch.inf, chosen
-    index = index.gather(-1, order).gather(-1, chosen.clamp(min=0)).masked_fill(absent, -1)
-    return torch.where(absent, -torch.inf, sums.gather(-1, chosen.clamp(min=0))).to(query.dtype), index
-
-
-def _pairs(halves):
-    """Of "B NH 2 C" the first and the second of every pair, "B NH C*C" each."""
-    shape = (*halves.shape[:2], halves.shape[3], halves.shape[3])
-    return halves[:, :, 0, :, None].expand(shape).flatten(2), halves[:, :, 1, None, :].expand(shape).flatten(2)
+    absent, chosen = chosen < 0, chosen.clamp(min=0)
+    index = rows.gather(-1, chosen // count) * count + chosen % count
+    return torch.where(absent, -torch.inf, sums.gather(-1, chosen)).to(query.dtype), torch.where(absent, -1, index)
 
 
 def backward(dscores, query, subkeys, index, k):

@@ -77,5 +77,5 @@ SPEC = OpSpec(
         ErrorCase("slots", _slots(True), TypeError, r"product_key_search: k: expected an integer, got bool"),
     ),
     rows=(("query", 0),),
-    gaps=("On C++, where unequal sums of halves round to one score and k cuts among them, not always the lowest index is kept.",),
+    gaps=("On a GPU, where unequal sums of halves round to one score and k cuts among them, not always the lowest index is kept.",),
 )
