@@ -154,6 +154,9 @@ class NinjaFile:
 def build_cpu(target, verbose):
     compiler = find_compiler()
     optimise, link_flags, kind = optimisation()
+    emulated = ""  # csrc/cpu/amx/tiles.h
+    if os.environ.get("MEMKERNELS_EMULATE_AMX", "0") != "0":
+        emulated, kind = "-DMK_EMULATE_AMX=1", f"{kind}-emulated-amx"
     levels = supported_levels(compiler)
     defines = " ".join(f"-DMK_HAVE_{level.upper()}=1" for level in levels)
     ninja = NinjaFile(build_folder(f"cpu-{kind}"))
@@ -161,15 +164,17 @@ def build_cpu(target, verbose):
     ninja.rule("cxx", f"{compiler} -MMD -MF $out.d {flags} $flags -c $in -o $out", deps="gcc", depfile="$out.d", description="CXX $out")
     sources = [CSRC / "bindings.cpp", *sorted((CSRC / "common").glob("*.cpp")), *sorted((CSRC / "cpu").glob("*.cpp"))]
     for source in sources:
-        ninja.compile("cxx", source)
+        ninja.compile("cxx", source, emulated if source.name == "cpu_features.cpp" else "")
     for level in levels:
         for source in sorted((CSRC / "cpu" / level).glob("*.cpp")):
-            ninja.compile("cxx", source, f"{ISA_FLAGS[level]} {ISA_WARNINGS} -DMK_LEVEL={level}")
+            more = f" {emulated}" if emulated and level == "amx" else ""
+            ninja.compile("cxx", source, f"{ISA_FLAGS[level]} {ISA_WARNINGS} -DMK_LEVEL={level}{more}")
     extra = "-undefined dynamic_lookup" if sys.platform == "darwin" else "-Wl,--exclude-libs,ALL"
     ninja.link(target, f"{compiler} -shared {link_flags} {extra} $in")
     ninja.build(verbose)
     version = run([*shlex.split(compiler), "--version"], capture_output=True, text=True).stdout.splitlines()[0]
-    return {"built": True, "levels": levels, "compiler": version, "kind": kind}
+    named = [f"{level} (emulated)" if emulated and level == "amx" else level for level in levels]
+    return {"built": True, "levels": named, "compiler": version, "kind": kind}
 
 
 def find_cuda():

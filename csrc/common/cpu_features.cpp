@@ -56,6 +56,9 @@ Level detect() {
   if (!(zmm && f && dq && bw && vl && bmi2)) return Level::avx2;
   const bool amx =
       bit(seven.d, 24) && bit(seven.d, 22) && bit(seven_one.a, 5) && bit(seven.c, 11);  // tile, bf16, avx512 bf16, vnni
+#if MK_EMULATE_AMX                                                                      // cpu/amx/tiles.h
+  return bit(seven_one.a, 5) && bit(seven.c, 11) ? Level::amx : Level::avx512;
+#endif
   return tiles && amx && request_tiles() ? Level::amx : Level::avx512;
 }
 #else

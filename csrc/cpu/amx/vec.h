@@ -4,6 +4,7 @@
 // blocks of B. A is row-major, 64 bytes a tile row. B is in VNNI order: for each pair of k, the pairs (B[k][n],
 // B[k+1][n]) of 16 columns lie in 64 bytes.
 #pragma once
+#include "cpu/amx/tiles.h"
 #include "cpu/avx512/vec.h"
 
 namespace mk::cpu::MK_LEVEL {
