@@ -80,13 +80,16 @@ def index() -> str:
     return "\n".join(lines)
 
 
-def latest() -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Environment and rows of the newest CPU results, empty when there are none."""
-    found = sorted(p for p in (ROOT / "benchmarks" / "results").glob("*.json") if not p.name.startswith("gpu"))
-    if not found:
-        return {}, []
-    data = json.loads(found[-1].read_text())
-    return data["environment"], data["rows"]
+Results = tuple[dict[str, Any], list[dict[str, Any]]]  # environment and rows
+
+
+def latest() -> list[Results]:
+    """The newest CPU results of each level of kernels, the best level first."""
+    found: dict[str, Results] = {}
+    for path in sorted(p for p in (ROOT / "benchmarks" / "results").glob("*.json") if not p.name.startswith("gpu")):
+        data = json.loads(path.read_text())
+        found[data["environment"]["cpu_level"]] = data["environment"], data["rows"]
+    return [found[level] for level in ("amx", "avx512", "avx2", "baseline") if level in found]
 
 
 def measured_on(environment: dict[str, Any]) -> str:
@@ -115,8 +118,8 @@ def extra(row: dict[str, Any]) -> str:
 
 
 def speed() -> str:
-    """What README shows: one line per target and peer, the lost ones included."""
-    environment, rows = latest()
+    """What README shows: one line per target and peer, the lost ones included, where the best kernels ran."""
+    environment, rows = next(iter(latest()), ({}, []))
     lines = [measured_on(environment)]
     against = [row for row in rows if row["bar"] != "read" and not row["at_most"] and row["ratio"] is not None]
     if against:
@@ -140,11 +143,12 @@ def speed() -> str:
 
 
 def targets() -> str:
-    """The bars of this project, each with what was measured and whether it was reached."""
-    environment, rows = latest()
-    lines = [measured_on(environment)]
-    if not rows:
-        return lines[0]
+    """The bars of this project, each with what was measured and whether it was reached; a table for each level of kernels."""
+    return "\n\n".join(target_table(*results) for results in latest()) or measured_on({})
+
+
+def target_table(environment: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    lines = [f"### Kernels at level `{environment['cpu_level']}`", "", measured_on(environment)]
     ceilings = ", ".join(f"{name} {value:.0f}" for name, value in environment["ceilings"].items())
     lines += ["", f"Ceilings measured in the same process: {ceilings}.", ""]
     lines += ["| target | against | ms | GB/s | of floor | needed | measured | | extra MB | peer's | checked |", "|---|" + "---|" * 10]
