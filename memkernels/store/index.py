@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from memkernels.ops import ByteKeys, store_erase_, store_find, store_items, store_upsert_
+from memkernels.ops import ByteKeys, store_erase_, store_find, store_items, store_move_, store_upsert_
 from memkernels.store.buffers import fresh, grown, wipe
 from memkernels.store.keys import KeyBatch, gather_runs, offsets_of, runs
 from memkernels.store.numbers import RowNumbers
@@ -17,7 +17,6 @@ MOST_LOAD, GROWTH = 0.85, 1.5  # 15 bytes an entry in a full table, 22.6 in one 
 LEAST_BUCKETS = 4
 LEAST_STEP = 256  # buckets of the old table that a call moves at least
 SAMPLE = 1024  # keys of a large batch that are looked up before all of it is
-_PASSED = -(1 << 52)  # the bits of a bucket's last word that count the keys which passed it
 
 
 class Index:
@@ -181,16 +180,10 @@ class Index:
         """Moves the next buckets of the old table, in the order of the hash, which is the order of the new table too."""
         assert self.old is not None
         end = min(self.moved + buckets, self.old.shape[0])
-        keys, rows = store_items(self.old, self.moved, end)
-        store_upsert_(self.table, keys, rows, "insert")
-        if end == self.old.shape[0]:
-            wipe(self.old)
-            self.old = None
-            return
-        gone = self.old[self.moved : end]
-        gone[:, :7] = 0
-        gone[:, 7] &= _PASSED  # keys of these buckets that lie further on are still found
+        store_move_(self.old, self.table, self.moved, end)
         self.moved = end
+        if end == self.old.shape[0]:
+            self.old = None
 
     # --- all of it
 
