@@ -16,6 +16,7 @@ PLACES = 5  # keys in a bucket
 MOST_LOAD, GROWTH = 0.85, 1.5  # 15 bytes an entry in a full table, 22.6 in one that has just grown
 LEAST_BUCKETS = 4
 LEAST_STEP = 256  # buckets of the old table that a call moves at least
+MOVED = 2  # buckets a key of a larger batch: half as long as the batch itself takes, and sooner there is one table to look into again
 SAMPLE = 1024  # keys of a large batch that are looked up before all of it is
 
 
@@ -23,8 +24,7 @@ class Index:
     """Rows of keys.
 
     `upsert` and `erase` follow the order of the batch, as a loop over a dict would. While the table grows there are two: every call that
-    writes
-    moves as many buckets of the old one as it has keys (at least 256), so no call waits for all of it.
+    writes moves twice as many buckets of the old one as it has keys (at least 256), so no call waits for all of it.
 
     Args:
         key_type: "int64", "bytes" or "str". device: of the table; byte keys live on the CPU. size: keys to make room for.
@@ -138,7 +138,7 @@ class Index:
             self._make_room(batch)
         keys, byte_keys = self._keys(batch)
         if self.old is not None:
-            self._move(max(LEAST_STEP, len(batch)))
+            self._move(max(LEAST_STEP, MOVED * len(batch)))
         if self.old is not None and bool((store_find(self.old, keys, byte_keys) >= 0).any()):
             removed = store_erase_(self.old, keys, byte_keys)
             there = removed >= 0
