@@ -33,6 +33,7 @@ namespace py = pybind11;
   OP(retrieval_attention) \
   OP(segment_attention)   \
   OP(store_keys)          \
+  OP(store_move)          \
   OP(store_rows)          \
   OP(store_table)         \
   OP(topk_read)           \

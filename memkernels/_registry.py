@@ -211,14 +211,14 @@ def define_inplace(name: str, of: RoutedOp) -> InplaceOp:
 
 class TableOp:
     """An op over the tensors of a hash table or of its rows: integers and bytes, no gradient, no transforms; it may write into its first
-    input.
+    inputs.
 
     Call it with all inputs and options, positionally; it returns the tuple of all outputs, allocated as in `define_op`.
     """
 
     def __init__(self, name: str, schema: str, allocate: Callable[..., tuple[torch.Tensor, ...]]):
         self.name, self.allocate = name, allocate
-        self.mutates = "(a!)" in schema
+        self.written = schema.count("!)")
         self.op = _define(name, name + schema, self.run, lambda *args: list(allocate(*args)))
 
     def run(self, *args: Any) -> list[torch.Tensor]:
@@ -228,7 +228,7 @@ class TableOp:
         else:
             outputs = self.allocate(*args)
             module.forward(*outputs, *args)
-        for written in (args[0] if isinstance(args[0], (list, tuple)) else args[:1]) if self.mutates else ():
+        for written in args[0] if self.written and isinstance(args[0], (list, tuple)) else args[: self.written]:
             if not written.is_inference():
                 torch.autograd.graph.increment_version(written)
         return list(outputs)

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
     "nn.graph_attention", "nn.gru", "nn.gru_cell", "nn.lstm", "nn.lstm_cell", "nn.rnn", "nn.rnn_cell", "nn.multihead_attention",
     "nn.external_memory", "nn.ntm", "nn.dnc", "nn.sam", "nn.hopfield_retrieval", "nn.product_key_memory", "models.vocabulary",
-    "models.memory_lm", "models.knn_lm", "ops.store_find", "ops.store_upsert_", "ops.store_erase_", "ops.store_items", "ops.store_gather",
-    "ops.store_scatter_", "store.store", "store.index", "store.text",
+    "models.memory_lm", "models.knn_lm", "ops.store_find", "ops.store_upsert_", "ops.store_erase_", "ops.store_items", "ops.store_move_",
+    "ops.store_gather", "ops.store_scatter_", "store.store", "store.index", "store.text",
 )  # fmt: skip
 
 

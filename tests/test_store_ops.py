@@ -7,7 +7,7 @@ import torch
 
 import memkernels as mk
 from memkernels.backends.reference._store_table import mix
-from memkernels.ops import ByteKeys, store_erase_, store_find, store_gather, store_items, store_scatter_, store_upsert_
+from memkernels.ops import ByteKeys, store_erase_, store_find, store_gather, store_items, store_move_, store_scatter_, store_upsert_
 from memkernels.store.keys import as_batch, hash_bytes
 
 CPP = pytest.mark.skipif(mk.backends()["cpp"] is not None, reason="the C++ extension is not built")
@@ -214,6 +214,82 @@ def test_lookups_at_every_level(level):
         mk.cpu_level(before)
 
 
+def move_as_before(old, table, begin, end):
+    """store_move_ by the ops it takes the place of."""
+    keys, rows = store_items(old, begin, end)
+    store_upsert_(table, keys, rows, "insert")
+    if end == old.shape[0]:
+        old.zero_()
+    else:
+        old[begin:end, :7] = 0
+        old[begin:end, 7] &= -(1 << 52)
+
+
+def moved_in_steps(move, old, table, step):
+    """Both tables after every step."""
+    old, table, after = old.clone(), table.clone(), []
+    for begin in range(0, old.shape[0], step):
+        move(old, table, begin, min(begin + step, old.shape[0]))
+        after += [old.clone(), table.clone()]
+    assert not old.any()
+    return after
+
+
+def worn(buckets, load):
+    """A table in use for a while: full buckets, keys that wrap around, and places that became free in front of such keys."""
+    table, keys = table_of(buckets), random_keys(buckets, int(5 * buckets * load), 100 * buckets)
+    store_upsert_(table, keys, torch.arange(2**34 - keys.shape[0], 2**34))
+    store_erase_(table, keys[::7])
+    return table
+
+
+@CPP
+@pytest.mark.parametrize(("buckets", "step"), [(1, 1), (7, 3), (300, 256), (300, 300), (1100, 999), (1100, 1100)])
+def test_moving_is_inserting_in_every_backend(buckets, step):
+    old, table = worn(buckets, 0.98), table_of(buckets + buckets // 8 + 1)
+    store_upsert_(table, random_keys(10**6, buckets // 3 + 1, buckets), torch.arange(buckets // 3 + 1))
+    got = on_both(lambda: moved_in_steps(store_move_, old, table, step))
+    assert all(torch.equal(a, b) for a, b in zip(got, moved_in_steps(move_as_before, old, table, step)))
+
+
+@CPP
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+def test_moving_by_any_number_of_threads(level):
+    """More keys than a slice, in old tables with long chains, into tables that are larger, nearly as small, and of few parts."""
+    from memkernels._C import supported_levels
+
+    if level not in supported_levels():
+        pytest.skip(f"no {level} here")
+    before, threads = mk.cpu_level(), torch.get_num_threads()
+    mk.cpu_level(level)
+    try:
+        for old, buckets in ((worn(20_000, 0.9), 30_000), (worn(20_000, 0.97), 17_000), (worn(20_000, 0.01), 300)):
+            for step in (20_000, 17_001):
+                expected = moved_in_steps(move_as_before, old, table_of(buckets), step)
+                for count in (1, 2, 5):
+                    torch.set_num_threads(count)
+                    got = moved_in_steps(store_move_, old, table_of(buckets), step)
+                    assert all(torch.equal(a, b) for a, b in zip(got, expected))
+    finally:
+        torch.set_num_threads(threads)
+        mk.cpu_level(before)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_moving_keys_of_one_home(backend):
+    """A chain that wraps around the end of the old table: what is not moved yet is still found."""
+    keys = same_home(60, 16, 14)
+    old, table = table_of(16), table_of(24)
+    with mk.backend(backend):
+        store_upsert_(old, keys, torch.arange(60))
+        assert store_move_(old, table, 0, 15).tolist() == [55]
+        rows, left = store_find(table, keys), store_find(old, keys)
+        assert torch.maximum(rows, left).tolist() == list(range(60)) and int((left >= 0).sum()) == 5
+        assert store_move_(old, table, 15).tolist() == [5] and not old.any()
+        assert store_find(table, keys).tolist() == list(range(60))
+        assert store_move_(old, table).tolist() == [0] and store_move_(old, table, 3, 3).tolist() == [0]
+
+
 def test_gaps_between_chunks():
     chunks, default = [torch.full((2, 1), c, dtype=torch.uint8) for c in (1, 2)], torch.zeros(1, 1, dtype=torch.uint8)
     for backend in ("reference", None):
@@ -236,6 +312,10 @@ def test_gaps_between_chunks():
         (lambda t, k: store_upsert_(t, k, k[:1]), ValueError, "store_upsert_: rows: expected 1 dimensions of at least 3"),
         (lambda t, k: store_erase_(t, k[None]), ValueError, "store_erase_: keys: expected 1 dimensions, got shape"),
         (lambda t, k: store_items(t, 3, 2), ValueError, "store_items: begin, end: expected 0 <= begin"),
+        (lambda t, k: store_move_(t, table_of(9), 0, 5), ValueError, "store_move_: begin, end: expected 0 <= begin"),
+        (lambda t, k: store_move_(t, t), ValueError, "store_move_: table: expected another table than old, got the same"),
+        (lambda t, k: store_move_(t, t[:0]), ValueError, "store_move_: table: expected at least one bucket, got none"),
+        (lambda t, k: store_move_(t.int(), table_of(9)), TypeError, "store_move_: old: expected int64, got int32"),
     ],
 )
 def test_errors_change_nothing(call, error, message):
@@ -255,4 +335,7 @@ def test_explain_and_versions():
     version = table._version
     store_upsert_(table, keys, keys)
     assert table._version > version
+    old, larger = table.clone(), table_of(9)
+    store_move_(old, larger)
+    assert old._version > 0 and larger._version > 0
     assert torch.ops.memkernels.store_find.default(table, keys, None, None, None, None)[0].tolist() == [0, 1, 2]

@@ -11,6 +11,7 @@
 #include "common/tasks.h"
 #include "cpu/select.h"
 #include "cpu/store_lookup.h"
+#include "cpu/store_table_host.h"
 
 namespace mk::cpu {
 namespace {
@@ -51,13 +52,6 @@ ByteKeys byte_keys(const char* op, int64_t n, const TensorView& spans, const Ten
           data.data<const uint8_t>(), offsets.data<const int64_t>()};
 }
 
-Table table_of(const char* op, const TensorView& table) {
-  check_rank(op, "table", table, 2);
-  check_output(op, "table", table, {table.size(0), kWords}, DType::int64);
-  MK_CHECK(table.size(0) > 0, op, "table", "at least one bucket", describe(table));
-  return {table.data<uint64_t>(), table.size(0)};
-}
-
 const uint64_t* keys_of(const char* op, const TensorView& keys) {
   check_rank(op, "keys", keys, 1);
   check_output(op, "keys", keys, {keys.size(0)}, DType::int64);
@@ -87,7 +81,7 @@ void find_bytes(const Table& table, const uint64_t* keys, const ByteKeys& text, 
 void find(const TensorView& rows, const TensorView& table_view, const TensorView& keys_view, const TensorView& spans,
           const TensorView& arena, const TensorView& data, const TensorView& offsets) {
   const char* op = "store_find";
-  const Table table = table_of(op, table_view);
+  const Table table = store_table_of(op, "table", table_view);
   const uint64_t* keys = keys_of(op, keys_view);
   const int64_t n = keys_view.size(0);
   check_output(op, "rows", rows, {n}, DType::int64);
@@ -239,7 +233,7 @@ void upsert_batch(const TensorView& now_view, const TensorView& old_view, const 
   check_output(op, "rows", rows_view, {rows_view.size(0)}, DType::int64);
   const Mode chosen = mode_of(mode);
   MK_CHECK(!spans.defined() || chosen == Mode::assign, op, "mode", "'assign' where byte keys are given", mode);
-  Upsert work{table_of(op, table_view),
+  Upsert work{store_table_of(op, "table", table_view),
               keys_of(op, keys_view),
               byte_keys(op, n, spans, arena, data, offsets),
               rows_view.data<const int64_t>(),
@@ -262,7 +256,7 @@ void upsert_batch(const TensorView& now_view, const TensorView& old_view, const 
 void erase(const TensorView& removed_view, const TensorView& table_view, const TensorView& keys_view,
            const TensorView& spans, const TensorView& arena, const TensorView& data, const TensorView& offsets) {
   const char* op = "store_erase_";
-  const Table table = table_of(op, table_view);
+  const Table table = store_table_of(op, "table", table_view);
   const uint64_t* keys = keys_of(op, keys_view);
   const int64_t n = keys_view.size(0);
   check_output(op, "removed", removed_view, {n}, DType::int64);
@@ -287,7 +281,7 @@ void erase(const TensorView& removed_view, const TensorView& table_view, const T
 void items(const TensorView& keys_view, const TensorView& rows_view, const TensorView& count_view,
            const TensorView& table_view, int64_t begin, int64_t end) {
   const char* op = "store_items";
-  const Table table = table_of(op, table_view);
+  const Table table = store_table_of(op, "table", table_view);
   MK_CHECK(0 <= begin && begin <= end && end <= table.buckets, op, "begin, end", table.buckets, end);
   check_output(op, "keys", keys_view, {(end - begin) * kPlaces}, DType::int64);
   check_output(op, "rows", rows_view, {(end - begin) * kPlaces}, DType::int64);

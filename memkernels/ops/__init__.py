@@ -31,6 +31,7 @@ from memkernels.ops.store_erase_ import store_erase_
 from memkernels.ops.store_find import store_find
 from memkernels.ops.store_gather import store_gather
 from memkernels.ops.store_items import store_items
+from memkernels.ops.store_move_ import store_move_
 from memkernels.ops.store_scatter_ import store_scatter_
 from memkernels.ops.store_upsert_ import store_upsert_
 from memkernels.ops.topk_read import topk_read
@@ -78,6 +79,7 @@ __all__ = [
     "store_find",
     "store_gather",
     "store_items",
+    "store_move_",
     "store_scatter_",
     "store_upsert_",
     "topk_read",

@@ -25,10 +25,10 @@ class ByteKeys(NamedTuple):
     offsets: torch.Tensor
 
 
-def check_table(op: str, table: torch.Tensor) -> None:
-    check_ints(op, "table", table, 2)
+def check_table(op: str, table: torch.Tensor, name: str = "table") -> None:
+    check_ints(op, name, table, 2)
     if table.shape[1] != WORDS or not table.is_contiguous():
-        fail(op, "table", "a contiguous tensor [buckets, 8]", f"shape {tuple(table.shape)}, strides {table.stride()}")
+        fail(op, name, "a contiguous tensor [buckets, 8]", f"shape {tuple(table.shape)}, strides {table.stride()}")
 
 
 def check_ints(op: str, name: str, got: torch.Tensor, dims: int, count: int | None = None, dtype: torch.dtype = torch.int64) -> None:

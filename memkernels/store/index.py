@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from memkernels.ops import ByteKeys, store_erase_, store_find, store_items, store_upsert_
+from memkernels.ops import ByteKeys, store_erase_, store_find, store_items, store_move_, store_upsert_
 from memkernels.store.buffers import fresh, grown, wipe
 from memkernels.store.keys import KeyBatch, gather_runs, offsets_of, runs
 from memkernels.store.numbers import RowNumbers
@@ -16,16 +16,15 @@ PLACES = 5  # keys in a bucket
 MOST_LOAD, GROWTH = 0.85, 1.5  # 15 bytes an entry in a full table, 22.6 in one that has just grown
 LEAST_BUCKETS = 4
 LEAST_STEP = 256  # buckets of the old table that a call moves at least
+MOVED = 2  # buckets a key of a larger batch: half as long as the batch itself takes, and sooner there is one table to look into again
 SAMPLE = 1024  # keys of a large batch that are looked up before all of it is
-_PASSED = -(1 << 52)  # the bits of a bucket's last word that count the keys which passed it
 
 
 class Index:
     """Rows of keys.
 
     `upsert` and `erase` follow the order of the batch, as a loop over a dict would. While the table grows there are two: every call that
-    writes
-    moves as many buckets of the old one as it has keys (at least 256), so no call waits for all of it.
+    writes moves twice as many buckets of the old one as it has keys (at least 256), so no call waits for all of it.
 
     Args:
         key_type: "int64", "bytes" or "str". device: of the table; byte keys live on the CPU. size: keys to make room for.
@@ -139,7 +138,7 @@ class Index:
             self._make_room(batch)
         keys, byte_keys = self._keys(batch)
         if self.old is not None:
-            self._move(max(LEAST_STEP, len(batch)))
+            self._move(max(LEAST_STEP, MOVED * len(batch)))
         if self.old is not None and bool((store_find(self.old, keys, byte_keys) >= 0).any()):
             removed = store_erase_(self.old, keys, byte_keys)
             there = removed >= 0
@@ -181,16 +180,10 @@ class Index:
         """Moves the next buckets of the old table, in the order of the hash, which is the order of the new table too."""
         assert self.old is not None
         end = min(self.moved + buckets, self.old.shape[0])
-        keys, rows = store_items(self.old, self.moved, end)
-        store_upsert_(self.table, keys, rows, "insert")
-        if end == self.old.shape[0]:
-            wipe(self.old)
-            self.old = None
-            return
-        gone = self.old[self.moved : end]
-        gone[:, :7] = 0
-        gone[:, 7] &= _PASSED  # keys of these buckets that lie further on are still found
+        store_move_(self.old, self.table, self.moved, end)
         self.moved = end
+        if end == self.old.shape[0]:
+            self.old = None
 
     # --- all of it
 

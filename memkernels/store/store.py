@@ -44,7 +44,7 @@ class KeyValueStore:
         device: where values and the table of int64 keys live. durability: of commits to a path: "none", "async" or "commit".
 
     Growth: no call waits for the whole table. A call that finds the table 85% full begins one 1.5 times as large; it and those after it
-    move as many buckets as they bring keys, at least 256. Values lie in chunks of 64 MB which are never copied.
+    move twice as many buckets as they bring keys, at least 256. Values lie in chunks of 64 MB which are never copied.
 
     Raises:
         TypeError, ValueError: an argument is not as it should be; the store stays as it was.

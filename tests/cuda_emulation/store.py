@@ -6,6 +6,7 @@ import torch
 
 from memkernels.backends.reference import store_erase_ as reference_erase
 from memkernels.backends.reference import store_find as reference_find
+from memkernels.backends.reference import store_move_ as reference_move
 from memkernels.backends.reference import store_upsert_ as reference_upsert
 
 NONE = (None, None, None, None)
@@ -19,7 +20,7 @@ def draw(seed, count, among):
 
 def check():
     """(failures, cases) over tables that are nearly full, of one part and of several."""
-    from memkernels.backends.cuda import store_erase_, store_find, store_upsert_
+    from memkernels.backends.cuda import store_erase_, store_find, store_move_, store_upsert_
 
     failures, count = [], 0
     for buckets in (1, 7, 300, 900):
@@ -40,4 +41,11 @@ def check():
                 for name, a, b in zip(("now", "old", "rows", "removed", "table"), want, (now, old, found, gone, got)):
                     if not torch.equal(a, b):
                         failures.append(f"store_table {buckets} buckets, {mode}, step {step}: {name} differs")
+            larger, moved = torch.zeros(2, 2 * buckets, 8, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+            for begin, end in ((0, buckets // 2), (buckets // 2, buckets)):
+                want = [*reference_move.forward(expected, larger[0], begin, end), expected, larger[0]]
+                store_move_.forward(moved, got, larger[1], begin, end)
+                count += 1
+                if not all(torch.equal(a, b) for a, b in zip(want, (moved, got, larger[1]))):
+                    failures.append(f"store_move_ {buckets} buckets, {mode}, from {begin}: differs")
     return failures, count
