@@ -124,3 +124,23 @@ def test_gradients_written_past_the_caches(backend, dtype):
     inputs = drawn((1, 1, 3, 32), (1, 1, 66_001, 32), (1, 1, 66_001, 32))
     for found, wanted in zip(gradients(backend, dtype, inputs), gradients("reference", dtype, inputs)):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("queries, step", [(1, 1.9 / 128), (40, 1.9 / 256)])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_a_value_near_the_largest_number_where_scores_rise_slowly(backend, queries, step, dtype):
+    """No weight is above 1 before it is divided by their sum: a finite result stays finite, whichever key has that value."""
+    keys, large = 600, 0.9 * torch.finfo(dtype).max
+    query, key = torch.zeros(1, 1, queries, 16, dtype=dtype), torch.zeros(1, 1, keys, 16, dtype=dtype)
+    query[..., 0], key[..., 0] = 1, torch.arange(keys, dtype=dtype) * step
+    weights = torch.softmax(key[0, 0, :, 0], 0)
+    for place in range(0, keys, 29):
+        value = torch.zeros(1, 1, keys, 16, dtype=dtype)
+        value[:, :, place] = large
+        index = torch.arange(300, keys).expand(1, 1, queries, 300)
+        with using(backend):
+            plain = mk.attention(query, key, value, scale=1.0)
+            joined = mk.retrieval_attention(query, key[:, :, :300], value[:, :, :300], key, value, index, is_causal=False, scale=1.0)
+        for found in (plain, joined):
+            torch.testing.assert_close(found / large, weights[place].expand_as(found), rtol=1e-4, atol=0)

@@ -48,13 +48,13 @@ def inputs(steps, batch, hidden, norm=False, co=False, peephole=False, projected
     return named, dict(rest, num_heads=num_heads, output_gate="cell" if co else "standard")
 
 
-def run(named, options, rows=slice(None)):
+def run(named, options, rows=slice(None), backend="cpp"):
     """Output, final state, cells and gradients of the rows."""
     named = dict(named)
     tensors = [named.pop(k) for k in ("input", "h0", "c0", "weight_ih", "weight_hh", "bias_ih")]
     norm = (named.pop("gamma"), named.pop("beta")) if "gamma" in named else None
     x, h0, c0 = tensors[0][:, rows], tensors[1][rows], tensors[2][rows]
-    with mk.backend("cpp"):
+    with mk.backend(backend):
         output, (h_n, c_n), cells = mk.lstm(x, (h0, c0), *tensors[3:], layer_norm=norm, seed=SEED, return_cells=True, **named, **options)
         leaves = [x, h0, c0, *tensors[3:], *(norm or ()), *named.values()]
         found = torch.autograd.grad(output.sum() + cells.sin().sum(), leaves)
@@ -112,3 +112,12 @@ def test_recompute_with_options(level, name):
     named, options = inputs(30, 4, 48, dtype=torch.float64, **OPTIONS[name])
     for a, b in zip(run(named, options | {"recompute": True}), run(named, options), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_heads_wider_than_a_block_of_sums(level, name):
+    """128 terms are summed at a time: where a head has more, the parts of its gates are joined block by block."""
+    options = OPTIONS[name] | dict(num_heads=2) | (dict(projected=264) if "projected" in OPTIONS[name] else {})
+    named, options = inputs(3, 2, 266, dtype=torch.float64, **options)
+    for found, wanted in zip(run(named, options), run(named, options, backend="reference"), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)

@@ -12,7 +12,7 @@ struct AttentionTensor {
 
 struct AttentionArgs {
   AttentionTensor query, key, value, dout, out, dlse;
-  const void* stats;  // [B][NH][Q][2]: m, near the maximum of the scores of a query, and the sum of exp(score - m)
+  const void* stats;  // [B][NH][Q][2]: the maximum m of the scores of a query, the sum of exp(score - m)
   void *out_data, *lse_data, *stats_data, *dquery, *dkey, *dvalue, *dmask,
       *dsink;         // written, contiguous; a gradient nobody needs is null
   int64_t dmask_row;  // elements from the gradient of one query's mask to the next one's

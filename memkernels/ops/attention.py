@@ -211,8 +211,8 @@ def _allocate(query, key, value, attn_mask, sink, lengths_k, seed, scale, softca
     return out, new_empty(query, (batch, heads, queries), wide), new_empty(query, (batch, heads, queries, 2), wide)
 
 
-# `stats`: of each query an m near the maximum of its scores and the sum of exp(score - m). A rounded log-sum-exp cannot stand for the two:
-# at a score of -1e9 it has no digits left for the sum.
+# `stats`: of each query the maximum m of its scores and the sum of exp(score - m). A rounded log-sum-exp cannot stand for the two: at a
+# score of -1e9 it has no digits left for the sum.
 SIGNATURE = Signature("attention", query="B NH Q D", key="B NHk K D", value="B NHk K V")
 OP = define_op(
     "attention",

@@ -1,8 +1,8 @@
 // Attention forward: for each block of keys, scores of a group of queries, a running softmax, and the weighted sum of
 // the values.
 //
-//   base = about the running maximum of the scores, sum = sum of exp(score - base), sums = sum of exp(score - base)
-//   value; out = sums / sum
+//   base = running maximum of the scores, sum = sum of exp(score - base), sums = sum of exp(score - base) value;
+//   out = sums / sum
 //
 // One task owns a group of queries and packs each key block once for all of them. Bytes moved an element of K or V: its
 // size, once a group; everything between is in cache. Blocks that no query of the group sees are skipped.
@@ -54,12 +54,7 @@ MK_INLINE void mask_scores(A* s, Range block, Range seen, const A* bias, A facto
   for (int64_t k = seen.last; k < end; k++) s[k] = -kInfinity<A>;
 }
 
-// A weight may be e^2 before the base moves.
-constexpr int kRise = 2;
-
-// One row of scores becomes weights relative to the base; returns what the older sums must be multiplied by. The base
-// is the maximum of the row's first block and moves only when a score exceeds it by kRise: until then no row waits for
-// its maximum.
+// One row of scores becomes weights relative to the new base; returns what the older sums must be multiplied by.
 template <class A>
 MK_INLINE A softmax_row(A* s, Range block, A factor, A& base, A& total, const A* kept) {
   using V = Vec<A>;
@@ -71,11 +66,10 @@ MK_INLINE A softmax_row(A* s, Range block, A factor, A& base, A& total, const A*
     other = max(other, V::load(s + k + kLanes<A>));
   }
   if (k < end) most = max(most, V::load(s + k));
-  const A old = base;
-  const V f = V::set1(factor), highest = max(most, other) * f;
-  if (any(highest > V::set1(old + kRise))) base = reduce_max(highest);
+  const A found = reduce_max(max(most, other)) * factor, old = base;
+  base = found > old ? found : old;
   const A zero_point = base == -kInfinity<A> ? A(0) : base;
-  const V zero = V::set1(zero_point);
+  const V f = V::set1(factor), zero = V::set1(zero_point);
   V sum = V::zero();
   for (k = begin; k < end; k += kLanes<A>) {
     V weight = power_of(V::load(s + k), f, zero);

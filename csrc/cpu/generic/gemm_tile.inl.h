@@ -3,7 +3,8 @@
 //
 // Every element is summed by the same chains of fma over k, whatever the tile it lies in: results do not depend on how
 // rows are dealt out. b is packed: panel rows of N * lanes numbers, one after the other. a is read as it lies, by rows
-// (a[m * lda + k]) or, for products that sum over rows, by columns (a[k * lda + m]).
+// (a[m * lda + k]) or, for products that sum over rows, by columns (a[k * lda + m]). init and c never overlap: init is
+// read after the first blocks of k were written.
 #pragma once
 
 namespace mk::cpu::MK_LEVEL {

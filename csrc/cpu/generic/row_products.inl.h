@@ -44,7 +44,7 @@ void row_product(const Product& w, const void* a, int64_t lda, int64_t rows, voi
   using A = acc_t<T>;
   using V = Vec<A>;
   constexpr int64_t kPanel = 2 * V::kLanes;
-  alignas(64) A product[tile_rows(2) * kPanel];
+  alignas(64) A product[tile_rows(2) * kPanel], with_part[tile_rows(2) * kPanel];
   const int64_t per_segment = tiles_of(w.width, kPanel), tiles = tiles_of(rows, tile_rows(2));
   for (int64_t u = units.begin; u < units.end; u++) {
     const int64_t panel = u / tiles, s = panel / per_segment, first = panel % per_segment * kPanel;
@@ -55,9 +55,12 @@ void row_product(const Product& w, const void* a, int64_t lda, int64_t rows, voi
     A* to = element<A>(c, tile.begin * ldc + s * w.width + first);
     A* sum = left == kPanel ? to : product;
     const int64_t ld = left == kPanel ? ldc : kPanel;
-    for (int64_t p = 0; p < w.parts; p++)
+    for (int64_t p = 0; p < w.parts; p++) {
       gemm_tile_for<A, 2, false>(count)(w.depth, from + p * w.part_step, lda, packed + p * w.depth * kPanel,
-                                        p ? sum : nullptr, ld, sum, ld);
+                                        p ? sum : nullptr, ld, p ? with_part : sum, p ? kPanel : ld);
+      for (int64_t r = 0; p && r < count; r++)
+        for (int64_t j = 0; j < kPanel; j += V::kLanes) V::load(with_part + r * kPanel + j).store(sum + r * ld + j);
+    }
     if (sum == to) continue;
     for (int64_t r = 0; r < count; r++)
       for_each_vec<V>(
