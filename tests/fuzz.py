@@ -86,7 +86,7 @@ def check_call(call: Call) -> bool:
     )
     checks.assert_unchanged(given, before, "the call")
     largest = max([1.0, *(float(t.abs().max()) for t in inputs.tensors_of(list(given.values())) if t.is_floating_point() and t.numel())])
-    rows = [row for row in rows if not (math.isinf(row.error) and math.isinf(row.eager))]  # too large for the dtype
+    rows = [row for row in rows if not (math.isinf(row.error) and math.isinf(row.reference_error))]  # too large for the dtype
     bad = [row for row in rows if not (row.ratio <= WIDER * row.limit or row.error <= ABSOLUTE[case.dtype] * largest)]
     if bad and _rounding_decides(case, given):
         return False
