@@ -8,6 +8,7 @@ import torch
 
 from memkernels.store.inmemory import InMemory
 from memkernels.store.keys import KeyBatch
+from memkernels.store.use import Use
 
 
 class KeyUse:
@@ -20,8 +21,11 @@ class KeyUse:
     def __init__(self, key_type: str, capacity: int, policy: str):
         self.capacity = capacity
         self.keys = InMemory(key_type, {}, torch.device("cpu"), None, policy)
+
+    @property
+    def use(self) -> Use:
         assert self.keys.use is not None
-        self.use = self.keys.use
+        return self.keys.use
 
     @property
     def nbytes(self) -> int:
@@ -65,10 +69,6 @@ class KeyUse:
 
     def compact(self, erase: bool) -> None:
         self.keys.compact(erase)
-        assert self.keys.use is not None
-        self.use = self.keys.use
 
     def clear(self) -> None:
         self.keys.clear()
-        assert self.keys.use is not None
-        self.use = self.keys.use

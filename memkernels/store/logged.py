@@ -195,8 +195,8 @@ class Logged:
         self.commit()
         if problems := self.log.verify().problems:
             raise StoreFormatError(f"store: {self.log.path} is damaged, and is left as it is: {'; '.join(problems[:3])}")
-        batches = self.use.batches() if self.use else (batch for batch, _ in self.index.items())
-        self.log.rewrite(((batch, self._row_values(self.index.find(batch))) for batch in batches), erase)
+        held = ((batch, self.index.find(batch)) for batch in self.use.batches()) if self.use else self.index.items()
+        self.log.rewrite(((batch, self._row_values(rows)) for batch, rows in held), erase)
         self.index.clear()
         self._replay()
         if self.use:
