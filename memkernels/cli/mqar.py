@@ -2,7 +2,8 @@
 
 The published setting of 64 tokens and 4 pairs: 8192 words, half of them keys, half values. Attention is published to recall about 100%.
 The model: embedding, a causal convolution over 3 tokens (so that a place knows the key before its value), one memory, logits by the
-embedding. "attention" is causal attention over all 64 tokens; "topk" reads the 8 best of the places so far with `topk_read`.
+embedding. "attention" is causal attention over all 64 tokens; "topk" reads the 8 best of the places so far with `topk_read`, for the 4
+queries alone: with one layer no other place's read is asked for.
 """
 
 from __future__ import annotations
@@ -54,25 +55,30 @@ class Recall(nn.Module):
         x = self.embedding(tokens)
         x = x + self.mix(F.pad(x.mT, (2, 0))).mT
         normed = self.norm(x)
-        query, key, value = self.query(normed), self.key(normed), self.value(normed)
+        key, value = self.key(normed), self.value(normed)
         if self.memory == "attention":
-            heads: Any = attention(query[:, None], key[:, None], value[:, None], is_causal=True)
-            read = heads[:, 0]
+            heads: Any = attention(self.query(normed)[:, None], key[:, None], value[:, None], is_causal=True)
+            read = _rows(heads[:, 0], places)
         else:
-            read = self._topk(query, key, value)
-        asked = (x + read).gather(1, places[..., None].expand(-1, -1, x.shape[2]))
-        return asked @ self.embedding.weight.T
+            read = _topk(self.query(_rows(normed, places)), key, value, places)
+        return (_rows(x, places) + read) @ self.embedding.weight.T
 
-    def _topk(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Every place is a batch entry of its own, whose mask ends before it: causal."""
-        batch, length, width = query.shape
-        before = torch.ones(length, length, dtype=torch.bool).tril().expand(batch, -1, -1).flatten(0, 1)
 
-        def rows(x: Tensor) -> Tensor:
-            return x[:, None].expand(-1, length, -1, -1).flatten(0, 1)
+def _rows(x: Tensor, places: Tensor) -> Tensor:
+    return x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
 
-        read = topk_read(query.flatten(0, 1)[:, None], rows(key), rows(value), 2 * PAIRS, scale=width**-0.5, mask=before)[0]
-        return read.view(batch, length, width)
+
+def _topk(query: Tensor, key: Tensor, value: Tensor, places: Tensor) -> Tensor:
+    """Every query is a batch entry of its own, whose mask ends at its place: causal."""
+    batch, asked, width = query.shape
+    length = key.shape[1]
+    before = (torch.arange(length, device=places.device) <= places[..., None]).flatten(0, 1)
+
+    def rows(x: Tensor) -> Tensor:
+        return x[:, None].expand(-1, asked, -1, -1).flatten(0, 1)
+
+    read = topk_read(query.flatten(0, 1)[:, None], rows(key), rows(value), 2 * PAIRS, scale=width**-0.5, mask=before)[0]
+    return read.view(batch, asked, width)
 
 
 @torch.no_grad()
