@@ -56,6 +56,23 @@ def test_a_poisoned_key_reaches_only_who_sees_it(backend, bad, dtype):
             torch.testing.assert_close(f, g, rtol=tolerance, atol=2 * tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_poisoned_key_that_some_of_a_few_queries_see(backend, dtype):
+    clean = drawn((1, 2, 40, 8), (1, 2, 300, 8), (1, 2, 300, 8))
+    poisoned = [clean[0], clean[1].clone(), clean[2].clone()]
+    poisoned[1][..., 281, :], poisoned[2][..., 280, :] = float("nan"), float("inf")
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    options = {"window": (None, 250)}  # query i sees the keys up to i + 250
+    with using(backend):
+        outs = [mk.attention(*(t.to(dtype) for t in inputs), **options) for inputs in (clean, poisoned)]
+    torch.testing.assert_close(outs[1][..., :30, :], outs[0][..., :30, :], rtol=tolerance, atol=tolerance)
+    assert outs[1][..., 31:, :].isnan().all()
+    good, found = (gradients(backend, dtype, [inputs[0][:, :, :30], *inputs[1:]], **options) for inputs in (clean, poisoned))
+    for f, g in zip(found, good):
+        torch.testing.assert_close(f, g, rtol=tolerance, atol=2 * tolerance)
+
+
 @pytest.mark.parametrize(
     "shape", [(4, 2, 150, 170), (1, 2, 150, 170), (1, 1, 150, 170), (1, 2, 1, 170), (1, 2, 150, 1), (1, 1, 1, 1), (150, 170)]
 )

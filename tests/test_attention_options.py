@@ -58,7 +58,7 @@ def test_gradient_of_a_mask_with_every_option(backend, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("queries", [3, 150])
+@pytest.mark.parametrize("queries", [3, 20, 150])
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_what_lies_past_the_end_changes_no_bit(backend, queries, dtype):
     tensors, lengths = drawn(queries=queries, lengths=(0, 170))

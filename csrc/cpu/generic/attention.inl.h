@@ -1,6 +1,6 @@
 // The kernel table of attention at one level.
 #pragma once
-#include "cpu/generic/attention_few.inl.h"
+#include "cpu/generic/attention_lanes.inl.h"
 #include "cpu/generic/attention_mask.inl.h"
 
 namespace mk::cpu::MK_LEVEL {

@@ -393,15 +393,19 @@ MK_INLINE void clear_unseen(const AttentionArgs& a, const AttentionPart& part) {
     __builtin_memset(static_cast<T*>(a.dvalue) + row * a.value_width, 0, size_t(count * a.value_width) * sizeof(T));
 }
 
-// attention_few.inl.h
+// attention_few.inl.h, attention_lanes.inl.h
 MK_INLINE bool is_few(const AttentionArgs& a);
 template <class A, class T>
 void few_backward(const AttentionArgs& a, const AttentionPart& part, void* memory);
+MK_INLINE bool is_in_lanes(const AttentionArgs& a);
+template <class A, class T>
+void lanes_backward(const AttentionArgs& a, const AttentionPart& part, void* memory);
 
 template <class A, class T>
 void backward(const AttentionArgs& a, const AttentionPart& part, void* memory) {
   clear_unseen<T>(a, part);
   if (is_few(a) && !any_beyond<A>(a, part.b, part.h)) return few_backward<A, T>(a, part, memory);
+  if (is_in_lanes(a)) return lanes_backward<A, T>(a, part, memory);
   const BackwardScratch<A> w(a, memory);
   const int64_t group = a.heads / a.key_heads;
   if (part.dquery && !part.add_dquery)

@@ -56,31 +56,42 @@ MK_INLINE Vec<A> power_of(Vec<A> score, Vec<A> factor, Vec<A> base) {
   return power((score * factor - base) * Vec<A>::set1(kUnit<A>));
 }
 
+// Bytes that a product has brought into the L2 cache meanwhile: `step` of them at each depth of a tile, which costs it
+// nothing. Prefetches that come in bursts wait for each other instead.
+struct Ahead {
+  const char* at;
+  int64_t step;
+};
+
 // C[M][N vectors] = row_scale C + A B, or + 0 where `add` is false.
 template <class A, int M, int N>
 __attribute__((noinline)) void tile_product(int64_t depth, const A* a, int64_t a_row, int64_t a_depth, const A* b,
-                                            int64_t b_row, A* c, int64_t c_row, const A* row_scale, bool add) {
+                                            int64_t b_row, A* c, int64_t c_row, const A* row_scale, bool add,
+                                            Ahead ahead) {
   using V = Vec<A>;
   V sum[M][N];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int n = 0; n < N; n++) sum[m][n] = V::zero();
-  for (int64_t k = 0; k < depth; k++, b += b_row, a += a_depth) {
+  const int64_t a_row4 = 4 * a_row;
+  const A *a4 = a + a_row4, *a8 = a4 + a_row4;
+  for (int64_t k = 0; k < depth; k++, b += b_row, a += a_depth, a4 += a_depth, a8 += a_depth) {
+    __builtin_prefetch(ahead.at + k * ahead.step, 0, 2);
     V right[N];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int n = 0; n < N; n++) right[n] = V::load(b + n * V::kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int m = 0; m < M; m++) {
-      const V left = V::set1(a[m * a_row]);
-#pragma GCC unroll 8
+      const V left = V::set1((m < 4 ? a : m < 8 ? a4 : a8)[m % 4 * a_row]);
+#pragma GCC unroll 12
       for (int n = 0; n < N; n++) sum[m][n] = fma(left, right[n], sum[m][n]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int m = 0; m < M; m++) {
     const V factor = row_scale ? V::set1(row_scale[m]) : V::set1(A(1));
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int n = 0; n < N; n++) {
       A* out = c + m * c_row + n * V::kLanes;
       if (add) sum[m][n] = fma(V::load(out), factor, sum[m][n]);
@@ -90,16 +101,23 @@ __attribute__((noinline)) void tile_product(int64_t depth, const A* a, int64_t a
 }
 
 template <class A>
-using TileProduct = void (*)(int64_t, const A*, int64_t, int64_t, const A*, int64_t, A*, int64_t, const A*, bool);
+using TileProduct = void (*)(int64_t, const A*, int64_t, int64_t, const A*, int64_t, A*, int64_t, const A*, bool,
+                             Ahead);
 template <class A, int N>
 constexpr TileProduct<A> kTileRow[kRows] = {tile_product<A, 1, N>, tile_product<A, 2, N>, tile_product<A, 3, N>,
                                             tile_product<A, 4, N>, tile_product<A, 5, N>, tile_product<A, 6, N>};
+// One vector across, twice the rows: six sums would wait for each other.
+template <class A>
+MK_INLINE int64_t rows_of_tile(int64_t vectors, int64_t rows) {
+  return vectors == 1 && rows >= 2 * kRows ? 2 * kRows : smaller(kRows, rows);
+}
 template <class A>
 MK_INLINE TileProduct<A> tile_of(int64_t rows, int64_t vectors) {
   if constexpr (kTileVectors<A> == 4) {
     if (vectors == 4) return kTileRow<A, 4>[rows - 1];
     if (vectors == 3) return kTileRow<A, 3>[rows - 1];
   }
+  if (rows > kRows) return tile_product<A, 2 * kRows, 1>;
   return vectors == 2 ? kTileRow<A, 2>[rows - 1] : kTileRow<A, 1>[rows - 1];
 }
 
@@ -113,6 +131,8 @@ struct Product {
   A* c;
   int64_t c_row;
   int64_t b_row = 0;
+  const void* ahead = nullptr;
+  int64_t ahead_bytes = 0;
 };
 
 // Rows [0, rows) and column vectors of the panels that cover columns [first, last); `depth` terms a sum, long sums in
@@ -121,18 +141,24 @@ template <class A>
 void product(const Product<A>& p, int64_t rows, int64_t columns, int64_t first, int64_t last, int64_t depth,
              const A* row_scale, bool add) {
   const int64_t vectors = padded<A>(columns) / kLanes<A>, piece = depth > 256 ? 64 : depth;
+  Ahead ahead = {reinterpret_cast<const char*>(p.a), 0};
+  if (p.ahead) {
+    const int64_t tiles = (rows / (vectors == 1 ? 2 * kRows : kRows) + 1) * (vectors / kTileVectors<A> + 1);
+    ahead = {static_cast<const char*>(p.ahead), smaller(64, p.ahead_bytes / (tiles * depth + 1))};
+  }
   for (int64_t panel = first / kPanel<A>; panel * kPanel<A> < last; panel++) {
     const int64_t width = smaller(kTileVectors<A>, vectors - panel * kTileVectors<A>);
     const int64_t b_row = p.b_row ? p.b_row : width * kLanes<A>;
     const A* b = p.b + panel * kPanel<A> * (p.b_row ? 1 : p.panel_depth) + p.depth_first * b_row;
-    for (int64_t row = 0; row < rows; row += kRows) {
-      const int64_t count = smaller(kRows, rows - row);
+    for (int64_t row = 0, count; row < rows; row += count) {
+      count = rows_of_tile<A>(width, rows - row);
       A* c = p.c + row * p.c_row + panel * kPanel<A>;
       int64_t done = 0;
       do {
         tile_of<A>(count, width)(smaller(piece, depth - done), p.a + row * p.a_row + done * p.a_depth, p.a_row,
                                  p.a_depth, b + done * b_row, b_row, c, p.c_row,
-                                 row_scale && !done ? row_scale + row : nullptr, add || done);
+                                 row_scale && !done ? row_scale + row : nullptr, add || done, ahead);
+        ahead.at += ahead.step * smaller(piece, depth - done);
         done += piece;
       } while (done < depth);
     }
@@ -209,9 +235,8 @@ void pack_plain(const T* in, int64_t stride, int64_t rows, int64_t columns, A* o
   using V = Vec<A>;
   const int64_t row_size = padded<A>(columns);
   for (int64_t row = 0; row < rows; row++)
-    for (int64_t j = 0; j < columns; j += V::kLanes)
-      (columns - j >= V::kLanes ? V::load(in + row * stride + j) : V::load(in + row * stride + j, columns - j))
-          .store(out + row * row_size + j);
+    for_each_vec<V>(
+        columns, [&](int64_t j, auto part) { load<V>(in + row * stride + j, part).store(out + row * row_size + j); });
 }
 
 // The keys that a query may see by its position alone.

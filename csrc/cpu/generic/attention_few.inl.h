@@ -31,14 +31,21 @@ struct FewScratch {
   }
 };
 
-// sums[r] (+)= weights of row r times the rows of the tile, which a weight of 0 leaves out whatever they hold.
+// Numbers of the tile's rows and the queries: of row i and query r at data[i * row + r * query].
+template <class A>
+struct Weights {
+  const A* data;
+  int64_t row, query;
+  MK_INLINE A operator()(int64_t i, int64_t r) const { return data[i * row + r * query]; }
+};
+
+// sums[r] += piece[r], which holds the weights of query r times the rows of the tile; where it is not finite it is made
+// again, as a weight of 0 leaves out whatever its row holds. Both have rows `row` apart.
 template <class A, class T>
-void add_tile(const Rows<T>& rows, int64_t n, const A* weights, A* piece, A* sums) {
+void join_tile(const Rows<T>& rows, int64_t n, Weights<A> weights, A* piece, A* sums, int64_t row) {
   using V = Vec<A>;
-  for (int64_t i = 0; i < n * rows.width; i++) piece[i] = 0;
-  add_rows(rows, n, weights, piece);
   for (int64_t r = 0; r < n; r++) {
-    A *from = piece + r * rows.width, *to = sums + r * rows.width;
+    A *from = piece + r * row, *to = sums + r * row;
     V least = V::zero();  // x - x is NaN where x is not finite
     for_each_vec<V>(rows.width, [&](int64_t j, auto part) {
       const V x = load<V>(from + j, part);
@@ -47,8 +54,9 @@ void add_tile(const Rows<T>& rows, int64_t n, const A* weights, A* piece, A* sum
     if (!(reduce_add(least) == A(0))) {
       for (int64_t j = 0; j < rows.width; j++) from[j] = 0;
       for (int64_t i = 0; i < rows.count; i++) {
-        const V weight = V::set1(weights[r * kTile + i]);
-        if (weights[r * kTile + i] == A(0)) continue;
+        const A one = weights(i, r);
+        if (one == A(0)) continue;
+        const V weight = V::set1(one);
         for_each_vec<V>(rows.width, [&](int64_t j, auto part) {
           const V x = load<V>(rows.row(i) + j, part);
           store(fma(weight, x + (x - x), load<V>(from + j, part)), from + j, part);
@@ -59,6 +67,14 @@ void add_tile(const Rows<T>& rows, int64_t n, const A* weights, A* piece, A* sum
       store(load<V>(to + j, part) + load<V>(from + j, part), to + j, part);
     });
   }
+}
+
+// sums[r] += weights of row r times the rows of the tile.
+template <class A, class T>
+void add_tile(const Rows<T>& rows, int64_t n, const A* weights, A* piece, A* sums) {
+  for (int64_t i = 0; i < n * rows.width; i++) piece[i] = 0;
+  add_rows(rows, n, weights, piece);
+  join_tile<A>(rows, n, {weights, 1, kTile}, piece, sums, rows.width);
 }
 
 // Scores of one query against the tile at `first`, ready for the softmax; returns the factor they still lack.
@@ -156,10 +172,11 @@ MK_INLINE bool streams(const AttentionArgs& a, const void* gradient, int64_t wid
          a.batch * a.key_heads * a.keys * width * int64_t(sizeof(T)) >= kStreamBytes;
 }
 
-// out row i = factor * sum_r weights[r][i] vector r, the sum before the factor, rounded once.
+// out row i = factor * sum_r weights(i, r) vector r, the sum before the factor, rounded once. Vectors lie `vector_row`
+// apart.
 template <class A, class T>
-void write_tile(int64_t n, int64_t count, int64_t width, const A* weights, const A* vectors, A factor, T* out,
-                bool stream) {
+void write_tile(int64_t n, int64_t count, int64_t width, Weights<A> weights, const A* vectors, int64_t vector_row,
+                A factor, T* out, bool stream) {
   using V = Vec<A>;
   const auto columns = [&](int64_t i, int64_t j, auto part, auto rows, auto vecs) {
     constexpr int R = decltype(rows)::value, N = decltype(vecs)::value;
@@ -168,9 +185,9 @@ void write_tile(int64_t n, int64_t count, int64_t width, const A* weights, const
       for (int l = 0; l < N; l++) sum[m][l] = V::zero();
     for (int64_t r = 0; r < n; r++) {
       V x[N];
-      for (int l = 0; l < N; l++) x[l] = load<V>(vectors + r * width + j + l * V::kLanes, part);
+      for (int l = 0; l < N; l++) x[l] = load<V>(vectors + r * vector_row + j + l * V::kLanes, part);
       for (int m = 0; m < R; m++) {
-        const V weight = V::set1(weights[r * kTile + i + m]);
+        const V weight = V::set1(weights(i + m, r));
         for (int l = 0; l < N; l++) sum[m][l] = fma(weight, x[l], sum[m][l]);
       }
     }
@@ -224,10 +241,10 @@ void few_backward(const AttentionArgs& a, const AttentionPart& part, void* memor
     dot_rows<T, Dot::plain>(values, n, w.dout, w.gradients);
     few_gradients<A, T>(a, part, w, first, count);
     if (part.dkv && a.dvalue)
-      write_tile<A>(n, count, a.value_width, w.scores, w.dout, A(1),
+      write_tile<A>(n, count, a.value_width, {w.scores, 1, kTile}, w.dout, a.value_width, A(1),
                     static_cast<T*>(a.dvalue) + (row + first) * a.value_width, stream_value);
     if (part.dkv && a.dkey)
-      write_tile<A>(n, count, a.width, w.gradients, w.query, A(a.scale),
+      write_tile<A>(n, count, a.width, {w.gradients, 1, kTile}, w.query, a.width, A(a.scale),
                     static_cast<T*>(a.dkey) + (row + first) * a.width, stream_key);
     if (!part.dquery) continue;
     keys.ahead = nullptr;
@@ -244,11 +261,6 @@ void few_backward(const AttentionArgs& a, const AttentionPart& part, void* memor
 template <class A, class T>
 double restate_beyond(const AttentionArgs& a) {
   return a.heads && a.queries <= kFewRows && (a.lengths || !is_few(a)) ? 8 : __builtin_inf();
-}
-
-template <class A>
-int64_t few_scratch(const AttentionArgs& a) {
-  return FewScratch<A>(a, nullptr).used;
 }
 
 }  // namespace

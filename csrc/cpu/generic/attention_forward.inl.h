@@ -160,16 +160,24 @@ struct Partial {
   }
 };
 
-// attention_few.inl.h
-constexpr int64_t kFewRows = 8;
+// attention_few.inl.h, attention_lanes.inl.h
+constexpr int64_t kFewRows = 8, kLaneQueries = 64;
 template <class A>
 int64_t few_scratch(const AttentionArgs& a);
 template <class A, class T>
 void few_forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t split, void* memory);
+template <class A, class T>
+void lanes_forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t split,
+                   void* memory);
+// What changes single scores and weights is left to the blocks.
+MK_INLINE bool fits_lanes(const AttentionArgs& a, int64_t queries) {
+  return queries <= kLaneQueries && a.scale > 0 && !a.mask && !a.seed && !(a.softcap > 0);
+}
 
 template <class A, class T>
 void forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t split, void* memory) {
   if (a.queries <= kFewRows) return few_forward<A, T>(a, b, h, begin, end, split, memory);
+  if (fits_lanes(a, a.queries)) return lanes_forward<A, T>(a, b, h, begin, end, split, memory);
   const ForwardScratch<A> w(a, memory);
   const int64_t rows = end - begin;
   pack_plain(static_cast<const T*>(a.query.data) + b * a.query.b + h * a.query.h + begin * a.query.row, a.query.row,

@@ -4,7 +4,7 @@
 // from memory once, from its first to its last byte, and a group of query heads finds it in the cache. Bytes moved an
 // element of K or V: its size. Everything is summed in the accumulation type; the runs are joined in order.
 #pragma once
-#include "cpu/generic/attention_few.inl.h"
+#include "cpu/generic/attention_lanes.inl.h"
 #include "cpu/paged_attention.h"
 
 namespace mk::cpu::MK_LEVEL {

@@ -4,44 +4,14 @@
 //   ds = p (value_scale (dout . value) - delta);   dquery = sum_k ds scale key_scale key
 //
 // A task owns some query rows that share a key head and a run of keys, and passes over the run once, a tile of rows at
-// a time: bytes are widened in registers, never stored wide. Bytes moved an element of the memory: 1, and 4 a scale.
+// a time: bytes are widened in registers; for more than kFewRows queries in the first cache
+// (quantized_attention_lanes.inl.h). Bytes moved an element of the memory: 1, and 4 a scale.
 // Precision: the accumulation type throughout, float for float and the half types, double for double.
 #pragma once
-#include "cpu/generic/rows.inl.h"
-#include "cpu/quantized_attention.h"
+#include "cpu/generic/quantized_attention_lanes.inl.h"
 
 namespace mk::cpu::MK_LEVEL {
 namespace {
-
-constexpr int64_t kQuantizedRows = 64;  // query rows of one task
-
-template <class A>
-constexpr A kMinusInfinity = -A(__builtin_inf());
-
-// Numbers of row r of the task lie at r, its vectors packed by their width, its scores at r * kTile.
-template <class A>
-struct QuantizedScratch {
-  A *query, *dout, *sums, *scores, *gradients, *base, *powers, *delta, *key_factor, *value_factor;
-  int32_t* index;
-  int64_t used;
-
-  QuantizedScratch(const QuantizedAttentionArgs& a, void* memory) : used(0) {
-    const int64_t group = a.key_heads ? a.heads / a.key_heads : 0, all = group * a.queries;
-    const int64_t rows = all < kQuantizedRows ? all : kQuantizedRows;
-    const int64_t widest = a.width > a.value_width ? a.width : a.value_width;
-    const auto take = [&](int64_t count) {  // whole cache lines, and a vector of room
-      A* at = reinterpret_cast<A*>(static_cast<char*>(memory) + used);
-      used += (count * int64_t(sizeof(A)) + 127) / 64 * 64;
-      return at;
-    };
-    query = take(rows * a.width), dout = take(rows * a.value_width), sums = take(rows * widest);
-    scores = take(rows * kTile), gradients = take(rows * kTile);
-    base = take(rows), powers = take(rows), delta = take(rows);
-    key_factor = take(kTile), value_factor = take(kTile);
-    index = reinterpret_cast<int32_t*>(take(kTile));
-    for (int64_t i = 0; memory && i < kTile; i++) index[i] = int32_t(i);
-  }
-};
 
 template <class A>
 int64_t quantized_scratch(const QuantizedAttentionArgs& a) {
@@ -105,17 +75,17 @@ void load_scales(const QuantizedTensor& t, const QuantizedPart& part, int64_t fi
 template <class A>
 MK_INLINE A quantized_softmax(A* s, int64_t count, const A* key_factor, const A* value_factor, A& base, A& powers) {
   using V = Vec<A>;
-  V most = V::set1(kMinusInfinity<A>);
+  V most = V::set1(-kInfinity<A>);
   for (int64_t k = 0; k < count; k += V::kLanes) {
     const V score = V::load(s + k) * V::load(key_factor + k);
     score.store(s + k);
     if (k + V::kLanes > count)
-      for (int64_t i = count; i < k + V::kLanes; i++) s[i] = kMinusInfinity<A>;
+      for (int64_t i = count; i < k + V::kLanes; i++) s[i] = -kInfinity<A>;
     most = max(most, V::load(s + k));
   }
   const A found = reduce_max(most), old = base;
   base = found > old ? found : old;
-  const V zero = V::set1(base == kMinusInfinity<A> ? A(0) : base);
+  const V zero = V::set1(base == -kInfinity<A> ? A(0) : base);
   V sum = V::zero();
   for (int64_t k = 0; k < count; k += V::kLanes) {
     const V weight = exp(V::load(s + k) - zero);
@@ -131,7 +101,7 @@ MK_INLINE A quantized_softmax(A* s, int64_t count, const A* key_factor, const A*
 template <class A, class T>
 void write_quantized_row(const QuantizedAttentionArgs& a, int64_t at, const A* sums, A base, A powers) {
   using V = Vec<A>;
-  static_cast<A*>(a.lse)[at] = powers == A(0) ? kMinusInfinity<A> : A(double(base) + __builtin_log(double(powers)));
+  static_cast<A*>(a.lse)[at] = powers == A(0) ? -kInfinity<A> : A(double(base) + __builtin_log(double(powers)));
   static_cast<A*>(a.stats)[2 * at] = base, static_cast<A*>(a.stats)[2 * at + 1] = powers;
   const V factor = V::set1(powers == A(0) ? A(0) : A(1) / powers);
   for_each_vec<V>(a.value_width, [&](int64_t j, auto part) {
@@ -147,40 +117,49 @@ A* quantized_partial(const QuantizedAttentionArgs& a, int64_t split, int64_t at,
   return static_cast<A*>(a.partial) + (split * a.batch * a.heads * a.queries + at) * width;
 }
 
+template <class A>
+void forward_tile(const QuantizedScratch<A>& w, const Rows<signed8<A>>& keys, const Rows<signed8<A>>& values,
+                  int64_t n) {
+  using V = Vec<A>;
+  dot_rows<signed8<A>, Dot::plain>(keys, n, w.query, w.scores);
+  for (int64_t r = 0; r < n; r++) {
+    const A shrink =
+        quantized_softmax(w.scores + r * kTile, keys.count, w.key_factor, w.value_factor, w.base[r], w.powers[r]);
+    if (shrink == A(1)) continue;
+    for_each_vec<V>(values.width, [&](int64_t j, auto part) {
+      A* sum = w.sums + r * values.width + j;
+      store(load<V>(sum, part) * V::set1(shrink), sum, part);
+    });
+  }
+  add_rows(values, n, w.scores, w.sums);
+}
+
 template <class A, class T>
 void quantized_forward(const QuantizedAttentionArgs& a, const QuantizedPart& part, void* memory) {
-  using V = Vec<A>;
   const QuantizedScratch<A> w(a, memory);
   const int64_t n = part.end - part.begin, width = a.value_width;
+  const bool in_lanes = a.queries > kFewRows;  // not by the rows of the part: a group has the bits of its heads
+  const int64_t row = in_lanes ? padded<A>(width) : width;
   load_vectors<A, T>(a, part, a.query, a.width, w.query);
-  for (int64_t i = 0; i < n * width; i++) w.sums[i] = 0;
-  for (int64_t r = 0; r < n; r++) w.base[r] = kMinusInfinity<A>, w.powers[r] = 0;
+  if (in_lanes) pack_transposed(w.query, a.width, n, a.width, w.query_lanes);
+  for (int64_t i = 0; i < n * row; i++) w.sums[i] = 0;
+  for (int64_t r = 0; r < padded<A>(n); r++) w.base[r] = -kInfinity<A>, w.powers[r] = 0;
   const KeyRun run = keys_of(a, part);
   for (int64_t first = run.first; first < run.last; first += kTile) {
     const auto keys = quantized_tile<A>(a.key, w, part, first, run.last, a.width);
     const auto values = quantized_tile<A>(a.value, w, part, first, run.last, width);
     load_scales(a.key_scale, part, first, keys.count, A(a.scale), w.key_factor);
     load_scales(a.value_scale, part, first, keys.count, A(1), w.value_factor);
-    dot_rows<signed8<A>, Dot::plain>(keys, n, w.query, w.scores);
-    for (int64_t r = 0; r < n; r++) {
-      const A shrink =
-          quantized_softmax(w.scores + r * kTile, keys.count, w.key_factor, w.value_factor, w.base[r], w.powers[r]);
-      if (shrink == A(1)) continue;
-      for_each_vec<V>(width, [&](int64_t j, auto lanes) {
-        A* sum = w.sums + r * width + j;
-        store(load<V>(sum, lanes) * V::set1(shrink), sum, lanes);
-      });
-    }
-    add_rows(values, n, w.scores, w.sums);
+    (in_lanes ? forward_tile_in_lanes<A> : forward_tile<A>)(w, keys, values, n);
   }
   for (int64_t r = 0; r < n; r++) {
     const int64_t at = quantized_row(a, part, r).at;
     if (a.splits == 1) {
-      write_quantized_row<A, T>(a, at, w.sums + r * width, w.base[r], w.powers[r]);
+      write_quantized_row<A, T>(a, at, w.sums + r * row, w.base[r], w.powers[r]);
       continue;
     }
     A* out = quantized_partial<A>(a, part.split, at, width + 2);
-    for (int64_t j = 0; j < width; j++) out[j] = w.sums[r * width + j];
+    for (int64_t j = 0; j < width; j++) out[j] = w.sums[r * row + j];
     out[width] = w.base[r], out[width + 1] = w.powers[r];
   }
 }
@@ -190,12 +169,12 @@ void quantized_merge(const QuantizedAttentionArgs& a, int64_t begin, int64_t end
   using V = Vec<A>;
   const int64_t width = a.value_width;
   for (int64_t at = begin; at < end; at++) {
-    A base = kMinusInfinity<A>, powers = 0;
+    A base = -kInfinity<A>, powers = 0;
     for (int64_t split = 0; split < a.splits; split++) {
       const A other = quantized_partial<A>(a, split, at, width + 2)[width];
       if (!(other <= base)) base = other;
     }
-    const V zero = V::set1(base == kMinusInfinity<A> ? A(0) : base);
+    const V zero = V::set1(base == -kInfinity<A> ? A(0) : base);
     A* joined = quantized_partial<A>(a, 0, at, width + 2);
     for (int64_t split = 0; split < a.splits; split++) {
       const A* part = quantized_partial<A>(a, split, at, width + 2);
@@ -236,37 +215,52 @@ void load_gradients(const QuantizedAttentionArgs& a, const QuantizedPart& part, 
   }
 }
 
+// Products become ds times what the keys lack.
+template <class A>
+void backward_tile(const QuantizedScratch<A>& w, const Rows<signed8<A>>& keys, const Rows<signed8<A>>& values,
+                   int64_t n) {
+  using V = Vec<A>;
+  dot_rows<signed8<A>, Dot::plain>(keys, n, w.query, w.scores);
+  dot_rows<signed8<A>, Dot::plain>(values, n, w.dout, w.gradients);
+  for (int64_t r = 0; r < n; r++) {
+    const V base = V::set1(w.base[r]), unit = V::set1(A(1) / w.powers[r]), less = V::set1(w.delta[r]);
+    for (int64_t k = 0; k < keys.count; k += V::kLanes) {
+      const V factor = V::load(w.key_factor + k);
+      const V weight = exp(V::load(w.scores + r * kTile + k) * factor - base) * unit;
+      A* gradient = w.gradients + r * kTile + k;
+      (weight * (V::load(gradient) * V::load(w.value_factor + k) - less) * factor).store(gradient);
+    }
+  }
+  Rows<signed8<A>> again = keys;
+  again.ahead = nullptr;
+  add_rows(again, n, w.gradients, w.sums);
+}
+
 template <class A, class T>
 void quantized_backward(const QuantizedAttentionArgs& a, const QuantizedPart& part, void* memory) {
-  using V = Vec<A>;
   const QuantizedScratch<A> w(a, memory);
   const int64_t n = part.end - part.begin;
+  const bool in_lanes = a.queries > kFewRows;  // not by the rows of the part: a group has the bits of its heads
+  const int64_t row = in_lanes ? padded<A>(a.width) : a.width;
   load_vectors<A, T>(a, part, a.query, a.width, w.query);
   const KeyRun run = keys_of(a, part);
+  for (int64_t r = 0; r < padded<A>(n); r++) w.base[r] = 0, w.powers[r] = 1, w.delta[r] = 0;
   load_gradients<A, T>(a, part, w, run.single);
-  for (int64_t i = 0; i < n * a.width; i++) w.sums[i] = 0;
+  if (in_lanes) {
+    pack_transposed(w.query, a.width, n, a.width, w.query_lanes);
+    pack_transposed(w.dout, a.value_width, n, a.value_width, w.dout_lanes);
+  }
+  for (int64_t i = 0; i < n * row; i++) w.sums[i] = 0;
   for (int64_t first = run.first; first < run.last; first += kTile) {
-    auto keys = quantized_tile<A>(a.key, w, part, first, run.last, a.width);
+    const auto keys = quantized_tile<A>(a.key, w, part, first, run.last, a.width);
     const auto values = quantized_tile<A>(a.value, w, part, first, run.last, a.value_width);
     load_scales(a.key_scale, part, first, keys.count, A(a.scale), w.key_factor);
     load_scales(a.value_scale, part, first, keys.count, A(!run.single), w.value_factor);
-    dot_rows<signed8<A>, Dot::plain>(keys, n, w.query, w.scores);
-    dot_rows<signed8<A>, Dot::plain>(values, n, w.dout, w.gradients);
-    for (int64_t r = 0; r < n; r++) {
-      const V base = V::set1(w.base[r]), unit = V::set1(A(1) / w.powers[r]), less = V::set1(w.delta[r]);
-      for (int64_t k = 0; k < keys.count; k += V::kLanes) {
-        const V factor = V::load(w.key_factor + k);
-        const V weight = exp(V::load(w.scores + r * kTile + k) * factor - base) * unit;
-        A* gradient = w.gradients + r * kTile + k;
-        (weight * (V::load(gradient) * V::load(w.value_factor + k) - less) * factor).store(gradient);
-      }
-    }
-    keys.ahead = nullptr;
-    add_rows(keys, n, w.gradients, w.sums);
+    (in_lanes ? backward_tile_in_lanes<A> : backward_tile<A>)(w, keys, values, n);
   }
   for (int64_t r = 0; r < n; r++) {
     A* out = quantized_partial<A>(a, part.split, quantized_row(a, part, r).at, a.width);
-    for (int64_t j = 0; j < a.width; j++) out[j] = w.sums[r * a.width + j];
+    for (int64_t j = 0; j < a.width; j++) out[j] = w.sums[r * row + j];
   }
 }
 

@@ -137,6 +137,7 @@ def _far(share):
 
 
 LOWEST = -1.8e308
+_SOME = dict(window=(250, 40), causal="bottom-right", enable_gqa=True, return_lse=True)
 _EVERY = dict(softcap=2.0, window=(9, 1), causal="bottom-right", enable_gqa=True, return_lse=True)
 
 
@@ -233,6 +234,7 @@ SPEC = OpSpec(
         Sample("blocks", _sizes(B=1, Q=131, K=149, D=17), dict(is_causal=True, return_lse=True)),
         Sample("blocks_mask", _sizes(B=1, NH=3, Q=70, K=200, D=64, V=40), dict(return_lse=True), ("attn_mask",), _shared(1)),
         Sample("few_queries", _sizes(B=1, Q=2, K=2100, D=8), dict(return_lse=True)),
+        Sample("some_queries", _sizes(2, 4, 19, 300, 20, 17, 2), _SOME, ("sink", "lengths_k"), _ragged),
         Sample("wide", _sizes(B=1, NH=1, Q=3, K=35, D=300, V=270)),
         Sample("peaked", _sizes(Q=6, K=40, D=16), dict(return_lse=True), twist=_peaked, hard=True),
         Sample("near_equal", _sizes(1, 1, 20, 20, 16), dict(is_causal=True, return_lse=True), (), near_equal("value"), hard=True),
