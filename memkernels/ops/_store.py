@@ -10,19 +10,22 @@ from memkernels._checks import check_tensor, fail
 
 PLACES, WORDS = 5, 8  # places of a bucket, and its int64 words: backends/reference/_store_table.py
 MOST_ROW = (1 << 34) - 1
+BYTE_KEYS = "Tensor? spans, Tensor? arena, Tensor? data, Tensor? offsets, Tensor? second"  # of a schema
 
 
 class ByteKeys(NamedTuple):
     """What byte keys are compared with: those of the table (`spans`, `arena`) and those of the batch (`data`, `offsets`).
 
-    The row of a place is the number of an entry; spans "E 2" hold where its key begins in the arena (uint8) and its length; key i of the
-    batch is ``data[offsets[i]:offsets[i + 1]]``.
+    The row of a place is the number of an entry. spans "E 2" hold its key, which is ``arena[begin:begin + length]`` (uint8), as
+    ``begin << 24 | length``, and the second half of its hash. Key i of the batch is ``data[offsets[i]:offsets[i + 1]]``, `second[i]` that
+    half.
     """
 
     spans: torch.Tensor
     arena: torch.Tensor
     data: torch.Tensor
     offsets: torch.Tensor
+    second: torch.Tensor
 
 
 def check_table(op: str, table: torch.Tensor, name: str = "table") -> None:
@@ -49,9 +52,10 @@ def check_batch(op: str, table: torch.Tensor, keys: torch.Tensor, byte_keys: Byt
     if table.shape[0] == 0:
         fail(op, "table", "at least one bucket", "none")
     if byte_keys is None:
-        return None, None, None, None
+        return None, None, None, None, None
     check_ints(op, "spans", byte_keys.spans, 2)
     check_ints(op, "arena", byte_keys.arena, 1, dtype=torch.uint8)
     check_ints(op, "data", byte_keys.data, 1, dtype=torch.uint8)
     check_ints(op, "offsets", byte_keys.offsets, 1, keys.shape[0] + 1)
-    return byte_keys.spans.contiguous(), byte_keys.arena.contiguous(), byte_keys.data.contiguous(), byte_keys.offsets.contiguous()
+    check_ints(op, "second", byte_keys.second, 1, keys.shape[0])
+    return tuple(tensor.contiguous() for tensor in byte_keys)

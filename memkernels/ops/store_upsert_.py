@@ -6,7 +6,7 @@ import torch
 
 from memkernels._checks import check_choice, fail
 from memkernels._registry import define_table_op
-from memkernels.ops._store import MOST_ROW, ByteKeys, check_batch, check_ints
+from memkernels.ops._store import BYTE_KEYS, MOST_ROW, ByteKeys, check_batch, check_ints
 
 MODES = ("replace", "keep", "assign", "insert")
 
@@ -68,12 +68,12 @@ def store_upsert_(
     return now, old
 
 
-def _allocate(table, keys, rows, mode, spans, arena, data, offsets):
+def _allocate(table, keys, rows, mode, spans, arena, data, offsets, second):
     return torch.empty_like(keys), torch.empty_like(keys)
 
 
 OP = define_table_op(
     "store_upsert_",
-    "(Tensor(a!) table, Tensor keys, Tensor rows, str mode, Tensor? spans, Tensor? arena, Tensor? data, Tensor? offsets) -> Tensor[]",
+    f"(Tensor(a!) table, Tensor keys, Tensor rows, str mode, {BYTE_KEYS}) -> Tensor[]",
     _allocate,
 )

@@ -5,7 +5,7 @@ import torch
 from memkernels import _C
 from memkernels._C import prefer_huge_pages
 
-__all__ = ["hashes", "pack", "prefer_huge_pages"]
+__all__ = ["hashes", "owner_hashes", "pack", "prefer_huge_pages"]
 
 
 def pack(keys, text, most):
@@ -21,7 +21,14 @@ def pack(keys, text, most):
 
 
 def hashes(data, offsets):
+    """128 bits for each key, in two halves."""
+    first, second = torch.empty(2, offsets.shape[0] - 1, dtype=torch.int64).unbind(0)
+    _C.store_key_hashes(first, second, data, offsets)
+    return first, second
+
+
+def owner_hashes(data, offsets):
     """64 bits for each key."""
     out = torch.empty(offsets.shape[0] - 1, dtype=torch.int64)
-    _C.store_key_hashes(out, data, offsets)
+    _C.store_owner_hashes(out, data, offsets)
     return out
