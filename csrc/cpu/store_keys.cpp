@@ -46,16 +46,22 @@ int64_t spans(const py::list& keys, bool text, int64_t most, const TensorView& p
   return total;
 }
 
-// The bytes, one key after another. The GIL stays: the list must not change meanwhile.
-void copy(const TensorView& data_view, const TensorView& pointers_view, const TensorView& offsets_view) {
+// The bytes, one key after another, and their hashes. The GIL stays: the list must not change meanwhile.
+void copy(const TensorView& data_view, const TensorView& first_view, const TensorView& second_view,
+          const TensorView& pointers_view, const TensorView& offsets_view) {
   const int64_t n = pointers_view.numel();
   const int64_t *pointers = pointers_view.data<const int64_t>(), *offsets = offsets_view.data<const int64_t>();
+  check_output("store_keys", "first", first_view, {n}, DType::int64);
+  check_output("store_keys", "second", second_view, {n}, DType::int64);
+  uint64_t *first = first_view.data<uint64_t>(), *second = second_view.data<uint64_t>();
   char* data = data_view.data<char>();
   parallel_for(n, 4096, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       if (i + kAhead < end) __builtin_prefetch(reinterpret_cast<const char*>(intptr_t(pointers[i + kAhead])));
-      std::memcpy(data + offsets[i], reinterpret_cast<const char*>(intptr_t(pointers[i])),
-                  size_t(offsets[i + 1] - offsets[i]));
+      const int64_t length = offsets[i + 1] - offsets[i];
+      std::memcpy(data + offsets[i], reinterpret_cast<const char*>(intptr_t(pointers[i])), size_t(length));
+      const store::KeyHash hash = store::SipHash()(reinterpret_cast<const uint8_t*>(data + offsets[i]), length);
+      first[i] = hash.first, second[i] = hash.second;
     }
   });
 }

@@ -43,6 +43,15 @@ def check_ints(op: str, name: str, got: torch.Tensor, dims: int, count: int | No
         fail(op, name, f"{dims} dimensions" + (f" of at least {count} elements" if count is not None else ""), f"shape {tuple(got.shape)}")
 
 
+def bounds(rows: torch.Tensor) -> tuple[int, int]:
+    """The least and the greatest. Of a few: calls of torch take longer than a loop."""
+    if rows.shape[0] <= 16:
+        few = rows.tolist()
+        return min(few), max(few)
+    low, high = torch.aminmax(rows)
+    return int(low), int(high)
+
+
 def check_batch(op: str, table: torch.Tensor, keys: torch.Tensor, byte_keys: ByteKeys | None) -> tuple[torch.Tensor | None, ...]:
     """Checks the table, the keys and their bytes; the flat arguments after them."""
     check_table(op, table)
@@ -58,4 +67,5 @@ def check_batch(op: str, table: torch.Tensor, keys: torch.Tensor, byte_keys: Byt
     check_ints(op, "data", byte_keys.data, 1, dtype=torch.uint8)
     check_ints(op, "offsets", byte_keys.offsets, 1, keys.shape[0] + 1)
     check_ints(op, "second", byte_keys.second, 1, keys.shape[0])
-    return tuple(tensor.contiguous() for tensor in byte_keys)
+    spans, arena, data, offsets, second = byte_keys
+    return spans.contiguous(), arena.contiguous(), data.contiguous(), offsets.contiguous(), second.contiguous()

@@ -68,7 +68,7 @@ class Index:
     # --- keys
 
     def _keys(self, batch: KeyBatch) -> tuple[torch.Tensor, ByteKeys | None]:
-        keys, second = batch.hashed
+        keys, second = batch.hashed()
         return keys.to(self.device), None if self.texts is None else self.texts.compared(batch, second)
 
     def find(self, batch: KeyBatch) -> torch.Tensor:
@@ -127,7 +127,7 @@ class Index:
 
     def _count(self, old: torch.Tensor) -> int:
         """Takes new keys into the count; how many there are."""
-        new = int((old == -1).sum())
+        new = old.tolist().count(-1) if old.shape[0] <= 16 else int((old == -1).sum())  # for a few, calls of torch take longer
         self.count += new
         return new
 
@@ -242,7 +242,7 @@ class Texts:
         if not len(batch):
             return
         assert batch.data is not None and batch.offsets is not None
-        last = int(entries.max()) + 1
+        last = (max(entries.tolist()) if len(batch) <= 16 else int(entries.max())) + 1
         if last > self.spans.shape[0]:
             size = max(last, int(GROWTH * self.spans.shape[0]), 64)
             self.spans, self.rows = grown(self.spans, size), grown(self.rows, size)
@@ -279,8 +279,9 @@ class Texts:
         begins, lengths = self._spans(entries)
         self.arena[runs(begins, lengths)] = 0
         self.dead += int(lengths.sum())
-        self.spans[entries], self.rows[entries] = 0, -1
-        if self.numbers.end:  # they are given out here, by `upsert`
+        self.spans[entries] = 0
+        if self.numbers.end:  # they are given out here, by `upsert`, and have rows
+            self.rows[entries] = -1
             self.numbers.give_back(entries)
 
     def _close_gaps(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -34,11 +33,15 @@ class KeyBatch:
         assert self.offsets is not None
         return self.offsets.shape[0] - 1
 
-    @cached_property
     def hashed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the table holds in place of the key, 64 bits: the key itself; or of its bytes half of their hash, and then the other
         half."""
-        return (self.ints, None) if self.ints is not None else _hashed(self.data, self.offsets)
+        if self.ints is not None:
+            return self.ints, None
+        known = self.__dict__.get("_hashes")  # a batch is looked up more than once
+        if known is None:
+            known = self.__dict__["_hashes"] = _hashed(self.data, self.offsets)
+        return known
 
     def owner_hashes(self) -> torch.Tensor:
         """64 bits that say who owns a key of a sharded store: of its format on disk."""
@@ -144,7 +147,7 @@ def as_batch(op: str, key_type: str, keys: Any, argument: str = "keys") -> KeyBa
     if isinstance(keys, (str, bytes)) or not isinstance(keys, Sequence):
         fail(op, argument, f"a sequence of {key_type}", type(keys).__name__, TypeError)
     keys = keys if isinstance(keys, list) else list(keys)
-    return KeyBatch(key_type, None, *_pack(op, argument, key_type, keys))
+    return _pack(op, argument, key_type, keys)
 
 
 def _ints(op: str, argument: str, keys: Any) -> torch.Tensor:
@@ -165,13 +168,15 @@ def _ints(op: str, argument: str, keys: Any) -> torch.Tensor:
     return torch.tensor(keys, dtype=torch.int64)
 
 
-def _pack(op: str, argument: str, key_type: str, keys: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def _pack(op: str, argument: str, key_type: str, keys: list[Any]) -> KeyBatch:
     fast = kernel("cpp", "store_keys")
     if not isinstance(fast, str) and forced_name() in (None, "cpp"):
         packed = fast.pack(keys, key_type == "str", MOST_BYTES)
         if packed is not None:
-            return packed
-    return _pack_in_python(op, argument, key_type, keys)  # without the extension; with it, it names the key that is wrong
+            batch = KeyBatch(key_type, None, packed[0], packed[1])
+            batch.__dict__["_hashes"] = packed[2]
+            return batch
+    return KeyBatch(key_type, None, *_pack_in_python(op, argument, key_type, keys))  # it names the key that is wrong
 
 
 def _pack_in_python(op: str, argument: str, key_type: str, keys: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
