@@ -160,8 +160,8 @@ def test_equal_hashes_are_told_apart(backend):
 def test_hashes_of_bytes():
     keys = [b"", b"\0", b"\0\0", b"a" * 7, b"a" * 8, b"a" * 9, "ä".encode(), bytes(range(200))]
     batch = as_batch("", "bytes", keys)
-    assert list(zip(*(half.tolist() for half in batch.hashed))) == [hash_key(key) for key in keys]
-    assert all(len(set(half.tolist())) == len(keys) for half in batch.hashed)
+    assert list(zip(*(half.tolist() for half in batch.hashed()))) == [hash_key(key) for key in keys]
+    assert all(len(set(half.tolist())) == len(keys) for half in batch.hashed())
     assert batch.owner_hashes().tolist() == [owner_hash(key) for key in keys]
 
 
