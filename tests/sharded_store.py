@@ -157,6 +157,7 @@ def check_other_numbers_of_ranks(path, rank, size):
         dist.barrier()
         generations = sorted(p.name for p in path.iterdir())
         assert generations == ["CURRENT", f"generation-{turn + 1:06d}"]
+        dist.barrier()  # the next turn makes another generation, whoever still looks
     with ShardedStore.open(path, mode="r") as store:
         compare(store, "str", held, rank)
 

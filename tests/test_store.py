@@ -293,6 +293,16 @@ STATES = {
 }
 
 
+def test_safetensors_of_dtypes_the_format_does_not_have(tmp_path):
+    columns = {"a": ((2,), torch.complex128), "b": ((), torch.complex128), "c": ((2,), torch.float64)}
+    store, other = (mk.KeyValueStore(columns=columns) for _ in range(2))
+    values = {"a": torch.randn(3, 2, dtype=torch.complex128), "b": torch.randn(3, dtype=torch.complex128), "c": torch.rand(3, 2).double()}
+    store.store([1, 2, 3], values)
+    store.export_safetensors(tmp_path / "s")
+    other.import_safetensors(tmp_path / "s")
+    assert all(torch.equal(other.retrieve([1, 2, 3])[0][name], values[name]) for name in columns)
+
+
 @pytest.mark.parametrize("name", STATES)
 def test_a_wrong_state_changes_nothing(name):
     store, state = filled(), filled().state_dict()

@@ -8,7 +8,8 @@ import torch
 import memkernels as mk
 from memkernels.backends.reference._store_table import mix
 from memkernels.ops import ByteKeys, store_erase_, store_find, store_gather, store_items, store_move_, store_scatter_, store_upsert_
-from memkernels.store.keys import as_batch, hash_bytes
+from memkernels.store.key_hash import hash_key, owner_hash
+from memkernels.store.keys import as_batch
 
 CPP = pytest.mark.skipif(mk.backends()["cpp"] is not None, reason="the C++ extension is not built")
 
@@ -142,13 +143,13 @@ def test_equal_hashes_are_told_apart(backend):
     batch = as_batch("", "str", texts)
     table, spans, arena = table_of(4), torch.zeros(8, 2, dtype=torch.int64), torch.zeros(64, dtype=torch.uint8)
     same = torch.zeros(5, dtype=torch.int64)
-    byte_keys = ByteKeys(spans, arena, batch.data, batch.offsets)
+    byte_keys = ByteKeys(spans, arena, batch.data, batch.offsets, same)
     with mk.backend(backend):
         now, old = store_upsert_(table, same, torch.tensor([3, 1, 4, 0, 5]), "assign", byte_keys)
         assert (now.tolist(), old.tolist()) == ([3, 1, 3, 4, 0], [-1, -1, 3, -1, -1])
         for i, entry in enumerate(now.tolist()):
             begin, end = batch.offsets[i : i + 2].tolist()
-            spans[entry] = torch.tensor([begin, end - begin])
+            spans[entry] = torch.tensor([begin << 24 | end - begin, 0])
             arena[begin:end] = batch.data[begin:end]
         assert store_find(table, same, byte_keys).tolist() == [3, 1, 3, 4, 0]
         assert store_erase_(table, same[:1], byte_keys).tolist() == [3]
@@ -159,8 +160,9 @@ def test_equal_hashes_are_told_apart(backend):
 def test_hashes_of_bytes():
     keys = [b"", b"\0", b"\0\0", b"a" * 7, b"a" * 8, b"a" * 9, "ä".encode(), bytes(range(200))]
     batch = as_batch("", "bytes", keys)
-    assert batch.hashes().tolist() == [hash_bytes(key) for key in keys]
-    assert len(set(batch.hashes().tolist())) == len(keys)
+    assert list(zip(*(half.tolist() for half in batch.hashed()))) == [hash_key(key) for key in keys]
+    assert all(len(set(half.tolist())) == len(keys) for half in batch.hashed())
+    assert batch.owner_hashes().tolist() == [owner_hash(key) for key in keys]
 
 
 @pytest.mark.parametrize("backend", ["reference", None])
@@ -338,4 +340,4 @@ def test_explain_and_versions():
     old, larger = table.clone(), table_of(9)
     store_move_(old, larger)
     assert old._version > 0 and larger._version > 0
-    assert torch.ops.memkernels.store_find.default(table, keys, None, None, None, None)[0].tolist() == [0, 1, 2]
+    assert torch.ops.memkernels.store_find.default(table, keys, None, None, None, None, None)[0].tolist() == [0, 1, 2]

@@ -2,7 +2,7 @@
 // (memkernels/backends/reference/_store_table.py), so that a table moves between them byte for byte.
 //
 // A bucket is one cache line of eight 64-bit words, little-endian:
-//   words 0-4        five keys (int64, or 64 bits of hash of a byte key)
+//   words 0-4        five keys (int64, or the first 64 bits of the hash of a byte key)
 //   then 5 x 32 bits the low bits of their rows
 //   then 32 bits     meta: bit i: place i is taken; bits 5 + 3i: three more bits of row i; bits 20-31: passed
 // A free place is all zeros, so every 64-bit value may be a key and an erased key leaves nothing behind. `passed`
@@ -170,23 +170,6 @@ MK_BOTH Upserted upsert(const Table& table, uint64_t key, int64_t row, Mode mode
   const int64_t old = row_at(bucket, found.place);
   if (mode == Mode::replace) set_row(bucket, found.place, row);
   return {mode == Mode::replace ? row : old, old, {kAbsent, 0}};
-}
-
-// 64 bits of hash of a byte key: one bijection of the state a word of eight bytes.
-MK_BOTH uint64_t hash_bytes(const uint8_t* bytes, int64_t length) {
-  uint64_t state = uint64_t(length + 1) * 0x9E3779B97F4A7C15ull;
-  for (int64_t i = 0; i < length; i += 8) {
-    uint64_t word = 0;
-#if !defined(__CUDA_ARCH__)
-    if (i + 8 <= length)
-      __builtin_memcpy(&word, bytes + i, 8);
-    else
-#endif
-      for (int64_t k = i; k < length && k < i + 8; k++) word |= uint64_t(bytes[k]) << (k - i) * 8;
-    state = (state ^ word) * 0xD6E8FEB86659FD93ull;
-    state ^= state >> 32;
-  }
-  return state;
 }
 
 }  // namespace mk::store

@@ -3,8 +3,8 @@
 #include <cstring>
 
 #include "common/checks.h"
+#include "common/key_hash.h"
 #include "common/parallel.h"
-#include "common/store_table.h"
 
 namespace py = pybind11;
 
@@ -46,32 +46,53 @@ int64_t spans(const py::list& keys, bool text, int64_t most, const TensorView& p
   return total;
 }
 
-// The bytes, one key after another. The GIL stays: the list must not change meanwhile.
-void copy(const TensorView& data_view, const TensorView& pointers_view, const TensorView& offsets_view) {
+// The bytes, one key after another, and their hashes. The GIL stays: the list must not change meanwhile.
+void copy(const TensorView& data_view, const TensorView& first_view, const TensorView& second_view,
+          const TensorView& pointers_view, const TensorView& offsets_view) {
   const int64_t n = pointers_view.numel();
   const int64_t *pointers = pointers_view.data<const int64_t>(), *offsets = offsets_view.data<const int64_t>();
+  check_output("store_keys", "first", first_view, {n}, DType::int64);
+  check_output("store_keys", "second", second_view, {n}, DType::int64);
+  uint64_t *first = first_view.data<uint64_t>(), *second = second_view.data<uint64_t>();
   char* data = data_view.data<char>();
   parallel_for(n, 4096, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       if (i + kAhead < end) __builtin_prefetch(reinterpret_cast<const char*>(intptr_t(pointers[i + kAhead])));
-      std::memcpy(data + offsets[i], reinterpret_cast<const char*>(intptr_t(pointers[i])),
-                  size_t(offsets[i + 1] - offsets[i]));
+      const int64_t length = offsets[i + 1] - offsets[i];
+      std::memcpy(data + offsets[i], reinterpret_cast<const char*>(intptr_t(pointers[i])), size_t(length));
+      const store::KeyHash hash = store::SipHash()(reinterpret_cast<const uint8_t*>(data + offsets[i]), length);
+      first[i] = hash.first, second[i] = hash.second;
     }
   });
 }
 
-void hashes(const TensorView& out_view, const TensorView& data_view, const TensorView& offsets_view) {
-  const int64_t n = out_view.numel();
+template <class Hash>
+void each_key(int64_t n, const TensorView& data_view, const TensorView& offsets_view, const Hash& hash) {
   MK_CHECK(offsets_view.numel() == n + 1 && offsets_view.dtype() == DType::int64, "store_keys", "offsets",
            "int64, one more than hashes", describe(offsets_view));
-  int64_t* out = out_view.data<int64_t>();
   const uint8_t* data = data_view.data<const uint8_t>();
   const int64_t* offsets = offsets_view.data<const int64_t>();
   py::gil_scoped_release nogil;
   parallel_for(n, 4096, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++)
-      out[i] = int64_t(store::hash_bytes(data + offsets[i], offsets[i + 1] - offsets[i]));
+    for (int64_t i = begin; i < end; i++) hash(i, data + offsets[i], offsets[i + 1] - offsets[i]);
   });
+}
+
+void hashes(const TensorView& first_view, const TensorView& second_view, const TensorView& data,
+            const TensorView& offsets) {
+  const int64_t n = first_view.numel();
+  check_output("store_keys", "second", second_view, {n}, DType::int64);
+  uint64_t *first = first_view.data<uint64_t>(), *second = second_view.data<uint64_t>();
+  each_key(n, data, offsets, [=](int64_t i, const uint8_t* key, int64_t length) {
+    const store::KeyHash hash = store::SipHash()(key, length);
+    first[i] = hash.first, second[i] = hash.second;
+  });
+}
+
+void owner_hashes(const TensorView& out_view, const TensorView& data, const TensorView& offsets) {
+  uint64_t* out = out_view.data<uint64_t>();
+  each_key(out_view.numel(), data, offsets,
+           [=](int64_t i, const uint8_t* key, int64_t length) { out[i] = store::owner_hash(key, length); });
 }
 
 void huge_pages(const TensorView& bytes) { prefer_huge_pages(bytes.data(), bytes.numel()); }
@@ -82,6 +103,7 @@ void bind_store_keys(pybind11::module_& m) {
   m.def("store_key_spans", &spans);
   m.def("store_key_copy", &copy);
   m.def("store_key_hashes", &hashes);
+  m.def("store_owner_hashes", &owner_hashes);
   m.def("prefer_huge_pages", &huge_pages);
 }
 

@@ -50,9 +50,9 @@ struct StoreScatter {
   StoreChunks chunks;
   const int64_t* rows;
   const char* from;
-  int64_t count, step, width;
-  int stretch;  // stretches of 2^stretch rows are dealt out to the owners
-  int64_t owners;
+  int64_t step, width;
+  int stretch;       // stretches of 2^stretch rows are dealt out to the owners
+  int64_t owners;    // a power of two
   bool past_caches;  // as above, of every row of every chunk
 };
 
@@ -61,8 +61,8 @@ struct StoreLookupKernels {
   void (*find)(const store::Table& table, const uint64_t* keys, int64_t* rows, int64_t begin, int64_t end);
   // Copies the rows [begin, end); gives one that no chunk holds, or -1.
   int64_t (*gather)(const StoreGather& work, int64_t begin, int64_t end);
-  // Writes the rows of one owner, in the order of the batch.
-  void (*scatter)(const StoreScatter& work, int64_t owner);
+  // Writes those of the rows [begin, end) that are of one owner, in the order of the batch.
+  void (*scatter)(const StoreScatter& work, int64_t owner, int64_t begin, int64_t end);
 };
 
 MK_KERNELS(StoreLookupKernels, store_lookup)

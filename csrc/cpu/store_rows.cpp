@@ -2,11 +2,12 @@
 // scatter the last one stays: a thread owns stretches of 2 MB of rows and takes the batch in order.
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
 #include "common/checks.h"
-#include "common/parallel.h"
+#include "common/tasks.h"
 #include "cpu/select.h"
 #include "cpu/store_lookup.h"
 
@@ -14,10 +15,23 @@ namespace mk::cpu {
 namespace {
 
 constexpr int64_t kLarge = int64_t(4) << 20;  // bytes written that the caches of two cores do not keep
+// Of the rows of a scatter, for each thread: one that other work slows down takes fewer.
+constexpr int64_t kOwners = 2;
+constexpr int64_t kTask = int64_t(1) << 18;  // bytes of a task
 
 struct Chunks : StoreChunks {
   std::vector<StoreChunk> held;  // what `all` points to, also after a move
-  int64_t width = 0;
+  int64_t width = 0, end = 0;    // all rows from 0 to `end` are there
+
+  // A row that none of the chunks holds, or -1.
+  int64_t missing(const int64_t* rows, int64_t n) const {
+    int64_t most = -1;
+    for (int64_t i = 0; i < n; i++) most = std::max(most, rows[i]);
+    if (most < end) return -1;
+    for (int64_t i = 0; i < n; i++)
+      if (rows[i] >= 0 && !at(rows[i])) return rows[i];
+    return -1;
+  }
 };
 
 Chunks chunks_of(const char* op, const std::vector<TensorView>& views, const std::vector<int64_t>& firsts,
@@ -31,6 +45,7 @@ Chunks chunks_of(const char* op, const std::vector<TensorView>& views, const std
     if (!c) out.width = view.size(1);
     MK_CHECK(view.size(1) == out.width, op, "chunks", "rows of one size", describe(view));
     MK_CHECK(!c || firsts[c] >= firsts[c - 1] + out.held[c - 1].rows, op, "firsts", "increasing rows", firsts[c]);
+    if (firsts[c] == out.end) out.end += view.size(0);
     out.held.push_back({view.data<char>(), firsts[c], view.size(0), view.stride(0)});
   }
   out.all = out.held.data(), out.count = int64_t(count);
@@ -53,6 +68,14 @@ bool whole_lines(const Chunks& chunks) {
     whole = whole && chunk.stride % 64 == 0 && reinterpret_cast<uintptr_t>(chunk.data) % 64 == 0;
   return whole;
 }
+
+bool increasing(const int64_t* rows, int64_t n) {
+  bool so = true;
+  for (int64_t i = 0; i < n; i++) so &= rows[i] > (i ? rows[i - 1] : -1);
+  return so;
+}
+
+int64_t rows_of_task(int64_t width) { return std::max<int64_t>(64, kTask / std::max<int64_t>(1, width)); }
 
 [[noreturn]] void no_such_row(const char* op, int64_t row) {
   throw pybind11::index_error(std::string(op) + ": rows: expected rows that a chunk holds, got " + std::to_string(row));
@@ -82,8 +105,9 @@ void gather(const TensorView& out, const std::vector<TensorView>& chunks_and_def
   {
     pybind11::gil_scoped_release nogil;
     prefer_huge_pages(to, n * width);
-    parallel_for(n, grain_for(2 * width), [&](int64_t begin, int64_t end) {
-      const int64_t found = copy(work, begin, end);
+    const int64_t each = rows_of_task(width);
+    run_tasks_apart((n + each - 1) / each, double(n * width) * 4, 0, [&](int64_t task, char*) {
+      const int64_t found = copy(work, task * each, std::min(n, (task + 1) * each));
       if (found >= 0) wrong = found;
     });
   }
@@ -103,17 +127,20 @@ void scatter(const std::vector<TensorView>& chunk_views, const std::vector<int64
            describe(values));
   int stretch = 0;  // 2^stretch rows: about 2 MB, a page of which two threads should not touch the first byte together
   while (width << stretch < (int64_t(1) << 21)) stretch++;
-  const int64_t owners = n * width < 65536 ? 1 : num_threads();
+  const bool apart = increasing(rows_view.data<const int64_t>(), n);  // no row twice: any thread may write it
+  int64_t owners = 1;
+  while (!apart && n * width >= 65536 && owners < kOwners * num_threads()) owners *= 2;
   const StoreScatter work{
-      chunks, rows_view.data<const int64_t>(),           values.data<const char>(), n, values.stride(0), width, stretch,
+      chunks, rows_view.data<const int64_t>(),           values.data<const char>(), values.stride(0), width, stretch,
       owners, n * width >= kLarge && whole_lines(chunks)};
   const auto write = select(store_lookup_levels).scatter;
-  for (int64_t i = 0; i < n; i++)
-    if (work.rows[i] >= 0 && !chunks.at(work.rows[i])) no_such_row(op, work.rows[i]);
+  if (const int64_t row = chunks.missing(work.rows, n); row >= 0) no_such_row(op, row);
   pybind11::gil_scoped_release nogil;
-  parallel_for(owners, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t owner = begin; owner < end; owner++) write(work, owner);
-  });
+  if (!apart)
+    return run_tasks(owners, double(n * width) * 4, 0, [&](int64_t owner, char*) { write(work, owner, 0, n); });
+  const int64_t each = rows_of_task(width);
+  run_tasks_apart((n + each - 1) / each, double(n * width) * 4, 0,
+                  [&](int64_t task, char*) { write(work, 0, task * each, std::min(n, (task + 1) * each)); });
 }
 
 }  // namespace

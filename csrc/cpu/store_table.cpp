@@ -19,26 +19,32 @@ namespace {
 using namespace mk::store;
 
 constexpr int64_t kGroup = 32;       // keys whose buckets are under way
+constexpr int64_t kFound = 2048;     // keys of a task of a search
 constexpr int64_t kTextGroup = 128;  // byte keys that are found, then compared
 
 struct ByteKeys {
-  const int64_t* spans;  // [entries, 2]; null: the keys are int64
-  int64_t entries;
+  const int64_t* spans;  // [entries, 2]: begin << 24 | length, and the second half of the hash; null: int64 keys
+  int64_t entries, bytes;
   const uint8_t *arena, *data;
-  const int64_t* offsets;
+  const int64_t *offsets, *second;
 
+  static constexpr int kLengthBits = 24;
   const uint8_t* key(int64_t i) const { return data + offsets[i]; }
   int64_t length(int64_t i) const { return offsets[i + 1] - offsets[i]; }
+  const uint8_t* stored(int64_t row) const { return arena + (spans[2 * row] >> kLengthBits); }
   bool same(int64_t i, int64_t row) const {
     if (!spans) return true;
-    const int64_t n = length(i);
-    if (row >= kPending) return n == length(row - kPending) && !std::memcmp(key(i), key(row - kPending), size_t(n));
-    return row < entries && spans[2 * row + 1] == n && !std::memcmp(key(i), arena + spans[2 * row], size_t(n));
+    const int64_t n = length(i), other = row - kPending;
+    if (other >= 0)
+      return second[i] == second[other] && n == length(other) && !std::memcmp(key(i), key(other), size_t(n));
+    if (row >= entries || second[i] != spans[2 * row + 1]) return false;
+    const int64_t begin = spans[2 * row] >> kLengthBits, held = spans[2 * row] & ((int64_t(1) << kLengthBits) - 1);
+    return held == n && begin >= 0 && begin + n <= bytes && !std::memcmp(key(i), arena + begin, size_t(n));
   }
 };
 
 ByteKeys byte_keys(const char* op, int64_t n, const TensorView& spans, const TensorView& arena, const TensorView& data,
-                   const TensorView& offsets) {
+                   const TensorView& offsets, const TensorView& second) {
   if (!spans.defined()) return {};
   check_rank(op, "spans", spans, 2);
   check_output(op, "spans", spans, {spans.size(0), 2}, DType::int64);
@@ -47,9 +53,17 @@ ByteKeys byte_keys(const char* op, int64_t n, const TensorView& spans, const Ten
   check_rank(op, "offsets", offsets, 1);
   MK_CHECK(offsets.size(0) > n && offsets.dtype() == DType::int64, op, "offsets", "int64, one more than keys",
            describe(offsets));
+  check_rank(op, "second", second, 1);
+  MK_CHECK(second.size(0) >= n && second.dtype() == DType::int64, op, "second", "int64, one for each key",
+           describe(second));
   static const int64_t none[2] = {0, 0};  // an empty tensor may have no memory
-  return {spans.size(0) ? spans.data<const int64_t>() : none, spans.size(0), arena.data<const uint8_t>(),
-          data.data<const uint8_t>(), offsets.data<const int64_t>()};
+  return {spans.size(0) ? spans.data<const int64_t>() : none,
+          spans.size(0),
+          arena.size(0),
+          arena.data<const uint8_t>(),
+          data.data<const uint8_t>(),
+          offsets.data<const int64_t>(),
+          second.data<const int64_t>()};
 }
 
 const uint64_t* keys_of(const char* op, const TensorView& keys) {
@@ -68,7 +82,7 @@ void find_bytes(const Table& table, const uint64_t* keys, const ByteKeys& text, 
     for (int64_t i = first; i < first + count; i++)
       if (rows[i] >= 0 && rows[i] < text.entries) __builtin_prefetch(text.spans + 2 * rows[i]);
     for (int64_t i = first; i < first + count; i++)
-      if (rows[i] >= 0 && rows[i] < text.entries) __builtin_prefetch(text.arena + text.spans[2 * rows[i]]);
+      if (rows[i] >= 0 && rows[i] < text.entries) __builtin_prefetch(text.stored(rows[i]));
     for (int64_t i = first; i < first + count; i++) {
       if (rows[i] < 0 || text.same(i, rows[i])) continue;
       const auto same = [&](int64_t row) { return text.same(i, row); };  // another key with the same 64 bits
@@ -79,17 +93,18 @@ void find_bytes(const Table& table, const uint64_t* keys, const ByteKeys& text, 
 }
 
 void find(const TensorView& rows, const TensorView& table_view, const TensorView& keys_view, const TensorView& spans,
-          const TensorView& arena, const TensorView& data, const TensorView& offsets) {
+          const TensorView& arena, const TensorView& data, const TensorView& offsets, const TensorView& second) {
   const char* op = "store_find";
   const Table table = store_table_of(op, "table", table_view);
   const uint64_t* keys = keys_of(op, keys_view);
   const int64_t n = keys_view.size(0);
   check_output(op, "rows", rows, {n}, DType::int64);
-  const ByteKeys text = byte_keys(op, n, spans, arena, data, offsets);
+  const ByteKeys text = byte_keys(op, n, spans, arena, data, offsets, second);
   int64_t* out = rows.data<int64_t>();
   const auto find_ints = select(store_lookup_levels).find;
   pybind11::gil_scoped_release nogil;
-  parallel_for(n, 2048, [&](int64_t begin, int64_t end) {
+  run_tasks((n + kFound - 1) / kFound, double(n) * 100, 0, [&](int64_t task, char*) {
+    const int64_t begin = task * kFound, end = std::min(n, begin + kFound);
     if (text.spans)
       find_bytes(table, keys, text, out, begin, end);
     else
@@ -223,7 +238,8 @@ Mode mode_of(const std::string& name) {
 
 void upsert_batch(const TensorView& now_view, const TensorView& old_view, const TensorView& table_view,
                   const TensorView& keys_view, const TensorView& rows_view, const std::string& mode,
-                  const TensorView& spans, const TensorView& arena, const TensorView& data, const TensorView& offsets) {
+                  const TensorView& spans, const TensorView& arena, const TensorView& data, const TensorView& offsets,
+                  const TensorView& second) {
   const char* op = "store_upsert_";
   const int64_t n = keys_view.size(0);
   check_output(op, "now", now_view, {n}, DType::int64);
@@ -235,7 +251,7 @@ void upsert_batch(const TensorView& now_view, const TensorView& old_view, const 
   MK_CHECK(!spans.defined() || chosen == Mode::assign, op, "mode", "'assign' where byte keys are given", mode);
   Upsert work{store_table_of(op, "table", table_view),
               keys_of(op, keys_view),
-              byte_keys(op, n, spans, arena, data, offsets),
+              byte_keys(op, n, spans, arena, data, offsets, second),
               rows_view.data<const int64_t>(),
               now_view.data<int64_t>(),
               old_view.data<int64_t>(),
@@ -254,13 +270,14 @@ void upsert_batch(const TensorView& now_view, const TensorView& old_view, const 
 }
 
 void erase(const TensorView& removed_view, const TensorView& table_view, const TensorView& keys_view,
-           const TensorView& spans, const TensorView& arena, const TensorView& data, const TensorView& offsets) {
+           const TensorView& spans, const TensorView& arena, const TensorView& data, const TensorView& offsets,
+           const TensorView& second) {
   const char* op = "store_erase_";
   const Table table = store_table_of(op, "table", table_view);
   const uint64_t* keys = keys_of(op, keys_view);
   const int64_t n = keys_view.size(0);
   check_output(op, "removed", removed_view, {n}, DType::int64);
-  const ByteKeys text = byte_keys(op, n, spans, arena, data, offsets);
+  const ByteKeys text = byte_keys(op, n, spans, arena, data, offsets, second);
   int64_t* removed = removed_view.data<int64_t>();
   pybind11::gil_scoped_release nogil;
   for (int64_t from = 0; from < n; from += kSlice) {

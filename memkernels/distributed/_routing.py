@@ -21,7 +21,7 @@ def owners(batch: KeyBatch, ranks: int) -> torch.Tensor:
 
     Mixed once more, because a rank's own table goes by the same hash: all its keys would otherwise share some bits of it.
     """
-    mixed = batch.hashes() * _STEP
+    mixed = batch.owner_hashes() * _STEP
     mixed = (mixed ^ (mixed >> 29)) * _MIX
     return ((mixed >> 33) & 0x7FFFFFFF) % ranks
 

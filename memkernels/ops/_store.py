@@ -10,19 +10,22 @@ from memkernels._checks import check_tensor, fail
 
 PLACES, WORDS = 5, 8  # places of a bucket, and its int64 words: backends/reference/_store_table.py
 MOST_ROW = (1 << 34) - 1
+BYTE_KEYS = "Tensor? spans, Tensor? arena, Tensor? data, Tensor? offsets, Tensor? second"  # of a schema
 
 
 class ByteKeys(NamedTuple):
     """What byte keys are compared with: those of the table (`spans`, `arena`) and those of the batch (`data`, `offsets`).
 
-    The row of a place is the number of an entry; spans "E 2" hold where its key begins in the arena (uint8) and its length; key i of the
-    batch is ``data[offsets[i]:offsets[i + 1]]``.
+    The row of a place is the number of an entry. spans "E 2" hold its key, which is ``arena[begin:begin + length]`` (uint8), as
+    ``begin << 24 | length``, and the second half of its hash. Key i of the batch is ``data[offsets[i]:offsets[i + 1]]``, `second[i]` that
+    half.
     """
 
     spans: torch.Tensor
     arena: torch.Tensor
     data: torch.Tensor
     offsets: torch.Tensor
+    second: torch.Tensor
 
 
 def check_table(op: str, table: torch.Tensor, name: str = "table") -> None:
@@ -40,6 +43,15 @@ def check_ints(op: str, name: str, got: torch.Tensor, dims: int, count: int | No
         fail(op, name, f"{dims} dimensions" + (f" of at least {count} elements" if count is not None else ""), f"shape {tuple(got.shape)}")
 
 
+def bounds(rows: torch.Tensor) -> tuple[int, int]:
+    """The least and the greatest. Of a few: calls of torch take longer than a loop."""
+    if rows.shape[0] <= 16:
+        few = rows.tolist()
+        return min(few), max(few)
+    low, high = torch.aminmax(rows)
+    return int(low), int(high)
+
+
 def check_batch(op: str, table: torch.Tensor, keys: torch.Tensor, byte_keys: ByteKeys | None) -> tuple[torch.Tensor | None, ...]:
     """Checks the table, the keys and their bytes; the flat arguments after them."""
     check_table(op, table)
@@ -49,9 +61,11 @@ def check_batch(op: str, table: torch.Tensor, keys: torch.Tensor, byte_keys: Byt
     if table.shape[0] == 0:
         fail(op, "table", "at least one bucket", "none")
     if byte_keys is None:
-        return None, None, None, None
+        return None, None, None, None, None
     check_ints(op, "spans", byte_keys.spans, 2)
     check_ints(op, "arena", byte_keys.arena, 1, dtype=torch.uint8)
     check_ints(op, "data", byte_keys.data, 1, dtype=torch.uint8)
     check_ints(op, "offsets", byte_keys.offsets, 1, keys.shape[0] + 1)
-    return byte_keys.spans.contiguous(), byte_keys.arena.contiguous(), byte_keys.data.contiguous(), byte_keys.offsets.contiguous()
+    check_ints(op, "second", byte_keys.second, 1, keys.shape[0])
+    spans, arena, data, offsets, second = byte_keys
+    return spans.contiguous(), arena.contiguous(), data.contiguous(), offsets.contiguous(), second.contiguous()

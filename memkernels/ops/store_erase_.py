@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from memkernels._registry import define_table_op
-from memkernels.ops._store import ByteKeys, check_batch
+from memkernels.ops._store import BYTE_KEYS, ByteKeys, check_batch
 
 
 def store_erase_(table: torch.Tensor, keys: torch.Tensor, byte_keys: ByteKeys | None = None) -> torch.Tensor:
@@ -49,10 +49,8 @@ def store_erase_(table: torch.Tensor, keys: torch.Tensor, byte_keys: ByteKeys | 
     return removed
 
 
-def _allocate(table, keys, spans, arena, data, offsets):
+def _allocate(table, keys, spans, arena, data, offsets, second):
     return (torch.empty_like(keys),)
 
 
-OP = define_table_op(
-    "store_erase_", "(Tensor(a!) table, Tensor keys, Tensor? spans, Tensor? arena, Tensor? data, Tensor? offsets) -> Tensor[]", _allocate
-)
+OP = define_table_op("store_erase_", f"(Tensor(a!) table, Tensor keys, {BYTE_KEYS}) -> Tensor[]", _allocate)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from memkernels._registry import define_table_op
-from memkernels.ops._store import ByteKeys, check_batch
+from memkernels.ops._store import BYTE_KEYS, ByteKeys, check_batch
 
 
 def store_find(table: torch.Tensor, keys: torch.Tensor, byte_keys: ByteKeys | None = None) -> torch.Tensor:
@@ -19,7 +19,7 @@ def store_find(table: torch.Tensor, keys: torch.Tensor, byte_keys: ByteKeys | No
             the keys
             that passed it when it was full. What writes it is `store_upsert_` and `store_erase_`.
         keys: "n", int64, any value.
-        byte_keys: for byte keys, of which `keys` are then 64 bits of a hash: the bytes to compare where those agree.
+        byte_keys: for byte keys, of which `keys` are then 64 bits of a hash: 64 bits more and the bytes, to compare where those agree.
 
     Returns:
         rows: "n", int64.
@@ -49,10 +49,8 @@ def store_find(table: torch.Tensor, keys: torch.Tensor, byte_keys: ByteKeys | No
     return rows
 
 
-def _allocate(table, keys, spans, arena, data, offsets):
+def _allocate(table, keys, spans, arena, data, offsets, second):
     return (torch.empty_like(keys),)
 
 
-OP = define_table_op(
-    "store_find", "(Tensor table, Tensor keys, Tensor? spans, Tensor? arena, Tensor? data, Tensor? offsets) -> Tensor[]", _allocate
-)
+OP = define_table_op("store_find", f"(Tensor table, Tensor keys, {BYTE_KEYS}) -> Tensor[]", _allocate)

@@ -6,7 +6,7 @@ import torch
 
 from memkernels._checks import check_choice, fail
 from memkernels._registry import define_table_op
-from memkernels.ops._store import MOST_ROW, ByteKeys, check_batch, check_ints
+from memkernels.ops._store import BYTE_KEYS, MOST_ROW, ByteKeys, bounds, check_batch, check_ints
 
 MODES = ("replace", "keep", "assign", "insert")
 
@@ -61,19 +61,19 @@ def store_upsert_(
     if rows.device != table.device:
         fail("store_upsert_", "rows", f"device {table.device}", f"device {rows.device}")
     if rows.numel() and not torch.compiler.is_compiling():
-        low, high = torch.aminmax(rows)
+        low, high = bounds(rows)
         if low < 0 or high > MOST_ROW:
-            fail("store_upsert_", "rows", f"rows from 0 to {MOST_ROW}", f"{int(low)} to {int(high)}")
+            fail("store_upsert_", "rows", f"rows from 0 to {MOST_ROW}", f"{low} to {high}")
     now, old = OP(table, keys.contiguous(), rows.contiguous(), mode, *flat)
     return now, old
 
 
-def _allocate(table, keys, rows, mode, spans, arena, data, offsets):
+def _allocate(table, keys, rows, mode, spans, arena, data, offsets, second):
     return torch.empty_like(keys), torch.empty_like(keys)
 
 
 OP = define_table_op(
     "store_upsert_",
-    "(Tensor(a!) table, Tensor keys, Tensor rows, str mode, Tensor? spans, Tensor? arena, Tensor? data, Tensor? offsets) -> Tensor[]",
+    f"(Tensor(a!) table, Tensor keys, Tensor rows, str mode, {BYTE_KEYS}) -> Tensor[]",
     _allocate,
 )

@@ -40,8 +40,7 @@ def from_tensors(store: KeyValueStore, op: str, state: Any) -> None:
     with store._opened(op, True):
         if store._parameters is not None:
             fail(op, "store", "a store whose values are no parameter", "one after as_parameter()")
-        store._data.clear()
-        store.store(batch, values)
+        store._data.replace(batch, values)
 
 
 def _parts(store: KeyValueStore, op: str, state: Any) -> tuple[KeyBatch, dict[str, torch.Tensor]]:
@@ -85,7 +84,7 @@ def _about(tensor: Any) -> str:
 
 def export_file(store: KeyValueStore, path: Path) -> None:
     save = _safetensors("export_safetensors").torch.save_file
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in to_tensors(store).items()}
+    state = {name: _in_file(tensor.detach().cpu().contiguous()) for name, tensor in to_tensors(store).items()}
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         save(state, str(beside), metadata={"format": "memkernels.KeyValueStore", "version": "1", "key_type": store.key_type})
@@ -94,6 +93,11 @@ def export_file(store: KeyValueStore, path: Path) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _in_file(tensor: torch.Tensor) -> torch.Tensor:
+    """The format has no complex128: float64 "... 2" stands for it."""
+    return torch.view_as_real(tensor) if tensor.dtype == torch.complex128 else tensor
 
 
 def import_file(store: KeyValueStore, path: Path) -> None:
@@ -110,6 +114,10 @@ def import_file(store: KeyValueStore, path: Path) -> None:
         fail("import_safetensors", "path", "a file of export_safetensors, version 1", f"{str(path)!r} with metadata {about}")
     if about.get("key_type") != store.key_type:
         fail("import_safetensors", "path", f"{store.key_type} keys", f"{about.get('key_type')} keys")
+    for name, (shape, dtype) in store.columns.items():
+        held = state.get(f"column.{name}")
+        if dtype == torch.complex128 and held is not None and held.dtype == torch.float64 and held.shape[1:] == (*shape, 2):
+            state[f"column.{name}"] = torch.view_as_complex(held)
     batch, values = _parts(store, "import_safetensors", state)
     store.store(batch, values)
 

@@ -9,7 +9,7 @@ import torch
 
 from memkernels.ops import ByteKeys, store_erase_, store_find, store_items, store_move_, store_upsert_
 from memkernels.store.buffers import fresh, grown, wipe
-from memkernels.store.keys import KeyBatch, gather_runs, offsets_of, runs
+from memkernels.store.keys import MOST_BYTES, KeyBatch, gather_runs, offsets_of, runs
 from memkernels.store.numbers import RowNumbers
 
 PLACES = 5  # keys in a bucket
@@ -17,6 +17,7 @@ MOST_LOAD, GROWTH = 0.85, 1.5  # 15 bytes an entry in a full table, 22.6 in one 
 LEAST_BUCKETS = 4
 LEAST_STEP = 256  # buckets of the old table that a call moves at least
 MOVED = 2  # buckets a key of a larger batch: half as long as the batch itself takes, and sooner there is one table to look into again
+LENGTH_BITS = MOST_BYTES.bit_length()  # of a span, behind the bits of its begin
 SAMPLE = 1024  # keys of a large batch that are looked up before all of it is
 
 
@@ -67,8 +68,8 @@ class Index:
     # --- keys
 
     def _keys(self, batch: KeyBatch) -> tuple[torch.Tensor, ByteKeys | None]:
-        keys = batch.hashes().to(self.device)
-        return keys, None if self.texts is None else self.texts.compared(batch)
+        keys, second = batch.hashed()
+        return keys.to(self.device), None if self.texts is None else self.texts.compared(batch, second)
 
     def find(self, batch: KeyBatch) -> torch.Tensor:
         """rows "n"; -1 where the key is not there."""
@@ -106,10 +107,10 @@ class Index:
         now, old = store_upsert_(self.table, keys, rows.to(self.device), "assign", byte_keys)
         new = self._count(old)
         if self.texts is not None and new == len(batch):
-            self.texts.add(batch, now)
+            self.texts.add(batch, byte_keys.second, now)  # type: ignore[union-attr]
         elif self.texts is not None and new:
             fresh = old < 0
-            self.texts.add(batch.select(fresh), now[fresh])
+            self.texts.add(batch.select(fresh), byte_keys.second[fresh], now[fresh])  # type: ignore[union-attr]
         return now, old
 
     def erase(self, batch: KeyBatch) -> torch.Tensor:
@@ -126,7 +127,7 @@ class Index:
 
     def _count(self, old: torch.Tensor) -> int:
         """Takes new keys into the count; how many there are."""
-        new = int((old == -1).sum())
+        new = old.tolist().count(-1) if old.shape[0] <= 16 else int((old == -1).sum())  # for a few, calls of torch take longer
         self.count += new
         return new
 
@@ -213,7 +214,7 @@ class Texts:
 
     def __init__(self) -> None:
         self.numbers = RowNumbers()
-        self.spans = torch.zeros(0, 2, dtype=torch.int64)  # of each entry: where its bytes begin, how many they are
+        self.spans = torch.zeros(0, 2, dtype=torch.int64)  # of each entry: begin << 24 | length of its bytes; second half of their hash
         self.rows = torch.zeros(0, dtype=torch.int64)
         self.arena, self.end = torch.zeros(0, dtype=torch.uint8), 0
         self.dead = 0  # bytes of the arena that belong to no entry
@@ -222,32 +223,39 @@ class Texts:
     def nbytes(self) -> int:
         return self.spans.nbytes + self.rows.nbytes + self.arena.nbytes + self.numbers.nbytes
 
-    def compared(self, batch: KeyBatch) -> ByteKeys:
-        assert batch.data is not None and batch.offsets is not None
-        return ByteKeys(self.spans, self.arena, batch.data, batch.offsets)
+    def compared(self, batch: KeyBatch, second: torch.Tensor | None) -> ByteKeys:
+        assert batch.data is not None and batch.offsets is not None and second is not None
+        return ByteKeys(self.spans, self.arena, batch.data, batch.offsets, second)
+
+    def _spans(self, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the bytes of entries begin, and how many they are."""
+        spans = self.spans[entries, 0]
+        return spans >> LENGTH_BITS, spans & MOST_BYTES
 
     def rows_of(self, entries: torch.Tensor) -> torch.Tensor:
         if not self.numbers.end:  # rows are entries
             return entries
         return torch.where(entries < 0, entries, self.rows[entries.clamp(min=0)])
 
-    def add(self, batch: KeyBatch, entries: torch.Tensor) -> None:
-        """The bytes of new keys."""
+    def add(self, batch: KeyBatch, second: torch.Tensor, entries: torch.Tensor) -> None:
+        """The bytes of new keys, and the second halves of their hashes."""
         if not len(batch):
             return
         assert batch.data is not None and batch.offsets is not None
-        last = int(entries.max()) + 1
+        last = (max(entries.tolist()) if len(batch) <= 16 else int(entries.max())) + 1
         if last > self.spans.shape[0]:
             size = max(last, int(GROWTH * self.spans.shape[0]), 64)
             self.spans, self.rows = grown(self.spans, size), grown(self.rows, size)
         if self.end + batch.data.shape[0] > self.arena.shape[0] and 2 * self.dead > self.end:
             self._close_gaps()
         end = self.end + batch.data.shape[0]
+        if end >> 63 - LENGTH_BITS:
+            raise MemoryError(f"store: expected less than {1 << 63 - LENGTH_BITS} bytes of keys, got {end}")
         if end > self.arena.shape[0]:
             self.arena = grown(self.arena, max(end, int(GROWTH * self.arena.shape[0]), 1024))
         self.arena[self.end : end] = batch.data
-        self.spans[entries, 0] = batch.offsets[:-1] + self.end
-        self.spans[entries, 1] = batch.lengths()
+        begins = batch.offsets[:-1] + self.end
+        self.spans[entries] = torch.stack([begins << LENGTH_BITS | batch.lengths(), second], 1)
         self.end = end
 
     def set_rows(self, entries: torch.Tensor, before: torch.Tensor, rows: torch.Tensor, keep: bool) -> torch.Tensor:
@@ -268,27 +276,28 @@ class Texts:
         return old
 
     def remove(self, entries: torch.Tensor) -> None:
-        begins, lengths = self.spans[entries].unbind(1)
+        begins, lengths = self._spans(entries)
         self.arena[runs(begins, lengths)] = 0
         self.dead += int(lengths.sum())
-        self.spans[entries], self.rows[entries] = 0, -1
-        if self.numbers.end:  # they are given out here, by `upsert`
+        self.spans[entries] = 0
+        if self.numbers.end:  # they are given out here, by `upsert`, and have rows
+            self.rows[entries] = -1
             self.numbers.give_back(entries)
 
     def _close_gaps(self) -> None:
         """Half of the arena or more is of keys that are gone: those that are there move to its front, and it need not grow."""
-        held = self.spans[:, 1].nonzero()[:, 0]
-        begins, lengths = self.spans[held].unbind(1)
+        held = (self.spans[:, 0] & MOST_BYTES).nonzero()[:, 0]
+        begins, lengths = self._spans(held)
         kept = gather_runs(self.arena, begins, lengths)
         end = kept.shape[0]
         self.arena[:end] = kept
         self.arena[end : self.end] = 0
-        self.spans[held, 0] = offsets_of(lengths)[:-1]
+        self.spans[held, 0] = offsets_of(lengths)[:-1] << LENGTH_BITS | lengths
         self.end, self.dead = end, 0
         wipe(kept)
 
     def batch(self, key_type: str, entries: torch.Tensor) -> KeyBatch:
-        begins, lengths = self.spans[entries].unbind(1)
+        begins, lengths = self._spans(entries)
         return KeyBatch(key_type, None, gather_runs(self.arena, begins, lengths), offsets_of(lengths))
 
     def clear(self) -> None:

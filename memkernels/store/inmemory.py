@@ -9,9 +9,9 @@ import torch
 from memkernels._checks import fail
 from memkernels.store.columns import Columns
 from memkernels.store.index import Index
-from memkernels.store.keys import KeyBatch
+from memkernels.store.keys import KeyBatch, distinct
 from memkernels.store.pool import Pool
-from memkernels.store.use import POLICIES, Evicted, Outcome, Use, Values, distinct_absent, in_slices
+from memkernels.store.use import POLICIES, Evicted, Held, Outcome, Use, Values, distinct_absent, in_slices
 
 NEW, REPLACED, KEPT, ADDED = range(4)  # what `store` did with an element
 
@@ -53,21 +53,46 @@ class InMemory:
         if self.pool.fixed:  # refused before anybody goes
             self.pool.reserve(min(self.capacity, len(self) + distinct_absent(batch, self.index.entries(batch) < 0)))
 
+        undo: list[Held] = []
+
         def put(part: KeyBatch, chosen: Values) -> Outcome:
-            gone = self._make_room(part)
+            gone = self._make_room(part, undo)
+            if len(part) < len(batch):  # a later slice may fail
+                undo.append(self._held(part.select(distinct(part))))
             return self._put(part, chosen, if_absent, accumulate), gone
 
-        return in_slices(batch, values, self.capacity, self.device, put)
+        try:
+            return in_slices(batch, values, self.capacity, put)
+        except BaseException:
+            for held in reversed(undo):
+                self._restore(held)
+            self.use.order = None  # those who were to go first did not go
+            raise
 
-    def _make_room(self, batch: KeyBatch) -> Evicted | None:
+    def _make_room(self, batch: KeyBatch, undo: list[Held]) -> Evicted | None:
         assert self.use is not None and self.capacity is not None
         rows = self.use.victims(batch, self.capacity)
         if not rows.shape[0]:
             return None
-        keys = self.use.keys_at(rows)
-        gone = Evicted(keys, {name: self.pool.read(name, rows, self._zero(name)) for name in self.columns})
-        self.erase(keys)
-        return gone
+        undo.append(self._held(self.use.keys_at(rows)))
+        self.erase(undo[-1].keys)
+        return Evicted(undo[-1].keys, undo[-1].values)
+
+    def _held(self, batch: KeyBatch) -> Held:
+        """Distinct keys as they are now."""
+        assert self.use is not None
+        rows = self.rows(batch, False)
+        times = torch.where(rows < 0, -1, self.use.used[rows.clamp(min=0)]) if self.use.used.shape[0] else rows
+        return Held(batch, times, {name: self.pool.read(name, rows, self._zero(name)) for name in self.columns})
+
+    def _restore(self, held: Held) -> None:
+        """These keys as they were."""
+        assert self.use is not None
+        was = held.times >= 0
+        self.erase(held.keys.select(~was))
+        back = held.keys.select(was)
+        self._put(back, {name: value[was] for name, value in held.values.items()}, False, False)
+        self.use.used[self.rows(back, False)] = held.times[was]
 
     def _refuse_more(self, batch: KeyBatch) -> None:
         assert self.capacity is not None
@@ -88,17 +113,15 @@ class InMemory:
         numbers.use(len(self.index) - before)
         try:
             self.pool.reserve(numbers.end)
-            for name, value in values.items():
-                if accumulate:
-                    self.pool.add(name, now, value, new)
-                else:
-                    self.pool.write(name, torch.where(new, now, -1) if if_absent else now, value)
+            if self.use:
+                self.use.keys_of(batch, now, new)
+                self.use.touch(now)
+            rows = torch.where(new, now, -1) if if_absent else now
+            for name, written in [(name, self.pool.sums(name, now, v, new) if accumulate else (rows, v)) for name, v in values.items()]:
+                self.pool.write(name, *written)  # once all of them are there
         except BaseException:  # e.g. no memory: no key is left without its value
-            numbers.give_back(self.index.erase(batch.select(new.to(self.index.device))).to(self.device))
+            self.erase(batch.select(new))
             raise
-        if self.use:
-            self.use.keys_of(batch, now, new)
-            self.use.touch(now)
         known = KEPT if if_absent else ADDED if accumulate else REPLACED
         return torch.where(new, NEW, known).to(torch.int8)
 
@@ -114,6 +137,12 @@ class InMemory:
         self.index.clear()
         self.pool.clear()
         self.use = Use(self, self.on_full) if self.use else None
+
+    def replace(self, batch: KeyBatch, values: Values) -> None:
+        """These keys and no others."""
+        fresh = InMemory(self.key_type, self.columns, self.device, self.capacity, self.on_full)
+        fresh.put(batch, values, False, False)
+        self._become(fresh)
 
     close = clear
 
@@ -136,6 +165,10 @@ class InMemory:
             fresh.use.clock = self.use.clock
             fresh.use.order = None
         fresh.pool.wipe_free()
+        self._become(fresh)
+
+    def _become(self, fresh: InMemory) -> None:
+        """What this one held is wiped."""
         self.index.clear()
         self.pool.clear()
         if self.use:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from memkernels._backends import forced_name, kernel
 from memkernels._checks import check_dense, fail
+from memkernels.store.key_hash import hash_key, owner_hash
 
 KEY_TYPES = ("int64", "bytes", "str")
 MOST_BYTES = (1 << 24) - 1  # of one key
@@ -32,9 +33,25 @@ class KeyBatch:
         assert self.offsets is not None
         return self.offsets.shape[0] - 1
 
-    def hashes(self) -> torch.Tensor:
-        """What the table holds in place of the key: the key itself, or 64 bits of hash of its bytes."""
-        return self.ints if self.ints is not None else _hashes(self.data, self.offsets)
+    def hashed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the table holds in place of the key, 64 bits: the key itself; or of its bytes half of their hash, and then the other
+        half."""
+        if self.ints is not None:
+            return self.ints, None
+        known = self.__dict__.get("_hashes")  # a batch is looked up more than once
+        if known is None:
+            known = self.__dict__["_hashes"] = _hashed(self.data, self.offsets)
+        return known
+
+    def owner_hashes(self) -> torch.Tensor:
+        """64 bits that say who owns a key of a sharded store: of its format on disk."""
+        if self.ints is not None:
+            return self.ints
+        assert self.data is not None and self.offsets is not None
+        fast = kernel("cpp", "store_keys")
+        if not isinstance(fast, str) and forced_name() in (None, "cpp"):
+            return fast.owner_hashes(self.data, self.offsets)
+        return torch.tensor([owner_hash(key) for key in _each(self.data, self.offsets)], dtype=torch.int64)
 
     def lengths(self) -> torch.Tensor:
         assert self.offsets is not None
@@ -45,8 +62,9 @@ class KeyBatch:
         if index.dtype == torch.bool:
             index = index.nonzero()[:, 0]
         if self.ints is not None:
-            return KeyBatch(self.type, self.ints[index])
+            return KeyBatch(self.type, self.ints[index.to(self.ints.device)])
         assert self.data is not None and self.offsets is not None
+        index = index.to(self.offsets.device)
         lengths = self.lengths()[index]
         return KeyBatch(self.type, None, gather_runs(self.data, self.offsets[:-1][index], lengths), offsets_of(lengths))
 
@@ -129,7 +147,7 @@ def as_batch(op: str, key_type: str, keys: Any, argument: str = "keys") -> KeyBa
     if isinstance(keys, (str, bytes)) or not isinstance(keys, Sequence):
         fail(op, argument, f"a sequence of {key_type}", type(keys).__name__, TypeError)
     keys = keys if isinstance(keys, list) else list(keys)
-    return KeyBatch(key_type, None, *_pack(op, argument, key_type, keys))
+    return _pack(op, argument, key_type, keys)
 
 
 def _ints(op: str, argument: str, keys: Any) -> torch.Tensor:
@@ -150,13 +168,15 @@ def _ints(op: str, argument: str, keys: Any) -> torch.Tensor:
     return torch.tensor(keys, dtype=torch.int64)
 
 
-def _pack(op: str, argument: str, key_type: str, keys: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def _pack(op: str, argument: str, key_type: str, keys: list[Any]) -> KeyBatch:
     fast = kernel("cpp", "store_keys")
     if not isinstance(fast, str) and forced_name() in (None, "cpp"):
         packed = fast.pack(keys, key_type == "str", MOST_BYTES)
         if packed is not None:
-            return packed
-    return _pack_in_python(op, argument, key_type, keys)  # without the extension; with it, it names the key that is wrong
+            batch = KeyBatch(key_type, None, packed[0], packed[1])
+            batch.__dict__["_hashes"] = packed[2]
+            return batch
+    return KeyBatch(key_type, None, *_pack_in_python(op, argument, key_type, keys))  # it names the key that is wrong
 
 
 def _pack_in_python(op: str, argument: str, key_type: str, keys: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,20 +196,14 @@ def _pack_in_python(op: str, argument: str, key_type: str, keys: list[Any]) -> t
     return held, offsets_of(torch.tensor([len(part) for part in parts], dtype=torch.int64))
 
 
-def _hashes(data: Any, offsets: Any) -> torch.Tensor:
+def _hashed(data: Any, offsets: Any) -> tuple[torch.Tensor, torch.Tensor]:
     fast = kernel("cpp", "store_keys")
     if not isinstance(fast, str) and forced_name() in (None, "cpp"):
         return fast.hashes(data, offsets)
-    text, ends = bytes(data.tolist()), offsets.tolist()
-    return torch.tensor([hash_bytes(text[begin:end]) for begin, end in pairwise(ends)], dtype=torch.int64)
+    first, second = torch.tensor([hash_key(key) for key in _each(data, offsets)], dtype=torch.int64).view(-1, 2).unbind(1)
+    return first.contiguous(), second.contiguous()
 
 
-def hash_bytes(key: bytes) -> int:
-    """64 bits of hash, as a signed int: csrc/common/store_table.h does the same. One bijection a word of eight bytes, so short keys
-    never collide."""
-    mask = (1 << 64) - 1
-    state = (len(key) + 1) * 0x9E3779B97F4A7C15 & mask
-    for i in range(0, len(key), 8):
-        state = (state ^ int.from_bytes(key[i : i + 8], "little")) * 0xD6E8FEB86659FD93 & mask
-        state ^= state >> 32
-    return state - (1 << 64) if state >> 63 else state
+def _each(data: torch.Tensor, offsets: torch.Tensor) -> Iterator[bytes]:
+    text = bytes(data.tolist())
+    return (text[begin:end] for begin, end in pairwise(offsets.tolist()))

@@ -12,7 +12,7 @@ import dataclasses
 import os
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -153,7 +153,7 @@ class Log(View):
     def append(self, keys: KeyBatch, values: dict[str, Tensor]) -> Tensor:
         """Row numbers int64 "n". Readable at once, durable and seen by others after `commit`. When it raises, as if not called."""
         with self._lock:
-            self._check_write()
+            self.check_write()
             self._check_batch(keys, values)
             first = self._tail.append(keys, values)
             return torch.arange(first, first + len(keys))
@@ -161,7 +161,7 @@ class Log(View):
     def forget(self, keys: KeyBatch) -> None:
         """These keys are erased as of the next commit."""
         with self._lock:
-            self._check_write()
+            self.check_write()
             self._check_batch(keys, {})
             self._tail.forget(keys)
 
@@ -171,7 +171,7 @@ class Log(View):
         After an error of the disk the log refuses further writes: what the last fsync left on disk is known only to one who opens it anew.
         """
         with self._lock:
-            self._check_write()
+            self.check_write()
             if not self._tail.runs:
                 return self._given
             item = self._tail.runs, self._tail.rows
@@ -235,9 +235,21 @@ class Log(View):
     def rollback(self) -> None:
         """Drops what was appended or forgotten since the last commit; its row numbers are given out again."""
         with self._lock:
-            self._check_write()
+            self.check_write()
             dropped = self._tail.take()
             self._tail.rows -= sum(run.block_rows for run in dropped)
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """What is appended and forgotten inside, or nothing of it when something is raised there."""
+        with self._lock:
+            self.check_write()
+            mark = self._tail.mark()
+            try:
+                yield
+            except BaseException:
+                self._tail.back_to(mark)
+                raise
 
     def _write(self, items: list[Item]) -> None:
         """Commits each of these, in one transaction. An error before its end can be tried again, one of a sync or of the end cannot."""
@@ -279,7 +291,7 @@ class Log(View):
         needs that there is none. When it raises before the step, nothing has changed.
         """
         with self._lock:
-            self._check_write()
+            self.check_write()
             self._settle()
             if self._tail.runs:
                 raise StoreError("store: rewrite: commit or roll back first")
@@ -335,7 +347,8 @@ class Log(View):
                 f" {self._state.commit} is known to be on disk: close the store and open it again"
             ) from self._failed
 
-    def _check_write(self) -> None:
+    def check_write(self) -> None:
+        """Raises unless this log may be written to."""
         if self.closed:
             raise StoreError(f"store: {self.path} is closed")
         if self.mode != "w":

@@ -4,6 +4,7 @@ last."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,8 +19,6 @@ from memkernels.store.keys import KeyBatch, distinct, join
 from memkernels.store.log import Log, Schema, StoreError, StoreFormatError
 from memkernels.store.pool import wider
 from memkernels.store.use import POLICIES, Evicted, Outcome, Values, in_slices
-
-CPU = torch.device("cpu")
 
 
 class Logged:
@@ -36,7 +35,7 @@ class Logged:
         self.columns: Columns = log.schema.columns
         self.key_type = log.schema.key_type
         self.index = Index(self.key_type)
-        self._undo: list[tuple[KeyBatch, torch.Tensor, torch.Tensor | None]] = []  # keys written since the last commit, rows and use before
+        self._undo: list[tuple[KeyBatch, torch.Tensor | None, torch.Tensor | None]] = []  # since the last commit: keys, rows and use before
         self.use: KeyUse | None = None
         self._seen: tuple[int, ...] = ()
         self._generation = self._commit = 0  # whose rows the index names, up to which commit
@@ -102,24 +101,37 @@ class Logged:
     def put(self, batch: KeyBatch, values: Values, if_absent: bool, accumulate: bool) -> Outcome:
         """Stores a batch; what was done with each element, and who had to go."""
         use = self.use
-        if use is None or self.capacity is None:
-            return self._put(batch, values, if_absent, accumulate), None
 
         def put(part: KeyBatch, chosen: Values) -> Outcome:
+            assert use is not None
             gone = use.victims(part)
-            try:
-                rows = self.index.find(gone)
-                lost = Evicted(gone, self._row_values(rows)) if len(gone) else None
-                status = self._put(part, chosen, if_absent, accumulate)
-            except BaseException:
-                use.forget_list()
-                raise
+            rows = self.index.find(gone)
+            lost = Evicted(gone, self._row_values(rows)) if len(gone) else None
+            status = self._put(part, chosen, if_absent, accumulate)
             if lost:
                 self._take_out(gone, rows)
+            used = part.select(distinct(part))
+            self._undo.append((used, None, use.times(used)))
             use.put(part)
             return status, lost
 
-        return in_slices(batch, values, self.capacity, CPU, put)
+        with self._whole():
+            if use is None or self.capacity is None:
+                return self._put(batch, values, if_absent, accumulate), None
+            return in_slices(batch, values, self.capacity, put)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What is written inside, or nothing of it when something is raised there."""
+        before = len(self._undo)
+        try:
+            with self.log.whole():
+                yield
+        except BaseException:
+            self._take_back(before)
+            if self.use:
+                self.use.forget_list()
+            raise
 
     def _put(self, batch: KeyBatch, values: Values, if_absent: bool, accumulate: bool) -> torch.Tensor:
         before = self.index.find(batch)
@@ -135,7 +147,7 @@ class Logged:
         elif not bool(chosen.all()):
             values = {name: value[chosen] for name, value in values.items()}
         rows = self.log.append(written, values) if len(written) else torch.empty(0, dtype=torch.int64)
-        self._undo.append((written, before[chosen], self.use.times(written) if self.use else None))
+        self._undo.append((written, before[chosen], None))
         self.index.upsert(written, rows)
         known = KEPT if if_absent else ADDED if accumulate else REPLACED
         return torch.where(new, NEW, known).to(torch.int8)
@@ -155,8 +167,9 @@ class Logged:
         before = self.index.find(batch)
         there = (before >= 0) & distinct(batch)
         gone = batch.select(there)
-        if len(gone):
-            self._take_out(gone, before[there])
+        with self._whole():
+            if len(gone):
+                self._take_out(gone, before[there])
         return there
 
     def _take_out(self, batch: KeyBatch, rows: torch.Tensor) -> None:
@@ -175,20 +188,27 @@ class Logged:
     def rollback(self) -> None:
         """Every key as it was at the last commit."""
         self.log.rollback()
-        for batch, rows, times in reversed(self._undo):
-            was = rows >= 0
-            self.index.erase(batch.select(~was))
-            self.index.upsert(batch.select(was), rows[was])
+        self._take_back(0)
+
+    def _take_back(self, begin: int) -> None:
+        """Every key as it was before these changes; the log knows them no more."""
+        for batch, rows, times in reversed(self._undo[begin:]):
+            if rows is not None:
+                was = rows >= 0
+                self.index.erase(batch.select(~was))
+                self.index.upsert(batch.select(was), rows[was])
             if self.use and times is not None:
                 self.use.restore(batch, times)
-        self._undo.clear()
+        del self._undo[begin:]
         self._seen = ()
 
-    def clear(self) -> None:
-        """Erases every key; the rows stay on disk until `compact`."""
-        keys = [batch for batch, _ in self.index.items()]
-        if keys:
-            self.erase(join(keys))
+    def replace(self, batch: KeyBatch, values: Values) -> None:
+        """These keys and no others; the rows of those before stay on disk until `compact`."""
+        with self._whole():
+            keys = [batch for batch, _ in self.index.items()]
+            if keys:
+                self.erase(join(keys))
+            self.put(batch, values, False, False)
 
     def compact(self, erase: bool) -> None:
         """Commits, then writes what lives into new files, whose checksums would hide a damage of the old ones."""

@@ -86,8 +86,9 @@ class Pool:
             chunks, firsts = self._bytes(name)
             store_scatter_(chunks, firsts, rows, as_bytes(values, width))
 
-    def add(self, name: str, rows: torch.Tensor, values: torch.Tensor, new: torch.Tensor) -> None:
-        """Adds to the rows, in the order of the batch, in `wider` types; a row begins at zero where `new` is true."""
+    def sums(self, name: str, rows: torch.Tensor, values: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Distinct rows, and what is in each plus what is added to it, in the order of the batch, in `wider` types; a row begins at zero
+        where `new` is true."""
         shape, dtype = self.columns[name]
         distinct, place = torch.unique(rows, return_inverse=True)
         begins_at_zero = torch.zeros_like(distinct, dtype=torch.bool)
@@ -95,7 +96,7 @@ class Pool:
         zero = torch.zeros(1, *shape, dtype=dtype, device=self.device)
         sums = self.read(name, torch.where(begins_at_zero, -1, distinct), zero)
         wide = wider(dtype)
-        self.write(name, distinct, sums.to(wide).index_add_(0, place, values.to(wide)).to(dtype))
+        return distinct, sums.to(wide).index_add_(0, place, values.to(wide)).to(dtype)
 
     def as_one(self, rows: int) -> None:
         """Every column in one chunk of `rows` rows, which then stays as it is."""

@@ -94,6 +94,18 @@ class Run:
                 return
         self.spans.append((count, first))
 
+    def mark(self) -> tuple[Any, ...]:
+        """How far it is filled, for `back_to`: the last span and block may grow, the rest is only added to."""
+        lists = self.keys, self.lengths, self.spans, self.blocks
+        return self.first_row, self.count, self.key_bytes, [len(one) for one in lists], self.spans[-1:], self.blocks[-1:]
+
+    def back_to(self, mark: tuple[Any, ...]) -> None:
+        """As it was when `mark` was asked for."""
+        self.first_row, self.count, self.key_bytes, sizes, span, block = mark
+        for one, size in zip((self.keys, self.lengths, self.spans, self.blocks), sizes, strict=True):
+            del one[size:]  # type: ignore[attr-defined]
+        self.spans[-1:], self.blocks[-1:] = span, block
+
     @property
     def block_rows(self) -> int:
         return sum(rows for rows, _ in self.blocks)

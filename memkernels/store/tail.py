@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from memkernels.store.keys import KeyBatch
@@ -36,6 +38,17 @@ class Tail:
     def forget(self, keys: KeyBatch) -> None:
         for low, _, part in pieces(keys):
             self._add(self._run() if low == 0 else Run(keys.type), part, ERASED)
+
+    def mark(self) -> tuple[Any, ...]:
+        """What `back_to` takes."""
+        return self.rows, len(self.runs), self.runs[-1].mark() if self.runs else None
+
+    def back_to(self, mark: tuple[Any, ...]) -> None:
+        """Drops what came since `mark` was asked for; no `take` in between."""
+        self.rows, count, last = mark
+        del self.runs[count:]
+        if last is not None:
+            self.runs[-1].back_to(last)
 
     def take(self) -> list[Run]:
         runs, self.runs = self.runs, []

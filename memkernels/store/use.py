@@ -27,13 +27,13 @@ class Evicted(NamedTuple):
 Outcome = tuple[torch.Tensor, Evicted | None]  # what was done with each element, and who had to go
 
 
-def in_slices(batch: KeyBatch, values: Values, capacity: int, device: torch.device, put: Callable[[KeyBatch, Values], Outcome]) -> Outcome:
+def in_slices(batch: KeyBatch, values: Values, capacity: int, put: Callable[[KeyBatch, Values], Outcome]) -> Outcome:
     """Puts a batch in slices of the capacity: such a one always fits, and evicts none of its own keys."""
     if len(batch) <= capacity:
         return put(batch, values)
     states, lost = [], []
     for begin in range(0, len(batch), capacity):
-        some = torch.arange(begin, min(begin + capacity, len(batch)), device=device if batch.ints is not None else "cpu")
+        some = torch.arange(begin, min(begin + capacity, len(batch)))
         status, gone = put(batch.select(some), {name: value[begin : begin + capacity] for name, value in values.items()})
         states.append(status)
         if gone is not None:
@@ -47,6 +47,14 @@ def distinct_absent(batch: KeyBatch, absent: torch.Tensor) -> int:
     """How many different keys of a batch are absent."""
     missing = batch.select(absent)
     return int(torch.unique(missing.ints).shape[0]) if missing.ints is not None else len(set(missing.tolist()))
+
+
+class Held(NamedTuple):
+    """Distinct keys as they were: when or how often they were used (-1: not there), and their values."""
+
+    keys: KeyBatch
+    times: torch.Tensor
+    values: Values
 
 
 class Use:
@@ -76,10 +84,10 @@ class Use:
         size = self.store.pool.rows
         if self.used.shape[0] < size:
             before = self.used.shape[0]
-            self.used = grown(self.used, size)
-            self.used[before:] = -1
             if batch.ints is not None:
                 self.keys = grown(self.keys, size)
+            self.used = grown(self.used, size)
+            self.used[before:] = -1
         if batch.ints is not None:
             self.keys[rows] = batch.ints.to(self.store.device)[new]
         self.used[rows] = 0
@@ -94,6 +102,7 @@ class Use:
 
     def forget(self, rows: torch.Tensor) -> None:
         rows = rows.to(self.store.device)
+        rows = rows[rows < self.used.shape[0]]  # all, unless there was no memory for them
         self.used[rows] = -1
         if self.keys.shape[0]:
             self.keys[rows] = 0

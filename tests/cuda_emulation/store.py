@@ -9,7 +9,7 @@ from memkernels.backends.reference import store_find as reference_find
 from memkernels.backends.reference import store_move_ as reference_move
 from memkernels.backends.reference import store_upsert_ as reference_upsert
 
-NONE = (None, None, None, None)
+NONE = (None,) * 5
 
 
 def draw(seed, count, among):

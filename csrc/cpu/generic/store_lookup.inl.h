@@ -121,10 +121,10 @@ int64_t gather(const StoreGather& work, int64_t begin, int64_t end) {
   return wrong;
 }
 
-void scatter(const StoreScatter& work, int64_t owner) {
+void scatter(const StoreScatter& work, int64_t owner, int64_t begin, int64_t end) {
   char* to[kAhead] = {};
   const int64_t fetched = work.past_caches ? 0 : std::min<int64_t>(work.width, 512);
-  for (int64_t i = 0; i < work.count + kAhead; i++) {
+  for (int64_t i = begin; i < end + kAhead; i++) {
     char*& row = to[i % kAhead];
     if (row) {
       const char* from = work.from + (i - kAhead) * work.step;
@@ -134,7 +134,7 @@ void scatter(const StoreScatter& work, int64_t owner) {
         std::memcpy(row, from, size_t(work.width));
     }
     row = nullptr;
-    if (i >= work.count || work.rows[i] < 0 || (work.rows[i] >> work.stretch) % work.owners != owner) continue;
+    if (i >= end || work.rows[i] < 0 || (work.rows[i] >> work.stretch & (work.owners - 1)) != owner) continue;
     row = work.chunks.at(work.rows[i]);
     for (int64_t at = 0; at < fetched; at += 64) __builtin_prefetch(row + at, 1, 2);
   }

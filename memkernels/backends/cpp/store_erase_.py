@@ -5,5 +5,5 @@ from memkernels._C import store_erase_ as forward
 __all__ = ["forward", "supports"]
 
 
-def supports(table, keys, spans, arena, data, offsets):
+def supports(table, keys, spans, arena, data, offsets, second):
     return None

@@ -5,5 +5,5 @@ from memkernels._C import store_upsert_ as forward
 __all__ = ["forward", "supports"]
 
 
-def supports(table, keys, rows, mode, spans, arena, data, offsets):
+def supports(table, keys, rows, mode, spans, arena, data, offsets, second):
     return None

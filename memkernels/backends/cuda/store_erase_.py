@@ -6,11 +6,11 @@ from memkernels import _C_cuda
 from memkernels.backends.cuda._store import left_over, refuse, slices, sorted_by_part
 
 
-def supports(table, keys, spans, arena, data, offsets):
+def supports(table, keys, spans, arena, data, offsets, second):
     return refuse(table, spans)
 
 
-def forward(removed, table, keys, spans, arena, data, offsets):
+def forward(removed, table, keys, spans, arena, data, offsets, second):
     for part in slices(keys.shape[0]):
         order, starts = sorted_by_part(table, keys[part])
         flags = torch.zeros_like(order, dtype=torch.bool)

@@ -4,10 +4,10 @@ from memkernels import _C_cuda
 from memkernels.backends.cuda._store import refuse
 
 
-def supports(table, keys, spans, arena, data, offsets):
+def supports(table, keys, spans, arena, data, offsets, second):
     return refuse(table, spans)
 
 
-def forward(rows, table, keys, spans, arena, data, offsets):
+def forward(rows, table, keys, spans, arena, data, offsets, second):
     if keys.shape[0]:
         _C_cuda.store_find(rows, table, keys)

@@ -16,7 +16,7 @@ def forward(moved, old, table, begin, end):
     keys, rows = held(old[begin:end])
     moved.fill_(keys.shape[0])
     now, before = torch.empty_like(keys), torch.empty_like(keys)
-    store_upsert_.forward(now, before, table, keys, rows, "insert", None, None, None, None)
+    store_upsert_.forward(now, before, table, keys, rows, "insert", None, None, None, None, None)
     if end == old.shape[0]:  # else keys of these buckets that lie further on must still be found
         old.zero_()
     else:

@@ -9,11 +9,11 @@ MODES = ("replace", "keep", "assign", "insert")  # mk::store::Mode
 PENDING = 1 << 34
 
 
-def supports(table, keys, rows, mode, spans, arena, data, offsets):
+def supports(table, keys, rows, mode, spans, arena, data, offsets, second):
     return refuse(table, spans)
 
 
-def forward(now, old, table, keys, rows, mode, spans, arena, data, offsets):
+def forward(now, old, table, keys, rows, mode, spans, arena, data, offsets, second):
     taken = torch.zeros(1, dtype=torch.int64, device=keys.device)  # rows given to new keys so far
     for part in slices(keys.shape[0]):
         order, starts = sorted_by_part(table, keys[part])

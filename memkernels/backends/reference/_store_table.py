@@ -42,13 +42,13 @@ class Bucket:
 
 
 class Keys:
-    """The keys of a batch: 64 bits each, and for byte keys what those are compared with where the 64 bits agree."""
+    """The keys of a batch: 64 bits each, and for byte keys 64 more and their bytes, which are compared where the first 64 agree."""
 
-    def __init__(self, keys, spans, arena, data, offsets):
+    def __init__(self, keys, spans, arena, data, offsets, second):
         self.hashes, self.spans, self.arena = keys.tolist(), spans, arena
         if spans is not None:
             ends, data = offsets.tolist(), bytes(data.tolist())
-            self.bytes = [data[begin:end] for begin, end in zip(ends, ends[1:])]  # noqa: RUF007
+            self.texts = [(half, data[begin:end]) for half, begin, end in zip(second.tolist(), ends, ends[1:])]
 
     def same(self, i, key, row):
         """Whether element i of the batch is the key that lies in a place with this row."""
@@ -57,9 +57,9 @@ class Keys:
         if self.spans is None:
             return True
         if row >= PENDING:
-            return self.bytes[i] == self.bytes[row - PENDING]
-        begin, length = self.spans[row].tolist()
-        return self.bytes[i] == bytes(self.arena[begin : begin + length].tolist())
+            return self.texts[i] == self.texts[row - PENDING]
+        span, half = self.spans[row].tolist()
+        return self.texts[i] == (half, bytes(self.arena[span >> 24 :][: span & 0xFFFFFF].tolist()))
 
 
 class Table:

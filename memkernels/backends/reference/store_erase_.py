@@ -3,8 +3,8 @@
 from memkernels.backends.reference._store_table import Keys, Table
 
 
-def forward(table, keys, spans, arena, data, offsets):
-    lookup = Table(table, Keys(keys, spans, arena, data, offsets))
+def forward(table, keys, spans, arena, data, offsets, second):
+    lookup = Table(table, Keys(keys, spans, arena, data, offsets, second))
     removed = [-1] * keys.shape[0]
 
     def step(i, leave):

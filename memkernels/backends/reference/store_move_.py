@@ -8,7 +8,7 @@ PASSED = -(1 << 52)  # the bits of a bucket's last word that count the keys whic
 def forward(old, table, begin, end):
     keys, rows, count = store_items.forward(old, begin, end)
     moved = int(count)
-    store_upsert_.forward(table, keys[:moved], rows[:moved], "insert", None, None, None, None)
+    store_upsert_.forward(table, keys[:moved], rows[:moved], "insert", None, None, None, None, None)
     empty(old, begin, end)
     return (count,)
 

@@ -3,8 +3,8 @@
 from memkernels.backends.reference._store_table import PENDING, Keys, Table
 
 
-def forward(table, keys, rows, mode, spans, arena, data, offsets):
-    lookup, count = Table(table, Keys(keys, spans, arena, data, offsets)), keys.shape[0]
+def forward(table, keys, rows, mode, spans, arena, data, offsets, second):
+    lookup, count = Table(table, Keys(keys, spans, arena, data, offsets, second)), keys.shape[0]
     given, now, old, places = rows.tolist(), [-1] * count, [-1] * count, {}
 
     def step(i, leave):
