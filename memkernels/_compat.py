@@ -108,6 +108,12 @@ def general_empty(like: torch.Tensor, shape: tuple[int, ...] | None, dtype: torc
     return like.new_empty(like.shape if shape is None else shape, dtype=dtype)
 
 
+def _empties(like: torch.Tensor, *shapes_and_dtypes: Any) -> tuple[torch.Tensor | None, ...]:
+    """`general_empty` for each pair of a shape and a dtype; None for a shape that is None."""
+    pairs = zip(shapes_and_dtypes[::2], shapes_and_dtypes[1::2], strict=True)
+    return tuple([None if shape is None else general_empty(like, shape, dtype) for shape, dtype in pairs])
+
+
 def _empty_gradients(inputs: tuple[Any, ...], places: tuple[int, ...], needs: Sequence[bool]) -> list[torch.Tensor | None]:
     """A contiguous tensor like each of the inputs at these places that needs a gradient, None for the others."""
     return [general_empty(inputs[i], None, None) if need else None for i, need in zip(places, needs)]
@@ -141,6 +147,7 @@ deterministic = torch._C._get_deterministic_algorithms  # what the public functi
 call_kind: Callable[[tuple[Any, ...], int], int] = _call_kind
 integers_fit: Callable[[torch.Tensor, int, int, int], bool | None] = _integers_fit
 empty: Callable[[torch.Tensor, tuple[int, ...] | None, torch.dtype | None], torch.Tensor] = general_empty
+empties: Callable[..., tuple[torch.Tensor | None, ...]] = _empties
 empty_gradients: Callable[[tuple[Any, ...], tuple[int, ...], Sequence[bool]], list[torch.Tensor | None]] = _empty_gradients
 
 

@@ -10,7 +10,7 @@ import torch
 
 from memkernels import _autograd, _backends, _compat
 from memkernels._compat import PLAIN_CALL, RECORDED, ROUTED, autocast_enabled, forward_ad_active, functorch_active
-from memkernels._op import Arg, Op, Out, empty_like, new_empty
+from memkernels._op import Arg, Op, Out, empty_like, new_empties, new_empty
 
 __all__ = [
     "OPS",
@@ -22,6 +22,7 @@ __all__ = [
     "define_table_op",
     "empty_like",
     "explain",
+    "new_empties",
     "new_empty",
 ]
 

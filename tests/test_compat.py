@@ -148,6 +148,21 @@ def test_empty_is_filled_where_torch_fills():
     assert _compat.empty(torch.ones(3), None, None).isnan().all()
 
 
+@pytest.mark.parametrize("make", [_compat._empties, lambda *given: _compat.empties(*given)])
+def test_empties_are_made_as_each_alone(make):
+    like, half = torch.ones(2, 3), torch.bfloat16
+    found = make(like, (4,), None, None, half, torch.Size([2, 0]), half, (), torch.int64)
+    assert found[1] is None and [(t.shape, t.dtype) for t in found if t is not None] == [
+        (torch.Size([4]), torch.float32), (torch.Size([2, 0]), half), (torch.Size([]), torch.int64),
+    ]  # fmt: skip
+    assert found[0].isnan().all()  # where torch fills
+    torch.use_deterministic_algorithms(False)  # the fixture for all tests puts it back
+    assert [t.stride() for t in make(like, (2, 3), None, torch.Size([4, 0, 2]), half)] == [(3, 1), (2, 2, 1)]
+    assert make(like) == ()
+    with pytest.raises((TypeError, ValueError)):
+        make(like, (2,))
+
+
 @pytest.mark.parametrize("make", [_compat._empty_gradients, lambda *given: _compat.empty_gradients(*given)])
 def test_empty_gradients_are_made_for_those_that_need_one(make):
     inputs = (torch.ones(2, 3).T, None, torch.ones(0, 3), torch.ones((), dtype=torch.bfloat16))

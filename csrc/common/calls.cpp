@@ -185,13 +185,14 @@ PyObject* integers_fit(PyObject*, PyObject* const* args, Py_ssize_t n) {
 bool layout_of(const dlpack::Tensor& view, PyObject* shape, py::tuple& sizes, py::tuple& strides) {
   const Py_ssize_t ndim = shape == Py_None ? view.ndim : PyTuple_Check(shape) ? PyTuple_GET_SIZE(shape) : -1;
   if (ndim < 0) return false;
-  sizes = py::tuple(size_t(ndim)), strides = py::tuple(size_t(ndim));
+  const bool ready = PyTuple_CheckExact(shape);  // torch takes no torch.Size here
+  sizes = ready ? py::reinterpret_borrow<py::tuple>(shape) : py::tuple(size_t(ndim)), strides = py::tuple(size_t(ndim));
   int64_t stride = 1;
   for (Py_ssize_t i = ndim - 1; i >= 0; i--) {
     PyObject* given = shape == Py_None ? nullptr : PyTuple_GET_ITEM(shape, i);
     if (given && !PyLong_CheckExact(given)) return false;
     const int64_t size = given ? PyLong_AsLongLong(given) : view.shape[i];
-    PyTuple_SET_ITEM(sizes.ptr(), i, PyLong_FromLongLong(size));
+    if (!ready) PyTuple_SET_ITEM(sizes.ptr(), i, PyLong_FromLongLong(size));
     PyTuple_SET_ITEM(strides.ptr(), i, PyLong_FromLongLong(stride));
     stride *= std::max<int64_t>(size, 1);
   }
@@ -203,13 +204,15 @@ PyObject* general_empty(PyObject* like, PyObject* shape, PyObject* dtype) {
   return PyObject_Vectorcall(torch.general_empty, given, 3, nullptr);
 }
 
-PyObject* empty_of(PyObject* like, PyObject* shape, PyObject* dtype, bool deterministic) {
-  dlpack::Tensor view;
+// Whether memory like that of a tensor can be had without torch's general way; deterministic torch fills fresh memory.
+bool simple(PyObject* like, dlpack::Tensor* view) {
+  return !truth(PyObject_CallNoArgs(torch.deterministic)) && view_of(like, view) && view->device.type == dlpack::kCPU;
+}
+
+// `view` of `like`, or null where only the general way will do.
+PyObject* empty_of(PyObject* like, PyObject* shape, PyObject* dtype, const dlpack::Tensor* view) {
   py::tuple sizes, strides;
-  // Deterministic torch fills fresh memory.
-  if (deterministic || !view_of(like, &view) || view.device.type != dlpack::kCPU ||
-      !layout_of(view, shape, sizes, strides))
-    return general_empty(like, shape, dtype);
+  if (!view || !layout_of(*view, shape, sizes, strides)) return general_empty(like, shape, dtype);
   const auto own = dtype == Py_None ? py::reinterpret_steal<py::object>(PyObject_GetAttr(like, torch.dtype))
                                     : py::reinterpret_borrow<py::object>(dtype);
   if (!own) return nullptr;
@@ -220,7 +223,23 @@ PyObject* empty_of(PyObject* like, PyObject* shape, PyObject* dtype, bool determ
 PyObject* empty(PyObject*, PyObject* const* args, Py_ssize_t n) {
   if (n != 3) return PyErr_Format(PyExc_TypeError, "empty: expected (like, shape, dtype)");
   return guarded([&]() -> PyObject* {
-    return empty_of(args[0], args[1], args[2], truth(PyObject_CallNoArgs(torch.deterministic)));
+    dlpack::Tensor view;
+    return empty_of(args[0], args[1], args[2], simple(args[0], &view) ? &view : nullptr);
+  });
+}
+
+PyObject* empties(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  if (n % 2 != 1) return PyErr_Format(PyExc_TypeError, "empties: expected (like, shape, dtype, shape, dtype, ...)");
+  return guarded([&]() -> PyObject* {
+    dlpack::Tensor view;
+    const dlpack::Tensor* known = simple(args[0], &view) ? &view : nullptr;
+    py::tuple made{size_t(n / 2)};
+    for (Py_ssize_t i = 1; i < n; i += 2) {
+      PyObject* one = args[i] == Py_None ? Py_NewRef(Py_None) : empty_of(args[0], args[i], args[i + 1], known);
+      if (!one) return nullptr;
+      PyTuple_SET_ITEM(made.ptr(), i / 2, one);
+    }
+    return made.release().ptr();
   });
 }
 
@@ -241,7 +260,9 @@ PyObject* empty_gradients(PyObject*, PyObject* const* args, Py_ssize_t n) {
       if (place < 0 || place >= PySequence_Fast_GET_SIZE(inputs.ptr()))
         return PyErr_Format(PyExc_IndexError, "empty_gradients: no input %zd", place);
       PyObject* like = PySequence_Fast_GET_ITEM(inputs.ptr(), place);
-      PyObject* gradient = need ? empty_of(like, Py_None, Py_None, deterministic) : Py_NewRef(Py_None);
+      dlpack::Tensor view;
+      const bool known = need && !deterministic && view_of(like, &view) && view.device.type == dlpack::kCPU;
+      PyObject* gradient = need ? empty_of(like, Py_None, Py_None, known ? &view : nullptr) : Py_NewRef(Py_None);
       if (!gradient) return nullptr;
       PyList_SET_ITEM(gradients.ptr(), i, gradient);
     }
@@ -262,6 +283,7 @@ void bind_calls(py::module_& m) {
   static PyMethodDef functions[] = {fast("call_kind", &call_kind),
                                     fast("tensor_key", &tensor_key),
                                     fast("empty", &empty),
+                                    fast("empties", &empties),
                                     fast("empty_gradients", &empty_gradients),
                                     fast("integers_fit", &integers_fit),
                                     {}};

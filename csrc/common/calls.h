@@ -5,8 +5,8 @@
 
 namespace mk {
 
-// call_kind, tensor_key, empty, empty_gradients and integers_fit, as memkernels/_compat.py and _checks.py describe
-// them, and bind_torch, which hands over what they use.
+// call_kind, tensor_key, empty, empties, empty_gradients and integers_fit, as memkernels/_compat.py and _checks.py
+// describe them, and bind_torch, which hands over what they use.
 void bind_calls(pybind11::module_& m);
 
 }  // namespace mk

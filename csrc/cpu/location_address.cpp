@@ -45,7 +45,7 @@ void for_each_head(const LocationAddressArgs& a, DType type, const Kernel& kerne
   const int64_t bytes = a.rows * (kFunctions + 2 * a.taps) * item_size(type);
   parallel_for(a.batch * a.heads, grain_for(bytes), [&](int64_t begin, int64_t end) {
     Scratch scratch;
-    void* room = scratch.take<char>(location_scratch(a) * (type == DType::float64 ? 8 : 4));
+    void* room = scratch.take<char>(location_scratch(a.rows, a.taps) * (type == DType::float64 ? 8 : 4));
     for (int64_t i = begin; i < end; i++) kernel(a, i / a.heads, i % a.heads, room);
   });
 }
@@ -64,9 +64,11 @@ void forward(const TensorView& weights, const TensorView& stats, const InputView
 void backward(const TensorView& dcontent, const TensorView& dprevious, const TensorView& dgate,
               const TensorView& dshift, const TensorView& dsharpen, const InputView& dweights, const InputView& content,
               const InputView& previous, const TensorView& gate, const InputView& shift, const TensorView& sharpen,
-              const TensorView& stats) {
+              const TensorView& weights, const TensorView& stats) {
   LocationAddressArgs a = arguments(content, previous, gate, shift, sharpen, stats);
   const DType type = content.dtype();
+  check_output(kOp, "weights", weights, {a.batch, a.heads, a.rows}, type);
+  a.weights = weights.data();
   check_tensor(kOp, "dweights", dweights, {a.batch, a.heads, a.rows}, type);
   check_inner(kOp, "dweights", dweights);
   a.dweights = dweights.data(), a.dweights_b = dweights.stride(0), a.dweights_r = dweights.stride(1);

@@ -7,21 +7,27 @@ namespace mk::cpu {
 // Element strides; the last dimension of every tensor but gate and sharpen is contiguous.
 struct LocationAddressArgs {
   const void *content, *previous, *gate, *shift, *sharpen,
-      *dweights;                                           // [B, R, N] twice, [B, R], [B, R, taps], [B, R], [B, R, N]
-  void *weights, *stats;                                   // contiguous; stats [B, R, 2] in the accumulation type
+      *dweights;          // [B, R, N] twice, [B, R], [B, R, taps], [B, R], [B, R, N]
+  void *weights, *stats;  // contiguous; stats [B, R, 2] in the accumulation type; weights as given to backward too
   void *dcontent, *dprevious, *dgate, *dshift, *dsharpen;  // contiguous; a gradient nobody needs is null
   int64_t batch, heads, rows, taps;
   int64_t content_b, content_r, previous_b, previous_r, gate_b, gate_r, shift_b, shift_r, sharpen_b, sharpen_r,
       dweights_b, dweights_r;
 };
 
+// A row in scratch: `taps` / 2 on either side of `rows`, moved so that the first of these starts a line of the cache,
+// and room for a whole vector after it.
+MK_INLINE int64_t location_row(int64_t rows, int64_t taps) { return (rows + taps + 47) / 16 * 16; }
+
 // Elements of the accumulation type that a task needs: the circle of interpolated weights, that of their gradients, the
-// shifted weights and two functions of them, the taps; with room for a whole vector after each.
-MK_INLINE int64_t location_scratch(const LocationAddressArgs& a) { return 5 * (a.rows + 16) + 4 * (a.taps + 16); }
+// shifted weights and a function of them, the taps and their gradients.
+MK_INLINE int64_t location_scratch(int64_t rows, int64_t taps) {
+  return 4 * location_row(rows, taps) + 2 * location_row(0, taps) + 16;
+}
 
 struct LocationAddressKernels {
-  void (*forward[kFloatTypes])(const LocationAddressArgs&, int64_t b, int64_t r, void* scratch);
-  void (*backward[kFloatTypes])(const LocationAddressArgs&, int64_t b, int64_t r, void* scratch);
+  void (*forward[kFloatTypes])(const LocationAddressArgs &, int64_t b, int64_t r, void *scratch);
+  void (*backward[kFloatTypes])(const LocationAddressArgs &, int64_t b, int64_t r, void *scratch);
 };
 
 MK_KERNELS(LocationAddressKernels, location_address)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memkernels._checks import Signature, check_choice, check_flag, check_number, check_tensor, fail
 from memkernels._compat import register_namedtuple
-from memkernels._registry import Arg, Out, define_op, new_empty
+from memkernels._registry import Arg, Out, define_op, new_empties
 from memkernels.ops.dnc_step import COSINES, DNCState
 
 STRENGTHS = ("oneplus", "softplus")
@@ -160,16 +160,25 @@ def _allocate(input, memory, usage, link, precedence, write, read, reads, h, c, 
     rows, width = memory.shape[1:]
     interface = weights_and_options[4]
     asked = features if interface is None else len(interface)
-    shapes: list[Any] = [((steps, batch, readers, width), None), None if h is None else ((steps, batch, h.shape[1]), None)]
-    shapes += [(t.shape, None) for t in (memory, usage, link, precedence)]
-    shapes += [((steps, batch, readers + writers, rows), wide), None if c is None else (c.shape, None)]
-    shapes += [((steps, batch, *s), wide) for s in ((asked,), (rows,), (writers, rows), (2, readers, writers, rows))]
-    if h is None:
-        shapes += [None] * 3
-    else:
-        n = h.shape[1]
-        shapes += [((steps + 1, batch, features + readers * width + n), wide), ((steps, batch, 4 * n), wide), ((steps, batch, n), wide)]
-    return tuple(None if s is None else new_empty(input, s[0], s[1] or input.dtype) for s in shapes)
+    n = None if h is None else h.shape[1]
+    return new_empties(
+        input,
+        (steps, batch, readers, width), None,
+        None if n is None else (steps, batch, n), None,
+        memory.shape, None,
+        usage.shape, None,
+        link.shape, None,
+        precedence.shape, None,
+        (steps, batch, readers + writers, rows), wide,
+        None if c is None else c.shape, None,
+        (steps, batch, asked), wide,
+        (steps, batch, rows), wide,
+        (steps, batch, writers, rows), wide,
+        (steps, batch, 2, readers, writers, rows), wide,
+        None if n is None else (steps + 1, batch, features + readers * width + n), wide,
+        None if n is None else (steps, batch, 4 * n), wide,
+        None if n is None else (steps, batch, n), wide,
+    )  # fmt: skip
 
 
 _STATE = dict(memory="B N W", usage="B N", link="B U N N", precedence="B U N", write_weights="B U N", read_weights="B R N")

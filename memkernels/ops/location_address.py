@@ -66,7 +66,7 @@ SIGNATURE = Signature("location_address", content="B R N", previous="B R N", gat
 OP = define_op(
     "location_address",
     inputs=(Arg("content"), Arg("previous"), Arg("gate"), Arg("shift"), Arg("sharpen")),
-    outputs=(Out("weights"), Out("stats", differentiable=False, save=True)),
+    outputs=(Out("weights", save=True), Out("stats", differentiable=False, save=True)),
     allocate=_allocate,
     autocast="float32",
 )

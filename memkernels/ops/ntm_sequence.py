@@ -8,7 +8,7 @@ import torch
 
 from memkernels._checks import Signature, check_choice
 from memkernels._compat import register_namedtuple
-from memkernels._registry import Arg, Out, define_op, new_empty
+from memkernels._registry import Arg, Out, define_op, new_empties
 
 FORMS = ("graves", "pytorch-ntm")
 
@@ -118,18 +118,18 @@ def _allocate(input, memory, read_weights, write_weights, reads, h, c, weight_ih
     read_scalars, writers = heads_and_form[1], write_weights.shape[1]
     every = heads + writers
     projected = every * (width + read_scalars.shape[1] + 2) + 2 * writers * width
-    shapes = (
-        ((steps, batch, hidden), None),
-        ((steps, batch, heads, width), None),
-        (memory.shape, None),
-        ((steps, batch, every, memory.shape[1]), wide),
-        (c.shape, None),
-        ((steps + 1, batch, features + heads * width + hidden), wide),
-        ((steps, batch, 4 * hidden), wide),
-        ((steps, batch, hidden), wide),
-        ((steps, batch, projected), wide),
-    )
-    return tuple(new_empty(input, shape, dtype or input.dtype) for shape, dtype in shapes)
+    return new_empties(
+        input,
+        (steps, batch, hidden), None,
+        (steps, batch, heads, width), None,
+        memory.shape, None,
+        (steps, batch, every, memory.shape[1]), wide,
+        c.shape, None,
+        (steps + 1, batch, features + heads * width + hidden), wide,
+        (steps, batch, 4 * hidden), wide,
+        (steps, batch, hidden), wide,
+        (steps, batch, projected), wide,
+    )  # fmt: skip
 
 
 _WEIGHTS = dict(weight_ih="4H I", weight_rh="4H R W", weight_hh="4H H", bias="4H")

@@ -203,3 +203,4 @@ MK_INLINE Vec<double> reduce_add_each(const double* rows) {
 }  // namespace mk::cpu::MK_LEVEL
 
 #include "cpu/generic/vec_math.inl.h"
+#include "cpu/avx512/log.h"

@@ -95,6 +95,12 @@ struct Sharpening {
     scale = V::set1(factor), minus = V::set1(-top * factor), inverse = V::set1(1 / (top * factor));
     above = V::set1(sharpen - 1);
   }
+
+  MK_INLINE V ratio(V shifted) const {
+    const V scaled = shifted * scale, quotient = scaled * inverse;
+    // Rounded as a division does, at a quarter of its time: exactly 1 for the largest.
+    return fma(fma(quotient, minus, scaled), inverse, quotient);
+  }
 };
 
 // A row of shifted weights over its largest, in place, and the logarithms: 0 and 0 where a weight is not positive. NaN
@@ -103,9 +109,7 @@ template <class A>
 MK_INLINE void take_logarithms(A* shifted, int64_t rows, const Sharpening<Vec<A>>& by, A* logarithm) {
   using V = Vec<A>;
   for_each_vec<V>(rows, [&](int64_t i, auto part) {
-    const V scaled = load<V>(shifted + i, part) * by.scale, quotient = scaled * by.inverse;
-    // Rounded as a division does, at a quarter of its time: exactly 1 for the largest.
-    const V ratio = fma(fma(quotient, by.minus, scaled), by.inverse, quotient);
+    const V ratio = by.ratio(load<V>(shifted + i, part));
     const auto positive = !(ratio <= V::zero());
     store(select(positive, ratio, V::zero()), shifted + i, part);
     store(log(select(positive, ratio, V::set1(1))), logarithm + i, part);

@@ -22,8 +22,7 @@ template <class A>
 struct NtmAddress {
   A *similar, *content, *norms, *key_norms, *room;
   static MK_INLINE int64_t size(const NtmArgs& a) {
-    const int64_t taps = a.scalars - 3;
-    return 2 * a.every() * a.rows + a.rows + a.every() + 48 + 5 * (a.rows + 16) + 4 * (taps + 16);
+    return 2 * a.every() * a.rows + a.rows + a.every() + 48 + location_scratch(a.rows, a.scalars - 3);
   }
   MK_INLINE NtmAddress(const NtmArgs& a, A* scratch) {
     similar = scratch, content = similar + a.every() * a.rows, norms = content + a.every() * a.rows + 16;

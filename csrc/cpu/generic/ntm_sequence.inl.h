@@ -230,7 +230,7 @@ void ntm_heads_backward(const NtmArgs& a, int64_t t, int64_t b, const acc_t<S>* 
   NtmAddress<A> address(a, room);
   address.weigh(a, before, z.stride, heads);
   LocationAddressArgs l = address.location(a, heads, t ? at.before : initial);
-  l.dweights = d.weights, l.dweights_r = a.rows, l.dcontent = dcontent, l.dprevious = dprevious;
+  l.weights = at.weights, l.dweights = d.weights, l.dweights_r = a.rows, l.dcontent = dcontent, l.dprevious = dprevious;
   l.dgate = dgate, l.dshift = dshift, l.dsharpen = dsharpen;
   for (int64_t h = 0; h < a.every(); h++) location_address_backward<A>(l, 0, h, address.room);
   convert_run(dprevious, d.weights, a.every() * a.rows);

@@ -17,7 +17,7 @@ _C.bind_torch(
     _compat.general_empty,
 )
 _checks.key_of, _compat.call_kind, _compat.empty = _C.tensor_key, _C.call_kind, _C.empty
-_compat.integers_fit, _compat.empty_gradients = _C.integers_fit, _C.empty_gradients
+_compat.integers_fit, _compat.empties, _compat.empty_gradients = _C.integers_fit, _C.empties, _C.empty_gradients
 if (_level := _config.cpu_level()) is not None:
     _C.set_cpu_level(_level)
 

@@ -83,7 +83,7 @@ class Machine:
         dmemory, dwrite, derase, dadd = memory_write.backward(dwritten, before.memory, after.weights[:, self.readers :], erase, add)
         dmemory = dmemory if self.graves else dmemory + dsource
         dweights = d.weights + torch.cat([d.reads @ source.mT, dwrite], 1)
-        given = content, before.weights, gate, shift, sharpen, None
+        given = content, before.weights, gate, shift, sharpen, after.weights, None
         dcontent, dprevious, dgate, dshift, dsharpen = location_address.backward(dweights, *given)
         dlogit = softmax_backward(dcontent, content)
         more, dkey, dstrength = similarity_backward(dlogit, similar, before.memory, key, strength, "cosine", self.eps)

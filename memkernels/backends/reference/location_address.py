@@ -49,7 +49,7 @@ def forward(content, previous, gate, shift, sharpen):
     return weights.to(dtype), torch.cat((top, total), -1).detach()
 
 
-def backward(dweights, content, previous, gate, shift, sharpen, stats):
+def backward(dweights, content, previous, gate, shift, sharpen, weights, stats):
     dtype, content, previous, gate, shift, sharpen = content.dtype, *(compute(t) for t in (content, previous, gate, shift, sharpen))
     seen, shifted = _shifted(content, previous, gate, shift)
     top = _largest(shifted)

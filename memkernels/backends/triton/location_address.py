@@ -188,7 +188,7 @@ def forward(weights, stats, content, previous, gate, shift, sharpen):
     )  # fmt: skip
 
 
-def backward(dcontent, dprevious, dgate, dshift, dsharpen, dweights, content, previous, gate, shift, sharpen, stats):
+def backward(dcontent, dprevious, dgate, dshift, dsharpen, dweights, content, previous, gate, shift, sharpen, weights, stats):
     grid, sizes, tiles = _sizes(content, shift)
     slope = content.new_empty(content.shape, dtype=torch.float32)
     run(
