@@ -1,8 +1,13 @@
-"""Random calls of an op, drawn from its spec: sizes, options, dtypes, layouts, special values, gradients asked for."""
+"""Random calls of an op, drawn from its spec: sizes, options, dtypes, layouts, special values, gradients asked for.
+
+The long form draws wider: large sizes, options of two samples at once, one tensor given twice, int32 indices, any layout of upstream
+gradients, several threads, and gradients of some inputs alone.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,13 +18,34 @@ from cases import DTYPES, Case, places
 from hypothesis import strategies as st
 
 from memkernels.testing import GRADIENT_LAYOUTS, LAYOUTS, compare, inputs
-from memkernels.testing.spec import OpSpec, Tensors
+from memkernels.testing.spec import OpSpec, Sample, Tensors
 
 SIZES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33)
+LARGE = (47, 63, 64, 65, 100, 127, 129, 200, 257, 300)  # beyond a block of the kernels; two dimensions of a call at most
+ELEMENTS = 200_000  # the most of all inputs of a call with a large dimension
 SPECIAL = (0.0, -0.0, 1e-40, -1e-40, 1.0)
 # A tiny tensor makes the reference exact by luck, so the bar of fuzzed calls is this much wider; a wrong tail or stride misses it by far.
 WIDER = 8.0
 ABSOLUTE = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Wider:
+    """What the long form draws beyond a call's usual parts."""
+
+    twins: tuple[int, int] | None  # places of two inputs that are one tensor, where shape and dtype allow
+    int32: bool
+    threads: int
+    needs: int  # bit i: the gradient of the i-th differentiable input is asked for alone, or with others
+
+    def with_twins(self, given: Tensors) -> Tensors:
+        if self.twins is None:
+            return given
+        a, b = (list(given)[i] for i in self.twins)
+        first, second = given[a], given[b]
+        if first is None or second is None or first.shape != second.shape or first.dtype != second.dtype or not first.is_floating_point():
+            return given
+        return {**given, b: first}
 
 
 @dataclass(frozen=True, repr=False)
@@ -31,13 +57,20 @@ class Call:
     gradient: str
     special: tuple[int, float] | None
     seed: int
+    wider: Wider | None = None
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{k}={v}" for k, v in self.case.sample.dims.items())
-        return f"{self.case} [{sizes}] layouts {self.layouts}, gradient {self.gradient}, special {self.special}, seed {self.seed}"
+        text = f"{self.case} [{sizes}] layouts {self.layouts}, gradient {self.gradient}, special {self.special}, seed {self.seed}"
+        return f"{text}, options {self.case.options}, present {self.case.sample.present}, {self.wider}" if self.wider else text
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # what hypothesis prints, or it shows the whole spec
+        printer.text(repr(self))
 
     def inputs(self) -> Tensors:
         given = self.case.inputs(seed=self.seed)
+        if self.wider is not None and self.wider.int32:
+            given = {n: t.int() if t is not None and t.dtype == torch.int64 else t for n, t in given.items()}
         for i, (name, layout) in enumerate(zip(given, self.layouts)):
             t = given[name]
             if t is None:
@@ -45,13 +78,51 @@ class Call:
             if self.special is not None and self.special[0] == i and t.is_floating_point() and t.numel():
                 t.view(-1)[:: max(1, t.numel() // 3)] = self.special[1]
             given[name] = LAYOUTS[layout](t)
-        return given
+        return given if self.wider is None else self.wider.with_twins(given)
 
 
 def families(spec: OpSpec, dims: dict[str, int]) -> list[list[str]]:
     """Letters that begin alike (query heads NH, key heads NHk) change together."""
     heads = [letter for letter in dims if not any(letter != other and letter.startswith(other) for other in dims)]
     return [[letter for letter in dims if letter.startswith(head)] for head in heads]
+
+
+def mixed(sample: Sample, other: Sample, options: Sequence[bool], present: Sequence[bool]) -> Sample:
+    """The sample with some of another one's options, and some of both one's optional inputs."""
+    merged = {**sample.options, **{k: v for (k, v), taken in zip(other.options.items(), options) if taken}}
+    names = dict.fromkeys((*sample.present, *other.present))
+    twists = [s.twist for s in (sample, other) if s.twist is not None]
+
+    def twist(tensors: Tensors) -> Tensors:
+        for change in twists:
+            tensors = {**tensors, **change(tensors)}
+        return tensors
+
+    kept = tuple(name for name, there in zip(names, present) if there)
+    lacking = {k: n for k, n in other.dims.items() if not k.startswith(tuple(sample.dims))}
+    return replace(sample, dims={**sample.dims, **lacking}, options=merged, present=kept, twist=twist if twists else None)
+
+
+@st.composite
+def wider_calls(draw: Any, spec: OpSpec, backends: tuple[tuple[str, str], ...] = ()) -> Call:
+    """A call as usual, and with what the long form draws."""
+    call: Call = draw(calls(spec, backends))
+    sample = call.case.sample
+    if draw(st.integers(0, 2)) == 0:
+        other = draw(st.sampled_from([s for s in spec.samples if not s.hard]))
+        flags = st.lists(st.booleans(), min_size=len(spec.inputs), max_size=len(spec.inputs))
+        sample = mixed(sample, other, draw(flags), draw(flags))
+    alone = [family[0] for family in families(spec, dict(sample.dims)) if len(family) == 1]
+    for _ in range(draw(st.sampled_from((0, 0, 0, 0, 1, 1, 2))) if alone else 0):
+        grown = {**sample.dims, draw(st.sampled_from(alone)): draw(st.sampled_from(LARGE))}
+        present = [wanted for name, wanted in spec.inputs.items() if not wanted.optional or name in sample.present]
+        if sum(math.prod(wanted.shape(grown)) for wanted in present) <= ELEMENTS:
+            sample = replace(sample, dims=grown)
+    place = st.integers(0, len(spec.inputs) - 1)
+    needs = st.integers(1, 2 ** len(spec.inputs) - 1)
+    wider = Wider(draw(st.none() | st.tuples(place, place)), draw(st.booleans()), draw(st.integers(1, 3)), draw(needs))
+    gradient = draw(st.sampled_from(sorted({**LAYOUTS, **GRADIENT_LAYOUTS})))
+    return replace(call, case=replace(call.case, sample=sample), gradient=gradient, wider=wider)
 
 
 @st.composite
@@ -71,20 +142,70 @@ def calls(draw: Any, spec: OpSpec, backends: tuple[tuple[str, str], ...] = ()) -
     return Call(case, layouts, draw(st.sampled_from(sorted(GRADIENT_LAYOUTS))), special, draw(st.integers(0, 999)))
 
 
+def runnable(call: Call) -> Tensors | None:
+    """The inputs of the call; None where the drawn parts make none, or the op or its backend refuses them."""
+    case, unusual = call.case, call.wider is not None
+    nothing: tuple[type[Exception], ...] = (IndexError, RuntimeError)
+    if unusual:
+        nothing += (AttributeError, KeyError, TypeError, ValueError)
+    try:
+        given = call.inputs()
+    except nothing:
+        return None  # the twist of the sample has nothing to twist at this size, or among these inputs
+    try:
+        return given if compare.why_not(case.spec, given, case.options, case.backend) is None else None
+    except (IndexError, TypeError, ValueError) as refusal:
+        if unusual and str(refusal).startswith(f"{case.spec.name}: "):  # two options that exclude one another
+            return None
+        raise
+
+
+def check_part(call: Call, given: Tensors) -> None:
+    """Gradients of some inputs alone, with several threads, are to the last bit those of all inputs with one thread."""
+    assert call.wider is not None
+    case, names = call.case, inputs.differentiable(call.case.spec, given)
+    some = [name for i, name in enumerate(names) if call.wider.needs >> i & 1]
+    whole = _leaves(given, names)
+    with checks.threads(1):
+        outputs = case.call(whole)
+        upstream = inputs.upstream(outputs, case.dtype, call.gradient, call.seed)
+        wanted = _gradients(outputs, upstream, whole, names)
+    part = _leaves(given, some)
+    with checks.threads(call.wider.threads):
+        found = _gradients(case.call(part), upstream, part, some)
+    checks.assert_same(found, {name: wanted[name] for name in found}, f"{call}\ngradients of {some} alone, {call.wider.threads} threads")
+
+
+def _leaves(given: Tensors, names: Sequence[str]) -> Tensors:
+    return {n: t.detach().requires_grad_(n in names) if t is not None and t.is_floating_point() else t for n, t in given.items()}
+
+
+def _gradients(
+    outputs: Sequence[torch.Tensor], upstream: Sequence[torch.Tensor | None], leaves: Tensors, names: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """Outputs, and gradients of the named inputs."""
+    result = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
+    pairs = [(t, g) for t, g in zip(outputs, upstream) if g is not None and t.requires_grad]
+    if pairs and names:
+        wanted = [leaves[n] for n in names]
+        grads = torch.autograd.grad([t for t, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+        result |= {f"d {n}": torch.zeros_like(t) if g is None else g for n, t, g in zip(names, wanted, grads)}
+    return result
+
+
 def check_call(call: Call) -> bool:
     """Runs it, unless the backend refuses; its inputs stay as they were, and its errors within the wider bar."""
     case = call.case
-    try:
-        given = call.inputs()
-    except (IndexError, RuntimeError):
-        return False  # the twist of the sample has nothing to twist at this size
-    if compare.why_not(case.spec, given, case.options, case.backend) is not None:
+    given = runnable(call)
+    if given is None:
         return False
     before = checks.copies(given)
     rows = compare.measure(
         case.spec, case.sample, case.dtype, case.backend, gradient=call.gradient, seed=call.seed, device=case.device, inputs=given, draws=1
     )
     checks.assert_unchanged(given, before, "the call")
+    if call.wider is not None:
+        check_part(call, given)
     largest = max([1.0, *(float(t.abs().max()) for t in inputs.tensors_of(list(given.values())) if t.is_floating_point() and t.numel())])
     rows = [row for row in rows if not (math.isinf(row.error) and math.isinf(row.reference_error))]  # too large for the dtype
     bad = [row for row in rows if not (row.ratio <= WIDER * row.limit or row.error <= ABSOLUTE[case.dtype] * largest)]
@@ -117,7 +238,10 @@ def _rounding_decides(case: Case, given: Tensors) -> bool:
     return any(not torch.equal(a, b) for other in others for a, b in zip(here, other, strict=True))
 
 
-def run(spec: OpSpec, examples: int, seed: int, backends: tuple[tuple[str, str], ...] = ()) -> None:
+def run(
+    spec: OpSpec, examples: int, seed: int, backends: tuple[tuple[str, str], ...] = (), wider: bool = False,
+    check: Callable[[Call], bool] = check_call,
+) -> None:  # fmt: skip
     """So many drawn calls; hypothesis shrinks the first that fails and prints it."""
     counts = {True: 0, False: 0}
 
@@ -130,9 +254,9 @@ def run(spec: OpSpec, examples: int, seed: int, backends: tuple[tuple[str, str],
         suppress_health_check=list(hypothesis.HealthCheck),
         derandomize=False,
     )
-    @hypothesis.given(calls(spec, backends))
+    @hypothesis.given((wider_calls if wider else calls)(spec, backends))
     def fuzzed(call: Call) -> None:
-        counts[check_call(call)] += 1
+        counts[check(call)] += 1
 
     fuzzed()
     assert counts[True] > examples // 10, f"only {counts[True]} of {sum(counts.values())} drawn calls could run"

@@ -6,12 +6,14 @@ import ctypes
 import mmap
 
 import checks
+import fuzz
 import torch
 from cases import Case, select
 from flat import backward_arguments, flat_call
 
 from memkernels import _backends
-from memkernels.testing import compare, inputs
+from memkernels.testing import compare, inputs, specs
+from memkernels.testing.spec import Tensors
 
 PAGE = mmap.PAGESIZE
 libc = ctypes.CDLL(None, use_errno=True)
@@ -37,9 +39,9 @@ def guarded(t: torch.Tensor, side: str) -> torch.Tensor:
     return view
 
 
-def check_guarded(case: Case, side: str, layout: str = "contiguous", module=None) -> None:
+def check_guarded(case: Case, side: str, given: Tensors | None = None, module=None) -> None:
     """The kernels of one backend, forward and backward, stay inside every tensor they are given, and write all of each output."""
-    op, args = flat_call(case, case.inputs(layout))
+    op, args = flat_call(case, case.inputs() if given is None else given)
     module = module or _backends.kernel(case.backend.partition(":")[0], op.name)
     near = [guarded(a.detach(), side) if isinstance(a, torch.Tensor) else a for a in args]
     plain = op.allocate(*args)
@@ -75,7 +77,23 @@ def run_all(backend: str, thorough: bool) -> int:
         for layout in ("contiguous", *strided):
             for side in ("end", "start"):
                 print(case, layout, side, flush=True)
-                check_guarded(case, side, layout)
+                check_guarded(case, side, case.inputs(layout))
                 count += 1
     print("done", count)
     return count
+
+
+def run_drawn(op: str, examples: int, seed: int, backends: tuple[tuple[str, str], ...]) -> None:
+    """Drawn calls, next to forbidden pages; each is printed before it runs."""
+
+    def check(call: fuzz.Call) -> bool:
+        given = fuzz.runnable(call)
+        if given is None:
+            return False
+        print(call, flush=True)
+        for side in ("end", "start"):
+            check_guarded(call.case, side, given)
+        return True
+
+    fuzz.run(specs()[op], examples, seed, backends, wider=True, check=check)
+    print("done")

@@ -122,6 +122,19 @@ def test_a_mask_that_heads_share_has_one_gradient_on_any_threads(backend, groups
         torch.testing.assert_close(first, w, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_shared_mask_of_one_key_has_one_gradient_on_any_threads(backend):
+    before, runs = torch.get_num_threads(), []
+    inputs = drawn((1, 3, 70, 16), (1, 3, 1, 16), (1, 3, 1, 16), (1, 1, 70, 1))
+    try:
+        for threads in (1, 2):  # as many threads as tasks, and more
+            torch.set_num_threads(threads)
+            runs.append(gradients(backend, torch.float32, inputs))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(5, 16), (1, 1, 5, 16), (1, 1, 1, 16), (5, 1)])
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])

@@ -26,4 +26,4 @@ def test_fuzz(op):
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("op", KERNELS)
 def test_fuzz_long(op):
-    run(specs()[op], LONG, LONG_SEED)
+    run(specs()[op], LONG, LONG_SEED, wider=True)

@@ -115,10 +115,10 @@ void forward(const TensorView& out, const TensorView& lse, const TensorView& sta
 }
 
 // An additive mask, shared, with an element for every query and key. Not of the half types, whose gradient would be
-// rounded at every addend.
+// rounded at every addend; nor of one key, whose gradient is that of the log-sum-exp alone (mask_of_rows).
 bool is_shared_block(const AttentionArgs& a, int type) {
   return a.mask && !a.mask_boolean && !mask_is_full(a) && a.mask_queries == a.queries && a.mask_keys == a.keys &&
-         (a.mask_heads == a.heads || a.mask_heads == 1) && type < int(DType::bfloat16);
+         a.keys > 1 && (a.mask_heads == a.heads || a.mask_heads == 1) && type < int(DType::bfloat16);
 }
 
 // Heads that share a mask are one task: its keys are split, for threads to have several. By the shapes alone, as the

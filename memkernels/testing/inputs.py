@@ -163,14 +163,16 @@ OTHER_VALUES = frozenset({"expanded", "expanded_inner", "from_sum", "partial"})
 def upstream(outputs: Sequence[torch.Tensor], dtype: torch.dtype, layout: str = "contiguous", seed: int = 0) -> list[torch.Tensor | None]:
     """Random upstream gradients of these outputs, rounded to `dtype` first so that every dtype gets the same values.
 
-    "partial" leaves out all but one, which one by `seed`; an output that is not differentiable gets None.
+    `layout`: a name in `GRADIENT_LAYOUTS` or `LAYOUTS`; "partial" leaves out all but one, which one by `seed`. An output that is not
+    differentiable gets None.
     """
+    lay_out = GRADIENT_LAYOUTS[layout] if layout in GRADIENT_LAYOUTS else LAYOUTS[layout]
     live = [i for i, t in enumerate(outputs) if t.requires_grad]
     kept = {live[seed % len(live)]} if layout == "partial" and live else set(live)
     grads: list[torch.Tensor | None] = []
     for i, t in enumerate(outputs):
         values = torch.randn(t.shape, dtype=torch.float64, generator=generator("gradient", i, seed)).to(dtype)
-        grads.append(GRADIENT_LAYOUTS[layout](values.to(t.device, t.dtype)) if i in kept else None)
+        grads.append(lay_out(values.to(t.device, t.dtype)) if i in kept else None)
     return grads
 
 

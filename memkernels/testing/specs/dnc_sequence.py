@@ -39,7 +39,7 @@ def _call(function, inputs, options):
     if inputs.get("hidden") is None:
         return function(_cycled(inputs["input"], 2, size), state, **options)
     controller = DNCController(*(inputs[n] for n in _CONTROLLER))
-    interface, bias = (_cycled(t, 0, size) for t in controller[-2:])
+    interface, bias = (None if t is None else _cycled(t, 0, size) for t in controller[-2:])
     return function(inputs["input"], state, controller._replace(weight_interface=interface, bias_interface=bias), **options)
 
 
