@@ -74,6 +74,7 @@ def test_random_power_law_graphs(seed):
 def test_parameters_are_those_of_transformer_conv():
     names = [f"lin_{part}.{kind}" for part in ("key", "query", "value", "skip") for kind in ("weight", "bias")]
     assert sorted(GraphAttention(5, 6, 2).state_dict()) == sorted(names)
+    assert sorted(GraphAttention(5, 6, 2, bias=False).state_dict()) == sorted(names[::2])
     shapes = {n: tuple(p.shape) for n, p in GraphAttention((3, 5), 6, 2, concat=False, edge_dim=4).named_parameters()}
     assert shapes["lin_key.weight"] == shapes["lin_value.weight"] == (12, 3)
     assert shapes["lin_query.weight"] == (12, 5) and shapes["lin_skip.weight"] == (6, 5) and shapes["lin_edge.weight"] == (2, 4)

@@ -292,6 +292,32 @@ def test_hooks_see_states(kind):
     assert seen == [(1, 2)]
 
 
+@kinds
+def test_what_user_code_asks_a_module(kind):
+    """Shapes of the states, the checks of them and another order of rows: torch.nn's public methods, which forward does not need."""
+    theirs, ours = twins(kind, 5, 6, 2, bidirectional=True, **({"proj_size": 3} if kind == "LSTM" else {}))
+    assert not [name for name in dir(theirs) if not hasattr(ours, name)]
+    x, state = torch.randn(3, 4, 5, dtype=torch.float64), random_state(ours, 4)
+    ours.check_forward_args(x, state, None)
+    for name in ("get_expected_hidden_size", *(("get_expected_cell_size",) if kind == "LSTM" else ())):
+        for sizes in (None, torch.tensor([4, 2])):
+            assert getattr(ours, name)(x, sizes) == getattr(theirs, name)(x, sizes)
+    for wrong in wrong_states(ours):
+        with pytest.raises(RuntimeError, match="Expected hidden"):
+            ours.check_forward_args(x, wrong, None)
+    for order in (None, torch.tensor([2, 0, 3, 1])):
+        assert all(map(torch.equal, parts(ours.permute_hidden(state, order)), parts(theirs.permute_hidden(state, order))))
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell", "MultiheadAttention"])
+def test_script_is_refused_by_name(name):
+    model = torch.nn.Sequential(getattr(nn, name)(4, 2))
+    with warnings.catch_warnings(), pytest.raises(NotImplementedError, match=rf"{name}: torch.jit.script: expected torch.jit.trace"):
+        warnings.simplefilter("ignore")
+        torch.jit.script(model)
+    assert type(model[0]) is getattr(nn, name)
+
+
 def test_unknown_nonlinearity():
     """test_RNN_nonlinearity, test_RNN_nonlinearity_passed_as_arg"""
     assert nn.RNN(2, 3, 1, "relu").nonlinearity == "relu" and nn.RNN(2, 3, nonlinearity="tanh").mode == "RNN_TANH"

@@ -46,3 +46,19 @@ def test_attention_is_sdpa(dtype):
                 assert (o.double() - e).abs().max() <= times * (t.double() - e).abs().max() + 8 * torch.finfo(dtype).eps * e.abs().max()
         count += 1
     assert count > 10
+
+
+def test_causal_bias():
+    """torch.nn.attention.bias: masks without values, read as `is_causal` and a corner."""
+    bias = pytest.importorskip("torch.nn.attention.bias")
+    query, key = torch.randn(3, 2, 5, 4), torch.randn(3, 2, 7, 4)
+    for make, corner in ((bias.causal_upper_left, "top-left"), (bias.causal_lower_right, "bottom-right")):
+        found = mk.attention(query, key, key, make(5, 7))
+        assert type(found) is torch.Tensor and torch.equal(found, mk.attention(query, key, key, is_causal=True, causal=corner))
+        torch.testing.assert_close(found, F.scaled_dot_product_attention(query, key, key, make(5, 7)))
+        compiled = torch.compile(lambda mask: mk.attention(query, key, key, mask), fullgraph=True, backend="eager")
+        assert torch.equal(compiled(make(5, 7)), found)
+    with pytest.raises(ValueError, match=r"attn_mask: expected a CausalBias of \(5, 7\), got \(5, 6\)"):
+        mk.attention(query, key, key, bias.causal_upper_left(5, 6))
+    with pytest.raises(ValueError, match="attn_mask: expected a mask of values with is_causal, window or lengths_k, got CausalBias"):
+        mk.attention(query, key, key, bias.causal_upper_left(5, 7), is_causal=True)

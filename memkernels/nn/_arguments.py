@@ -40,3 +40,10 @@ def time_first(owner: str, input: Any, features: int, batch_first: bool, paramet
         fail(owner, "input", f"[{'B T I' if batch_first else 'T B I'}] with I={features}", f"shape {tuple(input.shape)}")
     check_floating(owner, parameters=parameters, input=input)
     return input.transpose(0, 1) if batch_first else input
+
+
+def refuse_script(module: torch.nn.Module) -> torch.nn.Module:
+    """What torch.jit.script asks a module for: an error that says so, in place of one about some annotation inside."""
+    raise NotImplementedError(
+        f"{module._get_name()}: torch.jit.script: expected torch.jit.trace, torch.export or torch.compile, got a request for TorchScript"
+    )

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from memkernels._checks import check_flag, check_number, fail
-from memkernels.nn._arguments import check_integers, check_sizes
+from memkernels.nn._arguments import check_integers, check_sizes, refuse_script
 
 States = Any  # None or a tuple of tensors, as many as the cell has states
 
@@ -36,6 +36,8 @@ class Recurrent(torch.nn.RNNBase):
     num_heads: int
     learned_reset: bool
     weight_ih_l0: Tensor
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self, mode: str, sizes: Sequence[Any], factory: dict[str, Any], options: dict[str, Any]) -> None:
         """sizes: what torch.nn.RNNBase takes after mode, from input_size to proj_size; factory: device and dtype."""

@@ -51,9 +51,9 @@ class GraphAttention(nn.Module):
     ``out[i] = concat_h(sum_e softmax_e(q_h[i] . k_h[j] / sqrt(C) + b_h[e]) v_h[j]) + W_skip x[i]``, e running over the edges j -> i, with
     ``q = W_query x``, ``k = W_key x``, ``v = W_value x``, and ``b = W_edge edge_attr``. No row is copied an edge.
 
-    Parameters have the names and shapes of TransformerConv's: lin_key, lin_query, lin_value (NH*C features, with bias), lin_skip (NH*C, or
-    C without `concat`; `bias` is its bias), so state_dicts load both ways for beta=False and edge_dim=None. With `edge_dim` ours gives
-    one number a head that is added to the score (lin_edge: edge_dim -> NH, no bias); TransformerConv adds a vector to key and value.
+    Parameters have the names and shapes of TransformerConv's: lin_key, lin_query, lin_value (NH*C features), lin_skip (NH*C, or C without
+    `concat`), so state_dicts load both ways for beta=False, edge_dim=None and root_weight=True. With `edge_dim` ours gives one number
+    a head that is added to the score (lin_edge: edge_dim -> NH, no bias); TransformerConv adds a vector to key and value.
 
     Args:
         in_channels: features of a node, or a pair (of sources, of nodes that attend).
@@ -61,7 +61,7 @@ class GraphAttention(nn.Module):
         heads: NH.
         concat: heads are concatenated (NH*C features); else averaged (C).
         edge_dim: features of an edge; None: edges have none.
-        bias: lin_skip has a bias.
+        bias: lin_key, lin_query, lin_value and lin_skip have biases.
         root_weight: what the node itself holds is added, through lin_skip.
         device, dtype: of the parameters.
 
@@ -92,13 +92,13 @@ class GraphAttention(nn.Module):
         check_sizes("GraphAttention", in_channels=nodes, edge_dim=1 if edge_dim is None else edge_dim)
         self.in_channels, self.out_channels, self.heads = in_channels, out_channels, heads
         self.concat, self.edge_dim, self.root_weight = concat, edge_dim, root_weight
-        kind: dict[str, Any] = dict(device=device, dtype=dtype)
+        kind: dict[str, Any] = dict(bias=bias, device=device, dtype=dtype)
         self.lin_key = nn.Linear(sources, heads * out_channels, **kind)
         self.lin_query = nn.Linear(nodes, heads * out_channels, **kind)
         self.lin_value = nn.Linear(sources, heads * out_channels, **kind)
-        self.lin_edge = None if edge_dim is None else nn.Linear(edge_dim, heads, bias=False, **kind)
+        self.lin_edge = None if edge_dim is None else nn.Linear(edge_dim, heads, **{**kind, "bias": False})
         width = heads * out_channels if concat else out_channels
-        self.lin_skip = nn.Linear(nodes, width, bias=bias, **kind) if root_weight else None
+        self.lin_skip = nn.Linear(nodes, width, **kind) if root_weight else None
 
     def forward(
         self, x: Tensor | tuple[Tensor, Tensor], edge_index: Tensor | tuple[Tensor, ...], edge_attr: Tensor | None = None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memkernels.nn._arguments import check_sizes
+from memkernels.nn._arguments import check_sizes, refuse_script
 from memkernels.nn._cell import entering
 from memkernels.ops.gru_gates import gru_gates
 
@@ -27,6 +27,8 @@ class GRUCell(torch.nn.GRUCell):
         >>> cell(torch.randn(3, 10)).shape
         torch.Size([3, 20])
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None) -> None:
         check_sizes("GRUCell", 0, input_size=input_size, hidden_size=hidden_size)

@@ -136,6 +136,21 @@ class LSTM(Recurrent):
         output, last, cells = self._forward(input, state, Segments(reset, starts, lengths), return_cells)
         return (output, last, cells) if return_cells else (output, last)
 
+    def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
+        """Shape of c_0 for a checked input, as torch.nn.LSTM tells it; `get_expected_hidden_size` tells that of h_0."""
+        count, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
+        return count, batch, self.hidden_size
+
+    def check_forward_args(self, input: Tensor, hidden: State, batch_sizes: Tensor | None) -> None:  # type: ignore[override]
+        """torch.nn.LSTM's check of an input and a pair of states."""
+        self.check_input(input, batch_sizes)
+        self.check_hidden_size(hidden[0], self.get_expected_hidden_size(input, batch_sizes), "Expected hidden[0] size {}, got {}")
+        self.check_hidden_size(hidden[1], self.get_expected_cell_size(input, batch_sizes), "Expected hidden[1] size {}, got {}")
+
+    def permute_hidden(self, hx: State, permutation: Tensor | None) -> State:  # type: ignore[override]
+        """Both states with their rows in another order."""
+        return hx if permutation is None else (hx[0].index_select(1, permutation), hx[1].index_select(1, permutation))
+
     def _widths(self) -> tuple[int, ...]:
         return (self.proj_size or self.hidden_size, self.hidden_size)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memkernels.nn._arguments import check_sizes
+from memkernels.nn._arguments import check_sizes, refuse_script
 from memkernels.nn._cell import entering
 from memkernels.ops.lstm_gates import lstm_gates
 
@@ -28,6 +28,8 @@ class LSTMCell(torch.nn.LSTMCell):
         >>> h.shape
         torch.Size([3, 20])
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None) -> None:
         check_sizes("LSTMCell", 0, input_size=input_size, hidden_size=hidden_size)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memkernels.nn._arguments import check_integers, check_probability, check_sizes
+from memkernels.nn._arguments import check_integers, check_probability, check_sizes, refuse_script
 from memkernels.ops.attention import attention
 
 
@@ -42,6 +42,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         >>> output.shape, weights
         (torch.Size([2, 5, 16]), None)
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

@@ -40,6 +40,7 @@ def attention(
         key: "B NHk K D", same dtype and device; leading dimensions broadcast with those of the query.
         value: "B NHk K V", same dtype and device; V may differ from D.
         attn_mask: broadcastable to "B NH Q K". bool: True = may be seen. Floating: added to the scores, differentiable; -inf = not seen.
+            Or a CausalBias of torch.nn.attention.bias, which says `is_causal` and `causal`.
         dropout_p: probability, 0 to 1, with which a weight is dropped; the others are scaled by 1 / (1 - dropout_p).
         is_causal: query i sees keys 0 to i only. May be combined with a mask (a key must be allowed by both).
         scale: factor of the scores, default 1 / sqrt(D).
@@ -102,6 +103,8 @@ def attention(
         check_flag("attention", "is_causal", is_causal)
     if return_lse.__class__ is not bool:
         check_flag("attention", "return_lse", return_lse)
+    if attn_mask is not None and hasattr(attn_mask, "variant"):
+        attn_mask, is_causal, causal = None, *_causal_bias(attn_mask, (dims["Q"], dims["K"]), is_causal, window, lengths_k)
     if attn_mask is not None:
         attn_mask = _mask(attn_mask, query, (*shape[:-1], dims["K"]))
     left, right = window_limits("attention", window)
@@ -156,6 +159,15 @@ def _heads(query, key, value, shape, enable_gqa):
         expected = f"a divisor of {heads} heads" if enable_gqa else f"{heads} heads (enable_gqa=True allows a divisor)"
         fail("attention", "key", expected, f"shape {tuple(key.shape)}")
     return query, key, value, shape
+
+
+def _causal_bias(bias, sizes, is_causal, window, lengths_k):
+    """What `is_causal` and `causal` say for a CausalBias, a tensor that describes a mask and holds no values (not even zeros)."""
+    if is_causal or window is not None or lengths_k is not None:
+        fail("attention", "attn_mask", "a mask of values with is_causal, window or lengths_k", type(bias).__name__)
+    if (bias.seq_len_q, bias.seq_len_kv) != sizes:
+        fail("attention", "attn_mask", f"a {type(bias).__name__} of {sizes}", (bias.seq_len_q, bias.seq_len_kv))
+    return True, CORNERS[bias.variant.name != "UPPER_LEFT"]
 
 
 def _mask(mask, query, shape):
