@@ -24,7 +24,7 @@ TYPICAL = 4
 
 @pytest.mark.parametrize(
     "case",
-    select(dtypes=FLOAT, first=3 if SHORT else None, **BEST)
+    (short(select(dtypes=FLOAT, first=3, **BEST), 3) if SHORT else select(dtypes=FLOAT, **BEST))
     + short(select(dtypes=DTYPES[2:], first=1 if SHORT else None, kernels_only=True, **BEST), 2 * TYPICAL)
     + short(select(levels="lower", dtypes=DTYPES[1:2]), TYPICAL)
     + short(select(levels="lower", dtypes=(DTYPES[0], *DTYPES[2:])), TYPICAL // 2),

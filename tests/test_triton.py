@@ -189,6 +189,23 @@ def test_refusals_name_their_reason():
             memkernels.content_read(*(t.float().to(DEVICE) for t in draw((1, 2, 600), (1, 1, 600), (1, 1))))
 
 
+@interpreted
+@pytest.mark.parametrize("form", ["graves", pytest.param("pytorch-ntm", marks=pytest.mark.slow)])
+def test_ntm_sequence_in_blocks(form):
+    """More rows, columns and units than a block; taps that reach around the circle are among the generated samples."""
+    from memkernels.testing import compare, inputs, specs
+    from memkernels.testing.spec import Sample
+
+    spec, sample = specs()["ntm_sequence"], Sample("blocks", dict(T=2, B=1, I=2, H=70, N=260, W=5, R=1, U=2, S=1), dict(form=form))
+    given = inputs.draw(spec, sample, torch.float32, 0, DEVICE)
+    found = []
+    for backend in ("triton", "reference"):
+        with compare.using(backend):
+            found.append(compare.evaluate(spec, given, dict(sample.options), lambda outputs: inputs.upstream(outputs, torch.float32)))
+    for name, wanted in found[1].items():
+        torch.testing.assert_close(found[0][name], wanted, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 def test_attention_by_descriptors(monkeypatch):
     """TMA, and the one loop that Blackwell's warps share, give the bits of loads by pointers; keys end amid a block, widths amid a tile."""

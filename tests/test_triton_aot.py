@@ -17,7 +17,7 @@ MODULES = (
     "memory_read", "memory_write", "content_address", "content_read", "lstm_gates", "lstm", "gru_gates", "gru", "rnn", "attention",
     "segment_attention", "merge_attention", "attention_varlen", "paged_attention", "retrieval_attention", "quantized_attention",
     "location_address", "usage", "allocation", "link_step", "link_read", "weighted_bag", "hopfield_retrieve", "topk_read",
-    "product_key_search",
+    "product_key_search", "ntm_sequence",
 )  # fmt: skip
 # ptxas sometimes parks a value or two on the stack to reach the next step of occupancy; a real spill is an order of magnitude more.
 STACK_BYTES = 32
@@ -63,6 +63,8 @@ QUICK = {
     "topk_search_bf16",
     "topk_gradient_cosine_fp32",
     "product_key_search_bf16",
+    "ntm_sequence_graves_fwd_fp32",
+    "ntm_sequence_pytorch-ntm_bwd_bf16",
 }
 
 

@@ -19,6 +19,8 @@ from memkernels.ops.memory_read import memory_read
 from memkernels.ops.memory_write import memory_write
 from memkernels.ops.ntm_sequence import FORMS, NTMState, ntm_sequence
 
+ONE_PROGRAM = 65_536  # elements of memory; on a GPU one program has a row of the batch through all steps
+
 
 class NTM(nn.Module):
     """A Neural Turing Machine: an LSTM controller with read and write heads on a memory of `slots` rows.
@@ -37,7 +39,7 @@ class NTM(nn.Module):
 
     The memory starts constant at 1e-6 (buffer `initial_memory`), heads on learned weights (in form "pytorch-ntm" on none), reads and
     controller on learned vectors.
-    Numerics: as `ntm_sequence`. On a GPU, form "graves" runs the op of every part of a step.
+    Numerics: as `ntm_sequence`. On a GPU, form "graves" with more than 65,536 elements of memory runs the op of every part of a step.
     Raises: ValueError for a size that is not positive, an unknown form, and an input or state of another size; TypeError for another type.
     Source: Graves, Wayne and Danihelka 2014 (arXiv 1410.5401); the constant start: Collier and Beel 2018 (arXiv 1807.08518).
 
@@ -147,7 +149,7 @@ class NTM(nn.Module):
             fail("NTM", "state.memory", "[B N W] with N={}, W={}".format(*wanted), f"shape {tuple(state[0].shape)}")
         weights = (self.weight_ih, self.weight_rh, self.weight_hh, self.bias, *self._heads)
         start = NTMState(*state)
-        if x.is_cuda and self.form == "graves":
+        if x.is_cuda and self.form == "graves" and self.slots * self.width > ONE_PROGRAM:
             hidden, reads, last, *every = self._by_steps(x, start)
         else:
             hidden, reads, last, *every = ntm_sequence(x, start, *weights, form=self.form, return_weights=return_trace)
@@ -160,7 +162,7 @@ class NTM(nn.Module):
         return output, last, Trace(*(t.transpose(0, 1) if self.batch_first else t for t in parts))
 
     def _by_steps(self, x: Tensor, state: NTMState) -> tuple[Tensor, Tensor, NTMState, Tensor]:
-        """What `ntm_sequence` computes in form "graves", by the ops of a step: where that op has no kernel."""
+        """What `ntm_sequence` computes in form "graves", by the ops of a step, whose programs share a large memory."""
         heads, (r, u) = torch.cat([t.flatten(0, -2) for t in self._heads]), (self.read_heads, self.write_heads)
         sizes = [t.shape[:-1].numel() for t in self._heads]
         into_h, from_x = torch.cat([self.weight_rh.flatten(1), self.weight_hh], 1), F.linear(x, self.weight_ih, self.bias)

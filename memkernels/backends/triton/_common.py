@@ -19,13 +19,19 @@ INTERPRETED = _config.triton_interpret()  # Triton reads the same switch when a 
 INTERPRET = tl.constexpr(INTERPRETED)
 
 
-@triton.jit
+def device(function: Any) -> Any:
+    """triton.jit for a function that kernels call; the interpreter would patch all of triton.language anew for every such call."""
+    made = triton.jit(function)
+    return (lambda *args, **kwargs: made.rewrite()(*args, **kwargs)) if INTERPRETED else made
+
+
+@device
 def lanes(size: tl.constexpr):
     """0 .. size-1 in int64: offsets beyond 2^31 elements must not wrap."""
     return tl.arange(0, size).to(tl.int64)
 
 
-@triton.jit
+@device
 def tanh(x):
     """By one exponential, which the interpreter has too; exact limits at both ends, error 2 ulp around zero."""
     e = tl.exp(-2 * tl.abs(x))
@@ -36,13 +42,13 @@ def tanh(x):
     return tl.where(x < 0, -magnitude, magnitude)
 
 
-@triton.jit
+@device
 def sigmoid(x):
     e = tl.exp(-tl.abs(x))
     return tl.where(x < 0, e, 1.0) / (1 + e)
 
 
-@triton.jit
+@device
 def dot(a, b, total, PRECISION: tl.constexpr):
     """total + a @ b in float32: of two equal 16-bit tiles at their own speed, else widened (the interpreter has no right bfloat16 dot)."""
     if a.dtype == b.dtype and not INTERPRET:
@@ -51,7 +57,7 @@ def dot(a, b, total, PRECISION: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
 
 
-@triton.jit
+@device
 def rounded(value, dtype: tl.constexpr):
     """float32 to the nearest value of a dtype; the interpreter would cut bfloat16 off."""
     if INTERPRET:
@@ -63,7 +69,7 @@ def rounded(value, dtype: tl.constexpr):
     return value.to(dtype)
 
 
-@triton.jit
+@device
 def store(ptr, value, mask=None):
     tl.store(ptr, rounded(value, ptr.dtype.element_ty), mask=mask)
 

@@ -139,6 +139,27 @@ def recurrence_rows(hidden: int, whole: bool) -> Recurrence:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """Tiles of ntm_sequence: memory rows x width, vectors over rows and over taps, outputs x inputs of the controller's products."""
+
+    block_n: int
+    block_w: int
+    block_v: int
+    block_s: int
+    block_j: int
+    block_k: int
+    num_warps: int
+
+
+def machine(rows: int, width: int, taps: int, hidden: int, backward: bool) -> Machine:
+    """Tiles of 2048: the addresses of a step already take many registers; for smaller ones ptxas spills to have two programs at once."""
+    block_w = power_of_two(width)
+    block_n = max(1, min(2048 // block_w, power_of_two(rows)))
+    block_k = min(64 if backward else 128, power_of_two(hidden, 16))
+    return Machine(block_n, block_w, min(256, power_of_two(rows, 32)), power_of_two(taps), 16, block_k, 8)
+
+
+@dataclass(frozen=True)
 class Attention:
     """Tiles of attention: queries x keys; `splits` of the keys for few queries."""
 

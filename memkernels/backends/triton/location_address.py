@@ -12,19 +12,27 @@ import triton
 import triton.language as tl
 
 from memkernels.backends.triton import _launch
-from memkernels.backends.triton._common import AOT_DTYPES, aot, lanes, refuse, run, store, strides
+from memkernels.backends.triton._common import AOT_DTYPES, aot, device, lanes, refuse, run, store, strides
 
 # Below it the slope of a row of nothing but such weights would leave the range of float32.
 LEAST = tl.constexpr(2.0**-100)
 
 
-@triton.jit
+@device
 def _gated(content_ptr, previous_ptr, gate, content_stride_n, previous_stride_n, n, N):
     content = tl.load(content_ptr + n * content_stride_n, mask=n < N, other=0.0).to(tl.float32)
     return gate * content + (1 - gate) * tl.load(previous_ptr + n * previous_stride_n, mask=n < N, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@device
+def _around(n, steps, N):
+    """The rows `steps` further in the circle of N, for rows n below N; the division is one of scalars."""
+    steps = steps % N
+    place = n + tl.where(steps < 0, steps + N, steps)  # the remainder has the sign of steps
+    return tl.where(place < N, place, place - N)
+
+
+@device
 def _shifted(
     content_ptr, previous_ptr, shift_ptr, gate, content_stride_n, previous_stride_n, shift_stride_s, n, N, taps, BLOCK_N: tl.constexpr
 ):  # fmt: skip
@@ -32,13 +40,12 @@ def _shifted(
     total = tl.zeros([BLOCK_N], tl.float32)
     for t in range(taps):
         tap = tl.load(shift_ptr + tl.cast(t, tl.int64) * shift_stride_s).to(tl.float32)
-        place = tl.where(n < N, (n - t + taps // 2) % N, N)
-        place = tl.where(place < 0, place + N, place)  # the remainder has the sign of n
+        place = tl.where(n < N, _around(n, taps // 2 - t, N), N)
         total += tap * _gated(content_ptr, previous_ptr, gate, content_stride_n, previous_stride_n, place, N)
     return total
 
 
-@triton.jit
+@device
 def _sharpened(shifted, largest, above):
     """w_s / largest, its logarithm and its power sharpen - 1: 0, 0 and 1 where it is not positive; NaN stays NaN."""
     ratio = shifted / largest
@@ -47,20 +54,12 @@ def _sharpened(shifted, largest, above):
     return ratio, logarithm, tl.exp(above * logarithm)
 
 
-@triton.jit
-def _location_address_fwd_kernel(
-    weights_ptr, stats_ptr, content_ptr, previous_ptr, gate_ptr, shift_ptr, sharpen_ptr, N, R, taps,
-    content_stride_b, content_stride_r, content_stride_n, previous_stride_b, previous_stride_r, previous_stride_n,
-    gate_stride_b, gate_stride_r, shift_stride_b, shift_stride_r, shift_stride_s, sharpen_stride_b, sharpen_stride_r,
-    BLOCK_N: tl.constexpr,
+@device
+def address(
+    weights_ptr, stats_ptr, content_ptr, previous_ptr, shift_ptr, gate, sharpen, N, taps,
+    content_stride_n, previous_stride_n, shift_stride_s, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    place = tl.program_id(0).to(tl.int64)
-    b, r = place // R, place % R
-    content_ptr += b * content_stride_b + r * content_stride_r
-    previous_ptr += b * previous_stride_b + r * previous_stride_r
-    shift_ptr += b * shift_stride_b + r * shift_stride_r
-    gate = tl.load(gate_ptr + b * gate_stride_b + r * gate_stride_r).to(tl.float32)
-    sharpen = tl.load(sharpen_ptr + b * sharpen_stride_b + r * sharpen_stride_r).to(tl.float32)
+    """Weights and stats of one head, from pointers to its own rows."""
     largest, total = tl.cast(0.0, tl.float32), tl.cast(0.0, tl.float32)
     for first in range(0, N, BLOCK_N):
         n = first + lanes(BLOCK_N)
@@ -74,8 +73,8 @@ def _location_address_fwd_kernel(
         total = total * before * power + tl.sum(ratio * powers, 0)
         largest = now
     largest = tl.where(largest == 0, 1.0, largest)
-    tl.store(stats_ptr + 2 * place, largest)
-    tl.store(stats_ptr + (2 * place + 1), total)
+    tl.store(stats_ptr, largest)
+    tl.store(stats_ptr + tl.cast(1, tl.int64), total)
     total = tl.where(total == 0, 1.0, total)
     for first in range(0, N, BLOCK_N):
         n = first + lanes(BLOCK_N)
@@ -83,26 +82,16 @@ def _location_address_fwd_kernel(
             content_ptr, previous_ptr, shift_ptr, gate, content_stride_n, previous_stride_n, shift_stride_s, n, N, taps, BLOCK_N
         )
         ratio, _, power = _sharpened(shifted, largest, sharpen - 1)
-        store(weights_ptr + place * N + n, ratio * power / total, mask=n < N)
+        store(weights_ptr + n, ratio * power / total, mask=n < N)
 
 
-@triton.jit
-def _location_address_slope_kernel(
-    dsharpen_ptr, slope_ptr, dweights_ptr, stats_ptr, content_ptr, previous_ptr, gate_ptr, shift_ptr, sharpen_ptr, N, R, taps,
-    dweights_stride_b, dweights_stride_r, dweights_stride_n,
-    content_stride_b, content_stride_r, content_stride_n, previous_stride_b, previous_stride_r, previous_stride_n,
-    gate_stride_b, gate_stride_r, shift_stride_b, shift_stride_r, shift_stride_s, sharpen_stride_b, sharpen_stride_r,
-    BLOCK_N: tl.constexpr,
+@device
+def address_slope(
+    slope_ptr, dweights_ptr, stats_ptr, content_ptr, previous_ptr, shift_ptr, gate, sharpen, N, taps,
+    dweights_stride_n, content_stride_n, previous_stride_n, shift_stride_s, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    place = tl.program_id(0).to(tl.int64)
-    b, r = place // R, place % R
-    content_ptr += b * content_stride_b + r * content_stride_r
-    previous_ptr += b * previous_stride_b + r * previous_stride_r
-    dweights_ptr += b * dweights_stride_b + r * dweights_stride_r
-    shift_ptr += b * shift_stride_b + r * shift_stride_r
-    gate = tl.load(gate_ptr + b * gate_stride_b + r * gate_stride_r).to(tl.float32)
-    sharpen = tl.load(sharpen_ptr + b * sharpen_stride_b + r * sharpen_stride_r).to(tl.float32)
-    largest, total = tl.load(stats_ptr + 2 * place), tl.load(stats_ptr + (2 * place + 1))
+    """Writes the gradient of w_s of one head; returns that of sharpen."""
+    largest, total = tl.load(stats_ptr), tl.load(stats_ptr + tl.cast(1, tl.int64))
     total = tl.where(total == 0, 1.0, total)
     centre, dsharpen = tl.cast(0.0, tl.float32), tl.cast(0.0, tl.float32)
     for first in range(0, N, BLOCK_N):
@@ -122,7 +111,83 @@ def _location_address_slope_kernel(
         d = tl.load(dweights_ptr + n * dweights_stride_n, mask=n < N, other=0.0).to(tl.float32) - centre
         dsharpen += tl.sum(ratio * power / total * d * logarithm, 0)
         slope = tl.where(ratio == 0, 0.0, sharpen / (total * tl.maximum(largest, LEAST)) * power * d)
-        tl.store(slope_ptr + place * N + n, slope, mask=n < N)
+        tl.store(slope_ptr + n, slope, mask=n < N)
+    return dsharpen
+
+
+@device
+def address_inputs(
+    dcontent_ptr, dprevious_ptr, dshift_ptr, slope_ptr, content_ptr, previous_ptr, shift_ptr, gate, N, taps,
+    content_stride_n, previous_stride_n, shift_stride_s, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """From the gradient of w_s of one head: writes those of content, previous and shift, returns that of gate."""
+    dgate = tl.cast(0.0, tl.float32)
+    for first in range(0, N, BLOCK_N):
+        n = first + lanes(BLOCK_N)
+        d = tl.zeros([BLOCK_N], tl.float32)
+        for t in range(taps):
+            at = _around(n, t - taps // 2, N)
+            tap = tl.load(shift_ptr + tl.cast(t, tl.int64) * shift_stride_s).to(tl.float32)
+            d += tap * tl.load(slope_ptr + at, mask=n < N, other=0.0)
+        content = tl.load(content_ptr + n * content_stride_n, mask=n < N, other=0.0).to(tl.float32)
+        previous = tl.load(previous_ptr + n * previous_stride_n, mask=n < N, other=0.0).to(tl.float32)
+        dgate += tl.sum(d * (content - previous), 0)
+        if dcontent_ptr is not None:
+            store(dcontent_ptr + n, gate * d, mask=n < N)
+        if dprevious_ptr is not None:
+            store(dprevious_ptr + n, (1 - gate) * d, mask=n < N)
+    if dshift_ptr is not None:
+        for t in range(taps):
+            dtap = tl.cast(0.0, tl.float32)
+            for first in range(0, N, BLOCK_N):
+                n = first + lanes(BLOCK_N)
+                at = tl.where(n < N, _around(n, taps // 2 - t, N), N)
+                gated = _gated(content_ptr, previous_ptr, gate, content_stride_n, previous_stride_n, at, N)
+                dtap += tl.sum(tl.load(slope_ptr + n, mask=n < N, other=0.0) * gated, 0)
+            store(dshift_ptr + tl.cast(t, tl.int64), dtap)
+    return dgate
+
+
+@triton.jit
+def _location_address_fwd_kernel(
+    weights_ptr, stats_ptr, content_ptr, previous_ptr, gate_ptr, shift_ptr, sharpen_ptr, N, R, taps,
+    content_stride_b, content_stride_r, content_stride_n, previous_stride_b, previous_stride_r, previous_stride_n,
+    gate_stride_b, gate_stride_r, shift_stride_b, shift_stride_r, shift_stride_s, sharpen_stride_b, sharpen_stride_r,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64)
+    b, r = place // R, place % R
+    gate = tl.load(gate_ptr + b * gate_stride_b + r * gate_stride_r).to(tl.float32)
+    sharpen = tl.load(sharpen_ptr + b * sharpen_stride_b + r * sharpen_stride_r).to(tl.float32)
+    content_ptr += b * content_stride_b + r * content_stride_r
+    previous_ptr += b * previous_stride_b + r * previous_stride_r
+    shift_ptr += b * shift_stride_b + r * shift_stride_r
+    address(
+        weights_ptr + place * N, stats_ptr + 2 * place, content_ptr, previous_ptr, shift_ptr, gate, sharpen, N, taps,
+        content_stride_n, previous_stride_n, shift_stride_s, BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit
+def _location_address_slope_kernel(
+    dsharpen_ptr, slope_ptr, dweights_ptr, stats_ptr, content_ptr, previous_ptr, gate_ptr, shift_ptr, sharpen_ptr, N, R, taps,
+    dweights_stride_b, dweights_stride_r, dweights_stride_n,
+    content_stride_b, content_stride_r, content_stride_n, previous_stride_b, previous_stride_r, previous_stride_n,
+    gate_stride_b, gate_stride_r, shift_stride_b, shift_stride_r, shift_stride_s, sharpen_stride_b, sharpen_stride_r,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64)
+    b, r = place // R, place % R
+    gate = tl.load(gate_ptr + b * gate_stride_b + r * gate_stride_r).to(tl.float32)
+    sharpen = tl.load(sharpen_ptr + b * sharpen_stride_b + r * sharpen_stride_r).to(tl.float32)
+    content_ptr += b * content_stride_b + r * content_stride_r
+    previous_ptr += b * previous_stride_b + r * previous_stride_r
+    dweights_ptr += b * dweights_stride_b + r * dweights_stride_r
+    shift_ptr += b * shift_stride_b + r * shift_stride_r
+    dsharpen = address_slope(
+        slope_ptr + place * N, dweights_ptr, stats_ptr + 2 * place, content_ptr, previous_ptr, shift_ptr, gate, sharpen, N, taps,
+        dweights_stride_n, content_stride_n, previous_stride_n, shift_stride_s, BLOCK_N,
+    )  # fmt: skip
     if dsharpen_ptr is not None:
         store(dsharpen_ptr + place, dsharpen)
 
@@ -135,39 +200,22 @@ def _location_address_bwd_kernel(
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)
     b, r = place // R, place % R
+    gate = tl.load(gate_ptr + b * gate_stride_b + r * gate_stride_r).to(tl.float32)
     content_ptr += b * content_stride_b + r * content_stride_r
     previous_ptr += b * previous_stride_b + r * previous_stride_r
     shift_ptr += b * shift_stride_b + r * shift_stride_r
-    slope_ptr += place * N
-    gate = tl.load(gate_ptr + b * gate_stride_b + r * gate_stride_r).to(tl.float32)
-    dgate = tl.cast(0.0, tl.float32)
-    for first in range(0, N, BLOCK_N):
-        n = first + lanes(BLOCK_N)
-        d = tl.zeros([BLOCK_N], tl.float32)
-        for t in range(taps):
-            at = (n + t - taps // 2) % N
-            at = tl.where(at < 0, at + N, at)
-            tap = tl.load(shift_ptr + tl.cast(t, tl.int64) * shift_stride_s).to(tl.float32)
-            d += tap * tl.load(slope_ptr + at, mask=n < N, other=0.0)
-        content = tl.load(content_ptr + n * content_stride_n, mask=n < N, other=0.0).to(tl.float32)
-        previous = tl.load(previous_ptr + n * previous_stride_n, mask=n < N, other=0.0).to(tl.float32)
-        dgate += tl.sum(d * (content - previous), 0)
-        if dcontent_ptr is not None:
-            store(dcontent_ptr + place * N + n, gate * d, mask=n < N)
-        if dprevious_ptr is not None:
-            store(dprevious_ptr + place * N + n, (1 - gate) * d, mask=n < N)
+    if dcontent_ptr is not None:
+        dcontent_ptr += place * N
+    if dprevious_ptr is not None:
+        dprevious_ptr += place * N
+    if dshift_ptr is not None:
+        dshift_ptr += place * taps
+    dgate = address_inputs(
+        dcontent_ptr, dprevious_ptr, dshift_ptr, slope_ptr + place * N, content_ptr, previous_ptr, shift_ptr, gate, N, taps,
+        content_stride_n, previous_stride_n, shift_stride_s, BLOCK_N,
+    )  # fmt: skip
     if dgate_ptr is not None:
         store(dgate_ptr + place, dgate)
-    if dshift_ptr is not None:
-        for t in range(taps):
-            dtap = tl.cast(0.0, tl.float32)
-            for first in range(0, N, BLOCK_N):
-                n = first + lanes(BLOCK_N)
-                at = (n - t + taps // 2) % N
-                at = tl.where(n < N, tl.where(at < 0, at + N, at), N)
-                gated = _gated(content_ptr, previous_ptr, gate, content_stride_n, previous_stride_n, at, N)
-                dtap += tl.sum(tl.load(slope_ptr + n, mask=n < N, other=0.0) * gated, 0)
-            store(dshift_ptr + (place * taps + t), dtap)
 
 
 def supports(content, previous, gate, shift, sharpen):
