@@ -1,4 +1,5 @@
-// More than kFewRows queries a head of quantized_attention.inl.h: they lie in the lanes of vectors, see attention_lanes.inl.h.
+// More than kFewRows queries a head of quantized_attention.inl.h: they lie in the lanes of vectors, see
+// attention_lanes.inl.h.
 #pragma once
 #include "cpu/generic/attention_lanes.inl.h"
 #include "cpu/quantized_attention.h"
