@@ -104,7 +104,8 @@ def attention(
     if return_lse.__class__ is not bool:
         check_flag("attention", "return_lse", return_lse)
     if attn_mask is not None and hasattr(attn_mask, "variant"):
-        attn_mask, is_causal, causal = None, *_causal_bias(attn_mask, (dims["Q"], dims["K"]), is_causal, window, lengths_k)
+        causal = _causal_bias(attn_mask, (dims["Q"], dims["K"]), is_causal, window, lengths_k)
+        attn_mask, is_causal = None, True
     if attn_mask is not None:
         attn_mask = _mask(attn_mask, query, (*shape[:-1], dims["K"]))
     left, right = window_limits("attention", window)
@@ -162,12 +163,12 @@ def _heads(query, key, value, shape, enable_gqa):
 
 
 def _causal_bias(bias, sizes, is_causal, window, lengths_k):
-    """What `is_causal` and `causal` say for a CausalBias, a tensor that describes a mask and holds no values (not even zeros)."""
+    """The `causal` that a CausalBias stands for, a tensor that describes a mask and holds no values (not even zeros)."""
     if is_causal or window is not None or lengths_k is not None:
         fail("attention", "attn_mask", "a mask of values with is_causal, window or lengths_k", type(bias).__name__)
     if (bias.seq_len_q, bias.seq_len_kv) != sizes:
         fail("attention", "attn_mask", f"a {type(bias).__name__} of {sizes}", (bias.seq_len_q, bias.seq_len_kv))
-    return True, CORNERS[bias.variant.name != "UPPER_LEFT"]
+    return CORNERS[bias.variant.name != "UPPER_LEFT"]
 
 
 def _mask(mask, query, shape):
