@@ -93,6 +93,14 @@ def test_fuzz_finds(bug):
         fuzz.run(specs()[OP], 200, 0, (("cpp", "cpu"),))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", ("NeedsBothGradients", "DependsOnThreads"))
+def test_long_fuzz_finds(bug):
+    """What only its wider calls can: gradients of some inputs alone, several threads."""
+    with planted.planted(getattr(planted, bug)(OP)), pytest.raises((AssertionError, RuntimeError)):
+        fuzz.run(specs()[OP], 200, 0, (("cpp", "cpu"),), wider=True)
+
+
 @pytest.mark.parametrize("wrap", ("from_sum", "cat_slice", "transposed", "every_second"))
 def test_gradcheck_needs_the_wraps(wrap):
     """gradcheck alone passes a backward that ignores strides; wrapped, it does not."""
