@@ -309,9 +309,20 @@ def test_what_user_code_asks_a_module(kind):
         assert all(map(torch.equal, parts(ours.permute_hidden(state, order)), parts(theirs.permute_hidden(state, order))))
 
 
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell", "MultiheadAttention"])
+SIZES = {
+    **{name: {} for name in ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell", "MultiheadAttention", "GraphAttention")},
+    "NTM": dict(output_size=2, slots=4, width=3),
+    "DNC": dict(slots=4, width=3, read_heads=1),
+    "SAM": dict(output_size=2, slots=4, width=3),
+    "ExternalMemory": dict(width=3, read_heads=1),
+    "HopfieldRetrieval": {},
+    "ProductKeyMemory": {},
+}
+
+
+@pytest.mark.parametrize("name", sorted(SIZES))
 def test_script_is_refused_by_name(name):
-    model = torch.nn.Sequential(getattr(nn, name)(4, 2))
+    model = torch.nn.Sequential(getattr(nn, name)(4, 2, **SIZES[name]))
     with warnings.catch_warnings(), pytest.raises(NotImplementedError, match=rf"{name}: torch.jit.script: expected torch.jit.trace"):
         warnings.simplefilter("ignore")
         torch.jit.script(model)

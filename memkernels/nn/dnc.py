@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from memkernels._checks import check_choice, check_flag, check_number, check_tensor, fail
 from memkernels._compat import register_namedtuple
-from memkernels.nn._arguments import check_sizes, time_first
+from memkernels.nn._arguments import check_sizes, refuse_script, time_first
 from memkernels.nn._dnc_interface import Interface, heads_of, oneplus
 from memkernels.nn._trace import Trace, stacked
 from memkernels.nn.lstm import LSTM
@@ -78,6 +78,8 @@ class DNC(nn.Module):
         (torch.Size([3, 5, 8]), torch.Size([3, 1, 16, 16]))
         >>> output, state = layer(torch.randn(3, 5, 8), state.detach())
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

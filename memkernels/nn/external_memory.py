@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from memkernels._checks import check_choice, check_flag, check_floating, check_tensor, fail
 from memkernels._compat import register_namedtuple
 from memkernels.nn import _store_memory
-from memkernels.nn._arguments import check_sizes, time_first
+from memkernels.nn._arguments import check_sizes, refuse_script, time_first
 from memkernels.nn._dnc_interface import Interface
 from memkernels.nn._store_memory import StoreState
 from memkernels.nn._trace import Trace
@@ -101,6 +101,8 @@ class ExternalMemory(nn.Module):
         (torch.Size([3, 5, 8]), torch.Size([3, 16, 4]))
         >>> output, state = layer(torch.randn(3, 5, 8), state.detach())
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

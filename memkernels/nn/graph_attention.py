@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from memkernels._checks import as_index, fail
 from memkernels._compat import plain_call
-from memkernels.nn._arguments import check_sizes
+from memkernels.nn._arguments import check_sizes, refuse_script
 from memkernels.ops.segment_attention import segment_attention
 
 
@@ -73,6 +73,8 @@ class GraphAttention(nn.Module):
         >>> layer(torch.randn(4, 16), edges).shape
         torch.Size([4, 32])
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

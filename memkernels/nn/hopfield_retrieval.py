@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from memkernels._checks import check_dtype, check_floating, check_number, check_tensor, fail
-from memkernels.nn._arguments import check_sizes
+from memkernels.nn._arguments import check_sizes, refuse_script
 from memkernels.ops.hopfield_retrieve import hopfield_retrieve
 
 
@@ -41,6 +41,8 @@ class HopfieldRetrieval(nn.Module):
         >>> HopfieldRetrieval(8, patterns=100)(torch.randn(3, 5, 8)).shape
         torch.Size([3, 5, 8])
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

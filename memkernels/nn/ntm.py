@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memkernels._checks import check_choice, check_flag, fail
-from memkernels.nn._arguments import check_sizes, time_first
+from memkernels.nn._arguments import check_sizes, refuse_script, time_first
 from memkernels.nn._trace import Trace
 from memkernels.ops.content_address import content_address
 from memkernels.ops.location_address import location_address
@@ -50,6 +50,8 @@ class NTM(nn.Module):
         (torch.Size([3, 41, 8]), torch.Size([3, 128, 20]))
         >>> output, state = model(torch.randn(3, 5, 9), state.detach())
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from memkernels._checks import check_choice, check_flag, check_floating, check_tensor
-from memkernels.nn._arguments import check_sizes
+from memkernels.nn._arguments import check_sizes, refuse_script
 from memkernels.ops.product_key_search import product_key_search
 from memkernels.ops.weighted_bag import weighted_bag
 
@@ -43,6 +43,8 @@ class ProductKeyMemory(nn.Module):
         >>> weights.shape, bool((index < 16 * 16).all())
         (torch.Size([7, 2, 4]), True)
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

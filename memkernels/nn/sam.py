@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from memkernels._checks import check_flag, check_number, fail
 from memkernels._compat import no_autocast
-from memkernels.nn._arguments import check_sizes, time_first
+from memkernels.nn._arguments import check_sizes, refuse_script, time_first
 from memkernels.nn._trace import SparseTrace, stacked
 from memkernels.nn.lstm_cell import LSTMCell
 from memkernels.ops.sparse_memory import SparseMemory, sparse_read, sparse_write
@@ -57,6 +57,8 @@ class SAM(nn.Module):
         >>> output.shape, state.memory
         (torch.Size([3, 5, 4]), SparseMemory(B=3, N=100, W=6, writes that can be undone: 5))
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
