@@ -47,9 +47,10 @@ struct LaneTile {
            int64_t width, A* room)
       : rows{rows_of<T>(t, b, h, first), t.row, index, smaller(kTile, stop - first), width, nullptr, true},
         at(operand<A, T>(t, b, h, first, rows.count, width, room)) {
-    if (first + (kAhead + 1) * kTile <= stop) ahead = rows.base + kAhead * kTile * t.row;
+    // Between rows that lie apart are those of other heads, which nobody here reads.
+    if (t.row == width && first + (kAhead + 1) * kTile <= stop) ahead = rows.base + kAhead * kTile * t.row;
   }
-  int64_t bytes() const { return rows.count * rows.stride * int64_t(sizeof(T)); }
+  int64_t bytes() const { return rows.count * rows.width * int64_t(sizeof(T)); }
 };
 
 // out[i][lane] = row i . vector of the lane.

@@ -47,12 +47,18 @@ void widen(const Rows<signed8<A>>& tile, A* room) {
                     [&](int64_t j, auto part) { load<V>(tile.row(i) + j, part).store(room + i * row + j); });
 }
 
+// What products fetch meanwhile: nothing where between its rows lie those of other heads.
+template <class A>
+const void* fetched(const Rows<signed8<A>>& tile) {
+  return tile.stride == tile.width ? tile.ahead : nullptr;
+}
+
 // out[i][lane] = row i of the tile . vector of the lane; the tile is widened into `room`.
 template <class A>
 void widened_products(const Rows<signed8<A>>& tile, const A* vectors, int64_t lanes, A* room, A* out) {
   widen(tile, room);
   product<A>(
-      {room, padded<A>(tile.width), 1, vectors, tile.width, 0, out, lanes, 0, tile.ahead, tile.count * tile.stride},
+      {room, padded<A>(tile.width), 1, vectors, tile.width, 0, out, lanes, 0, fetched(tile), tile.count * tile.width},
       tile.count, lanes, 0, lanes, tile.width, nullptr, false);
 }
 
@@ -61,7 +67,7 @@ template <class A>
 void add_widened(const Rows<signed8<A>>& tile, const A* room, int64_t n, const A* weights, int64_t lanes,
                  const A* shrink, A* sums) {
   const int64_t row = padded<A>(tile.width);
-  product<A>({weights, 1, lanes, room, 0, 0, sums, row, row, tile.ahead, tile.count * tile.stride}, n, tile.width, 0,
+  product<A>({weights, 1, lanes, room, 0, 0, sums, row, row, fetched(tile), tile.count * tile.width}, n, tile.width, 0,
              tile.width, tile.count, shrink, true);
 }
 
