@@ -4,6 +4,7 @@
 
 #include "common/calls.h"
 #include "common/cpu_features.h"
+#include "common/large_tensor.h"
 #include "common/parallel.h"
 #include "common/tensor_view.h"
 
@@ -88,6 +89,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("bind", &bind, py::arg("exchange_api"), py::arg("parallel_for"), py::arg("num_threads"),
         "Hands over torch's DLPack exchange API and the addresses of its parallel shims; once, before any op.");
   mk::bind_calls(m);
+  mk::bind_large_tensor(m);
   m.def("cpu_level", [] { return std::string(mk::level_name(mk::cpu_level())); });
   m.def("set_cpu_level", &mk::set_cpu_level, py::arg("level"));
   m.def("built_levels", [] { return names(mk::built_levels()); });

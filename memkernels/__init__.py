@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from memkernels._backends import backend, cpu_level
+from memkernels._backends import backend, cpu_level, empty_cache
 from memkernels._checks import BackendError
 from memkernels._registry import explain
 from memkernels.ops import (
@@ -78,6 +78,7 @@ __all__ = [
     "cpu_level",
     "dnc_sequence",
     "dnc_step",
+    "empty_cache",
     "explain",
     "gru",
     "gru_gates",

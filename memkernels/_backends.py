@@ -155,5 +155,16 @@ def cpu_level(level: str | None = None) -> str | None:
     return found.cpu_level(level)
 
 
+def empty_cache() -> None:
+    """Give the memory of large CPU outputs that are gone back to the system.
+
+    The C++ kernels keep blocks of 4 MB or more for later outputs, at most `MEMKERNELS_KEEP_MB` in all (by default a sixteenth of the
+    machine's memory): new pages cost about as much as filling them. Does nothing without the extension.
+    """
+    found = package("cpp")
+    if not isinstance(found, str):
+        found.release_kept_memory()
+
+
 def reference(op: str) -> ModuleType:
     return importlib.import_module(f"memkernels.backends.reference.{op}")

@@ -15,6 +15,16 @@ def cpu_level() -> str | None:
     return os.environ.get("MEMKERNELS_CPU_LEVEL") or None
 
 
+def kept_memory() -> int | None:
+    """MEMKERNELS_KEEP_MB: how many MB of large CPU outputs that are gone stay in use for later ones, in bytes; None: the default."""
+    text = os.environ.get("MEMKERNELS_KEEP_MB")
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise ValueError(f"MEMKERNELS_KEEP_MB: expected a whole number of megabytes, 0 or more, got {text!r}")
+    return int(text) << 20
+
+
 def triton_interpret() -> bool:
     """TRITON_INTERPRET: Triton kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

@@ -1,9 +1,12 @@
 #include "common/calls.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <iterator>
 #include <vector>
 
+#include "common/block_pool.h"
+#include "common/large_tensor.h"
 #include "common/tensor_view.h"
 
 namespace py = pybind11;
@@ -209,6 +212,31 @@ bool simple(PyObject* like, dlpack::Tensor* view) {
   return !truth(PyObject_CallNoArgs(torch.deterministic)) && view_of(like, view) && view->device.type == dlpack::kCPU;
 }
 
+// The element type that a torch.dtype stands for.
+dlpack::DataType type_of(PyObject* dtype) {
+  const py::tuple one = py::make_tuple(1);
+  PyObject* given[] = {one.ptr(), one.ptr(), dtype};
+  const auto tensor = py::reinterpret_steal<py::object>(PyObject_Vectorcall(torch.empty_strided, given, 3, nullptr));
+  dlpack::Tensor view{};
+  if (!tensor || dlpack::exchange()->view(tensor.ptr(), &view) != 0) throw py::error_already_set();
+  return view.dtype;
+}
+
+// One of at least block_pool::kLeast bytes, in kept memory; null for a smaller one, or where there is none.
+PyObject* large_empty(const py::tuple& sizes, const py::object& dtype) {
+  constexpr int64_t kWidest = 16;  // bytes of an element
+  const auto size = [&](size_t i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), Py_ssize_t(i))); };
+  int64_t count = 1;
+  for (size_t i = 0; i < sizes.size(); i++)
+    if (size(i) < 0 || __builtin_mul_overflow(count, size(i), &count)) return PyErr_Clear(), nullptr;
+  if (count < block_pool::kLeast / kWidest || count > INT64_MAX / kWidest) return nullptr;
+  std::vector<int64_t> shape(sizes.size());
+  for (size_t i = 0; i < shape.size(); i++) shape[i] = size(i);
+  const dlpack::DataType type = type_of(dtype.ptr());
+  const int64_t bytes = count * type.bits * type.lanes / 8;
+  return bytes < block_pool::kLeast ? nullptr : large_tensor(shape.data(), int(shape.size()), type, bytes);
+}
+
 // `view` of `like`, or null where only the general way will do.
 PyObject* empty_of(PyObject* like, PyObject* shape, PyObject* dtype, const dlpack::Tensor* view) {
   py::tuple sizes, strides;
@@ -216,6 +244,7 @@ PyObject* empty_of(PyObject* like, PyObject* shape, PyObject* dtype, const dlpac
   const auto own = dtype == Py_None ? py::reinterpret_steal<py::object>(PyObject_GetAttr(like, torch.dtype))
                                     : py::reinterpret_borrow<py::object>(dtype);
   if (!own) return nullptr;
+  if (PyObject* const large = large_empty(sizes, own)) return large;
   PyObject* given[] = {sizes.ptr(), strides.ptr(), own.ptr()};
   return PyObject_Vectorcall(torch.empty_strided, given, 3, nullptr);
 }

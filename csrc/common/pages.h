@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+
+#include "common/block_pool.h"
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -30,9 +32,11 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
 // True: the block reads as zero now, and its pages come, huge, when they are first written. What is left unwritten
 // costs no time and no memory. Memory that malloc has just mapped, as it does for any block of 32 MB or more, has
 // nothing to give back; elsewhere it is exchanged for fresh pages. False where that cannot be had: the block is as it
-// was, or holds anything.
+// was, or holds anything; and for a block of block_pool.h whose pages are there: writing zeros is less than what they
+// cost.
 inline bool clear_pages(void* data, int64_t bytes) {
 #if defined(__linux__)
+  if (block_pool::used_before(data)) return false;
   constexpr uintptr_t kPage = 4096;
   constexpr int64_t kLeast = int64_t(32) << 20;
   if (bytes < kLeast || sysconf(_SC_PAGESIZE) > int64_t(kPage)) return false;

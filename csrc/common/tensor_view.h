@@ -27,14 +27,22 @@ struct Tensor {
   int64_t *shape, *strides;
   uint64_t byte_offset;
 };
+struct Managed {
+  uint32_t major, minor;
+  void* context;
+  void (*deleter)(Managed*);
+  uint64_t flags;
+  Tensor tensor;
+};
 struct ExchangeHeader {
   uint32_t major, minor;
   ExchangeHeader* previous;
 };
 struct ExchangeAPI {
   ExchangeHeader header;
-  void *allocator, *from_py, *to_py;
-  int (*view)(void* py_object, Tensor* out);  // non-owning; may be null
+  void *allocator, *from_py;
+  int (*to_py)(Managed* tensor, void** py_object);  // which owns the tensor from then on
+  int (*view)(void* py_object, Tensor* out);        // non-owning; may be null
   int (*current_stream)(int32_t device_type, int32_t device_id, void** stream);
 };
 enum : int32_t { kCPU = 1, kCUDA = 2 };

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from memkernels._backends import empty_cache
+
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -96,6 +98,7 @@ def _give_back_free_memory() -> None:
     malloc_trim does that for all but the last free piece of a thread's own heap. A thread that ends leaves its heap to a later one, so
     as many threads as malloc has heaps each take the free memory of one and give the pages back.
     """
+    empty_cache()
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "malloc_trim"):
         return

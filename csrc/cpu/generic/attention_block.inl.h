@@ -50,6 +50,15 @@ MK_INLINE Vec<float> power(Vec<float> x) {
 #endif
 MK_INLINE Vec<double> power(Vec<double> x) { return exp(x); }
 
+// Whether to write a gradient past the caches: none of them holds it until it is read again, and a plain store would
+// read each line first.
+constexpr int64_t kPastCaches = int64_t(8) << 20;
+template <class A, class T>
+MK_INLINE bool past_caches(const void* gradient, int64_t rows, int64_t width) {
+  return sizeof(T) == sizeof(A) && width % kLanes<A> == 0 && uintptr_t(gradient) % 64 == 0 &&
+         rows * width * int64_t(sizeof(T)) >= kPastCaches;
+}
+
 // exp(score - base) of scores that still lack their factor.
 template <class A>
 MK_INLINE Vec<A> power_of(Vec<A> score, Vec<A> factor, Vec<A> base) {

@@ -164,14 +164,6 @@ void few_gradients(const AttentionArgs& a, const AttentionPart& part, const FewS
   }
 }
 
-// Gradients that no cache holds until they are read again go past the caches: a plain store would read each line first.
-constexpr int64_t kStreamBytes = int64_t(8) << 20;
-template <class A, class T>
-MK_INLINE bool streams(const AttentionArgs& a, const void* gradient, int64_t width) {
-  return sizeof(T) == sizeof(A) && width % kLanes<A> == 0 && uintptr_t(gradient) % 64 == 0 &&
-         a.batch * a.key_heads * a.keys * width * int64_t(sizeof(T)) >= kStreamBytes;
-}
-
 // out row i = factor * sum_r weights(i, r) vector r, the sum before the factor, rounded once. Vectors lie `vector_row`
 // apart.
 template <class A, class T>
@@ -231,7 +223,9 @@ void few_backward(const AttentionArgs& a, const AttentionPart& part, void* memor
   }
   for (int64_t i = 0; i < n * a.width; i++) w.sums[i] = 0;
   const int64_t row = (part.b * a.key_heads + part.h) * a.keys, stop = smaller(part.last, a.seen_keys);
-  const bool stream_key = streams<A, T>(a, a.dkey, a.width), stream_value = streams<A, T>(a, a.dvalue, a.value_width);
+  const int64_t all_rows = a.batch * a.key_heads * a.keys;
+  const bool stream_key = past_caches<A, T>(a.dkey, all_rows, a.width);
+  const bool stream_value = past_caches<A, T>(a.dvalue, all_rows, a.value_width);
   for (int64_t first = part.first; first < stop; first += kTile) {
     const int64_t count = smaller(kTile, stop - first);
     const bool more = first + (kAhead + 1) * kTile <= stop;

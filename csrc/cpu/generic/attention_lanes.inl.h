@@ -198,7 +198,9 @@ void lanes_backward(const AttentionArgs& a, const AttentionPart& part, void* mem
   load_lanes<A, T>(a, part, w, n, lanes);
   for (int64_t i = 0; i < n * w.query_row; i++) w.sums[i] = 0;
   const int64_t stop = smaller(part.last, a.seen_keys);
-  const bool stream_key = streams<A, T>(a, a.dkey, a.width), stream_value = streams<A, T>(a, a.dvalue, a.value_width);
+  const int64_t all_rows = a.batch * a.key_heads * a.keys;
+  const bool stream_key = past_caches<A, T>(a.dkey, all_rows, a.width);
+  const bool stream_value = past_caches<A, T>(a.dvalue, all_rows, a.value_width);
   for (int64_t first = part.first; first < stop; first += kTile) {
     // The values first: the room of both is the keys' from then on.
     lane_products(LaneTile<A, T>(a.value, w.index, part.b, part.h, first, stop, a.value_width, w.room), w.dout_lanes,

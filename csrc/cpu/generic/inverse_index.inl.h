@@ -98,10 +98,10 @@ struct Numbered {
 constexpr int64_t kGivenPiece = 64;
 
 // out = factor sum_i list[i].number[kNumber] rows[list[i].query], and with an `own` row + own_factor own; rounded
-// once.
+// once. `stream`: past_caches().
 template <class A, class T, int kNumber, class List>
 void write_memory_row(const AttentionTensor& rows, int64_t b, const List& list, int64_t count, int64_t width, A factor,
-                      T* out, const T* own = nullptr, A own_factor = A(0)) {
+                      T* out, const T* own = nullptr, A own_factor = A(0), bool stream = false) {
   using V = Vec<A>;
   const auto columns = [&](int64_t j, auto part, auto vectors) {
     constexpr int kVectors = decltype(vectors)::value;
@@ -121,7 +121,13 @@ void write_memory_row(const AttentionTensor& rows, int64_t b, const List& list, 
     for (int l = 0; l < kVectors; l++) {
       V sum = total[l] * V::set1(factor);
       if (own) sum = fma(V::set1(own_factor), load<V>(own + j + l * V::kLanes, part), sum);
-      store(sum, out + j + l * V::kLanes, part);
+      T* const to = out + j + l * V::kLanes;
+      if constexpr (sizeof(T) == sizeof(A))
+        if (stream) {
+          sum.stream(to);
+          continue;
+        }
+      store(sum, to, part);
     }
   };
   int64_t j = 0;

@@ -302,15 +302,20 @@ void write_memory_rows(const RetrievalArgs& r, int64_t b, int64_t h, int64_t fir
   const int64_t offset = (b * r.key_heads + h) * r.rows + first;
   T *dkey = static_cast<T*>(r.dmemory_key) + offset * r.width,
     *dvalue = static_cast<T*>(r.dmemory_value) + offset * r.value_width;
+  const int64_t all_rows = r.batch * r.key_heads * r.rows;
+  const bool stream_key = past_caches<A, T>(r.dmemory_key, all_rows, r.width);
+  const bool stream_value = past_caches<A, T>(r.dmemory_value, all_rows, r.value_width);
   for (int64_t row = 0, from = 0; row < last - first; row++) {
     const int64_t count = inverse.start[row] - from;
     const Numbered<A, 2, C> own{retrievals, inverse.number + from};
     from = inverse.start[row];
     const int64_t values = r.dout.data ? count : 0;
     if (r.dmemory_key && (count || !r.key_cleared))  // no factor for nothing: it may be negative
-      write_memory_row<A, T, 1>(r.query, b, own, count, r.width, A(count ? r.scale : 1), dkey + row * r.width);
+      write_memory_row<A, T, 1>(r.query, b, own, count, r.width, A(count ? r.scale : 1), dkey + row * r.width, nullptr,
+                                A(0), stream_key);
     if (r.dmemory_value && (values || !r.value_cleared))
-      write_memory_row<A, T, 0>(r.dout, b, own, values, r.value_width, A(1), dvalue + row * r.value_width);
+      write_memory_row<A, T, 0>(r.dout, b, own, values, r.value_width, A(1), dvalue + row * r.value_width, nullptr,
+                                A(0), stream_value);
   }
 }
 

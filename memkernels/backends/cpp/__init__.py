@@ -18,8 +18,12 @@ _C.bind_torch(
 )
 _checks.key_of, _compat.call_kind, _compat.empty = _C.tensor_key, _C.call_kind, _C.empty
 _compat.integers_fit, _compat.empties, _compat.empty_gradients = _C.integers_fit, _C.empties, _C.empty_gradients
+if (_kept := _config.kept_memory()) is not None:
+    _C.set_kept_memory(_kept)
 if (_level := _config.cpu_level()) is not None:
     _C.set_cpu_level(_level)
+
+release_kept_memory = _C.release_kept_memory
 
 
 def cpu_level(level: str | None = None) -> str:

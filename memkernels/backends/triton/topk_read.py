@@ -59,8 +59,8 @@ def _topk_search_kernel(
     query = tl.load(at, mask=(q < Q)[:, None] & (d < D)[None, :], other=0.0)
     norm = tl.zeros([BLOCK_Q], tl.float32)
     if SIMILARITY == "cosine":
-        wide = query.to(tl.float32)
-        norm = tl.sqrt(tl.sum(wide * wide, 1) + 1e-6)
+        wide_query = query.to(tl.float32)
+        norm = tl.sqrt(tl.sum(wide_query * wide_query, 1) + 1e-6)
     best = tl.full([BLOCK_Q, SLOTS], NOTHING, tl.int64)
     worst = tl.full([BLOCK_Q], NOTHING, tl.int64)
     last = tl.minimum((split + 1) * rows_per_split, N)
@@ -81,8 +81,8 @@ def _topk_search_kernel(
             key = tl.load(place, mask=there[:, None] & (d < D)[None, :], other=0.0)
             score = dot(query, tl.trans(key), score, PRECISION)
             if SIMILARITY == "cosine":
-                wide = key.to(tl.float32)
-                score = score / (norm[:, None] * tl.sqrt(tl.sum(wide * wide, 1) + 1e-6)[None, :])
+                wide_key = key.to(tl.float32)
+                score = score / (norm[:, None] * tl.sqrt(tl.sum(wide_key * wide_key, 1) + 1e-6)[None, :])
         rows = tl.zeros([BLOCK_Q, BLOCK_N], tl.int64) + n[None, :]
         pairs = tl.where(there[None, :] & (score != float("-inf")), pairs_of(score, rows), NOTHING)
         better = tl.max((tl.max(pairs, 1) > worst).to(tl.int32), 0)
