@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from memkernels._checks import check_tensor, fail
-from memkernels._registry import define_table_op
+from memkernels._registry import define_table_op, new_empty
 from memkernels.ops._store import check_ints
 
 
@@ -54,7 +54,7 @@ def check_chunks(op: str, chunks: Sequence[torch.Tensor], firsts: Sequence[int],
 
 
 def _allocate(chunks, firsts, rows):
-    return (chunks[-1].new_empty(rows.shape[0], chunks[-1].shape[1]),)
+    return (new_empty(chunks[-1], (rows.shape[0], chunks[-1].shape[1])),)
 
 
 OP = define_table_op("store_gather", "(Tensor[] chunks, int[] firsts, Tensor rows) -> Tensor[]", _allocate)
