@@ -99,7 +99,7 @@ void finish_sequences(const RecurrentBackward& f, const Run& run, int rank, int 
     if (run.lengths[b] > 0) continue;
     hand_through(f.dh0, f.dh_n, f.dh_n_b, b), hand_through(f.dc0, f.dc_n, f.dc_n_b, b);
   }
-  zero_past_ends(f.dinput, f.rows, run.lengths, f.I * run.item, steps);
+  zero_past_ends(f.dinput, f.rows, run.lengths, f.I * run.item, ended_steps(f.rows, run.lengths, rank, size));
   const int64_t all = f.rows.B * bytes;
   for (void* dreset : {f.dreset_h, f.dreset_c})
     if (dreset) std::memset(static_cast<char*>(dreset) + steps.begin * all, 0, size_t((steps.end - steps.begin) * all));

@@ -57,7 +57,7 @@ void finish_sequences(const RecurrentForward& f, const Run& run, int rank, int s
       std::memcpy(static_cast<char*>(to) + b * bytes,
                   static_cast<const char*>(from.initial) + b * from.initial_b * run.item, size_t(bytes));
   };
-  const Span batch = share(f.rows.B, rank, size), steps = share(f.rows.T, rank, size);
+  const Span batch = share(f.rows.B, rank, size), steps = ended_steps(f.rows, run.lengths, rank, size);
   for (int64_t b = batch.begin; b < batch.end; b++) {
     if (run.lengths[b] > 0) continue;
     hand_through(f.h_n, f.hidden0, b), hand_through(f.c_n, f.carry0, b);

@@ -39,7 +39,9 @@ using Lengths = std::vector<int64_t>;
 // recurrent_schedule.cpp
 Lengths lengths_of(const char* op, const TensorView& lengths, int64_t T, int64_t B);
 void plan_rows(RecurrentRows& rows, const Lengths& lengths, bool reverse, int64_t row_tile, Scratch& scratch);
-// Zeroes the places of `bytes` each past the ends.
+// The steps in which a rank has as many places past the ends as the others; and zeroing of those places, of `bytes`
+// each.
+Span ended_steps(const RecurrentRows& rows, const Lengths& lengths, int rank, int size);
 void zero_past_ends(void* data, const RecurrentRows& rows, const Lengths& lengths, int64_t bytes, Span steps);
 // recurrent_forward.cpp, recurrent_backward.cpp
 void run_recurrent(RecurrentForward& f, const Lengths& lengths, bool reverse, DType type);

@@ -1,8 +1,10 @@
 // Which sequence a row works on at each line of a run. Sequences of unequal lengths are dealt to a few rows, longest
 // first, each to the row that is free earliest: the lines then hold about as many places as there are tokens.
+#include <algorithm>
 #include <cstring>
 #include <numeric>
 
+#include "common/pages.h"
 #include "cpu/recurrent_host.h"
 
 namespace mk::cpu {
@@ -120,11 +122,40 @@ void plan_rows(RecurrentRows& rows, const Lengths& lengths, bool reverse, int64_
   if (rows.reset || rows.slots) find_events(rows, scratch);
 }
 
+Span ended_steps(const RecurrentRows& rows, const Lengths& lengths, int rank, int size) {
+  const auto before = [&](int64_t t) {  // places past the ends in the steps before
+    int64_t places = 0;
+    for (int64_t b = 0; b < rows.B; b++) places += std::max<int64_t>(0, t - lengths[b]);
+    return places;
+  };
+  const int64_t all = before(rows.T);
+  const auto step_at = [&](int64_t places) {
+    int64_t low = 0, high = rows.T;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (before(middle) < places)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  };
+  return {rank ? step_at(all * rank / size) : 0, rank + 1 < size ? step_at(all * (rank + 1) / size) : rows.T};
+}
+
 void zero_past_ends(void* data, const RecurrentRows& rows, const Lengths& lengths, int64_t bytes, Span steps) {
+  constexpr int64_t kPastCaches = int64_t(4) << 20;
   if (!data || (!rows.slots && rows.lines == rows.T)) return;
+  const bool large = rows.T * rows.B * bytes >= kPastCaches;
   for (int64_t t = steps.begin; t < steps.end; t++)
-    for (int64_t b = 0; b < rows.B; b++)
-      if (t >= lengths[b]) std::memset(static_cast<char*>(data) + (t * rows.B + b) * bytes, 0, size_t(bytes));
+    for (int64_t b = 0; b < rows.B; b++) {
+      if (t < lengths[b]) continue;
+      char* const place = static_cast<char*>(data) + (t * rows.B + b) * bytes;
+      if (large)
+        stream_zeros(place, size_t(bytes));
+      else
+        std::memset(place, 0, size_t(bytes));
+    }
 }
 
 }  // namespace mk::cpu
