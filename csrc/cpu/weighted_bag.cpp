@@ -156,7 +156,7 @@ void gradients(BagArgs& a, int type, int64_t size, int64_t item) {
   // The rows that nobody names, before the row of a place.
   const auto clear_before = [&](int64_t place) {
     const int64_t from = place ? sorted[place - 1].row + 1 : 0, to = place < count ? sorted[place].row : a.rows;
-    if (from < to) std::memset(static_cast<char*>(a.dtable) + from * row_bytes, 0, size_t((to - from) * row_bytes));
+    if (from < to) stream_zeros(static_cast<char*>(a.dtable) + from * row_bytes, size_t((to - from) * row_bytes));
   };
   const double moved = 2 * work(a) + (clear ? double(a.rows * a.width) : 0.0);
   run_tasks(int64_t(units.size()) + clear, moved, a.width * size, [&](int64_t task, void* memory) {

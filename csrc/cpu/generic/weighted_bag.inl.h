@@ -145,8 +145,9 @@ void bag_join(const BagArgs& a, int64_t bag) {
 }
 
 // One row with places sorted[begin .. end): its gradient to `to` (null: not wanted), and those of its weights.
+// `stream`: past the caches, whole vectors.
 template <class S, class To>
-void row_gradient(const BagArgs& a, int64_t begin, int64_t end, acc_t<S>* total, To* to) {
+void row_gradient(const BagArgs& a, int64_t begin, int64_t end, acc_t<S>* total, To* to, bool stream) {
   using A = acc_t<S>;
   using V = Vec<A>;
   constexpr int64_t L = V::kLanes;
@@ -185,10 +186,16 @@ void row_gradient(const BagArgs& a, int64_t begin, int64_t end, acc_t<S>* total,
       if (!to) return;
       for (int l = 0; l < N; l++) {
         if (first > begin) sum[l] = load<V>(total + j + l * L, part) + sum[l];
-        if (first + count == end)
-          store(sum[l], to + j + l * L, part);
-        else
+        if (first + count < end) {
           store(sum[l], total + j + l * L, part);
+          continue;
+        }
+        if constexpr (sizeof(To) == sizeof(A))
+          if (stream) {
+            sum[l].stream(to + j + l * L);
+            continue;
+          }
+        store(sum[l], to + j + l * L, part);
       }
     });
     if (a.dweight)
@@ -199,6 +206,9 @@ void row_gradient(const BagArgs& a, int64_t begin, int64_t end, acc_t<S>* total,
 
 template <class S>
 void bag_backward(const BagArgs& a, int64_t begin, int64_t end, void* scratch) {
+  constexpr int64_t kPastCaches = int64_t(8) << 20;  // bytes of a gradient that no cache holds until it is read again
+  const bool stream = sizeof(S) == sizeof(acc_t<S>) && a.width % Vec<acc_t<S>>::kLanes == 0 &&
+                      uintptr_t(a.dtable) % 64 == 0 && a.rows * a.width * int64_t(sizeof(S)) >= kPastCaches;
   for (int64_t first = begin; first < end;) {
     const int64_t row = a.sorted[first].row;
     int64_t last = first + 1;
@@ -208,7 +218,7 @@ void bag_backward(const BagArgs& a, int64_t begin, int64_t end, void* scratch) {
       fetch_row(static_cast<const S*>(a.table) + next * a.table_k, 0, a.width);
     }
     S* to = a.dtable ? static_cast<S*>(a.dtable) + row * a.width : nullptr;
-    row_gradient<S>(a, first, last, static_cast<acc_t<S>*>(scratch), to);
+    row_gradient<S>(a, first, last, static_cast<acc_t<S>*>(scratch), to, stream);
     first = last;
   }
 }
@@ -216,7 +226,7 @@ void bag_backward(const BagArgs& a, int64_t begin, int64_t end, void* scratch) {
 template <class S>
 void bag_backward_run(const BagArgs& a, int64_t begin, int64_t end, void* slot) {
   acc_t<S>* sums = static_cast<acc_t<S>*>(slot);
-  row_gradient<S>(a, begin, end, sums, a.dtable ? sums : nullptr);
+  row_gradient<S>(a, begin, end, sums, a.dtable ? sums : nullptr, false);
 }
 
 template <class S>
