@@ -41,6 +41,7 @@ class KeyValueStore:
             batch and stays as it was; "lru" and "lfu" take out the keys used longest ago or least often (uses are `store`, `retrieve` and
             `get`), none that the same batch names; "grow" goes beyond the capacity, which then is only the room made at the start. With a
             path uses count while it is open to write; a store that is opened again begins with one use of each key, in the order written.
+            A batch of more different keys than the capacity goes in slices, one call after the other.
         device: where values and the table of int64 keys live. durability: of commits to a path: "none", "async" or "commit".
 
     Growth: no call waits for the whole table. A call that finds the table 85% full begins one 1.5 times as large; it and those after it
