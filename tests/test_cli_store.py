@@ -8,6 +8,7 @@ import torch
 from memkernels.cli import records
 from memkernels.cli.app import app
 from memkernels.store import KeyValueStore
+from memkernels.store.log import Log
 
 
 @pytest.fixture
@@ -85,6 +86,7 @@ BAD = {
     "no_field.jsonl": ('{"key": 1}', "row 1: expected fields key, value, got key"),
     "value.jsonl": ('{"key": 1, "value": 2}\n{"key": 2, "value": "x"}', "row 2: value: expected one int64, got 'x'"),
     "half.jsonl": ('{"key": 1, "value": 2.5}', "row 1: value: expected one int64, got 2.5"),
+    "digits.jsonl": ('{"key": "%s", "value": 1}' % ("9" * 5000), "row 1: key: expected an int64, got '999"),
     "big.jsonl": ('{"key": 1, "value": 9223372036854775808}', "value: expected one int64"),
     "key.jsonl": ('{"key": 1.5, "value": 2}', "row 1: key: expected an int64, got 1.5"),
     "json.jsonl": ('{"key": 1, "value": 2}\n{"key"', "line 2: not JSON"),
@@ -134,6 +136,8 @@ def test_errors(run, tmp_path):
         (["import", "old", "binary.jsonl"], "not UTF-8"),
         (["export", "old", "file/x.csv"], "cannot be written"),
         (["export", "old", "x.csv", "--key", "value"], "--key: expected a name that no column has"),
+        (["import", "old", "x.csv", "--key", "value"], "--key: expected a name that no column has"),
+        (["put", "old", "1", "[1, 1e39]"], "value: expected float32 [2], got '[1, 1e39]'"),
         (["compact", "missing"], "there is no store at"),
         (["verify", "missing"], "there is no store at"),
     ):
@@ -165,3 +169,35 @@ def test_import_of_names_twice_and_of_no_text(tmp_path, name, content, message):
     codec = Codec("str", {"value": ((16,), torch.uint8)}, text=True)
     with pytest.raises(UserError, match=message):
         list(codec.read(tmp_path / name))
+
+
+def test_values_that_cannot_be_shown(run, tmp_path):
+    for name, values in (("complex", torch.ones(1, dtype=torch.complex64)), ("bytes", torch.tensor([[255, 1]], dtype=torch.uint8))):
+        with KeyValueStore(values.shape[1:], values.dtype, path=tmp_path / name) as store:
+            store.store([1], values)
+            store.commit()
+    for arguments in (["get", "complex", "1"], ["put", "complex", "1", "1"], ["export", "complex", "x.csv"]):
+        assert "value: one complex64 has no form in JSON" in run(*arguments, code=1)[1]
+    assert "key 1: not UTF-8 text" in run("export", "bytes", "x.csv", "--text", code=1)[1]
+    run("get", "bytes", "1", "--text")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bytes", "complex"]
+
+
+def test_what_fails_leaves_an_empty_folder_empty_and_the_store_of_another_process_alone(run, tmp_path, monkeypatch):
+    column = ("--column", "value:float32")
+    (tmp_path / "empty").mkdir()
+    run("put", "empty", "1", "x", *column, code=1)
+    assert not list((tmp_path / "empty").iterdir())
+    made = []
+
+    def looked(path):  # another process makes the store as soon as the command has looked
+        monkeypatch.undo()
+        made.append(KeyValueStore(path=tmp_path / "other"))
+        made[0].store([1], torch.ones(1))
+        made[0].commit()
+        return False
+
+    monkeypatch.setattr(Log, "exists", looked)
+    assert "a store has one writer" in run("put", tmp_path / "other", "1", "2", *column, code=1)[1]
+    made[0].close()
+    assert run("get", tmp_path / "other", "1")[0] == "1.0\n"

@@ -343,6 +343,14 @@ ERRORS = [
     ),
     (lambda s: s.store([1], torch.zeros(1, 2), if_absent=1), TypeError, "store: if_absent: expected True or False, got 1"),
     (lambda s: s.retrieve([1], default=torch.zeros(3)), ValueError, "retrieve: default: expected a number or a tensor that fits"),
+    (
+        lambda s: mk.KeyValueStore((), torch.int64).retrieve([1], default=0.5),
+        ValueError,
+        "default: expected a number that int64 holds, got 0.5",
+    ),
+    (lambda s: s.store(torch.ones(1, device="meta").long(), torch.zeros(1, 2)), ValueError, "store: keys: expected keys on a device that"),
+    (lambda s: s.store([1], torch.zeros(1, 2, device="meta")), ValueError, "store: values: expected values on a device that holds data"),
+    (lambda s: s.snapshot(b"x"), TypeError, "snapshot: path: expected a str or a pathlib.Path, got bytes"),
     (lambda s: s.retrieve([1], columns="score"), ValueError, "retrieve: columns: expected one of 'value', got 'score'"),
     (lambda s: s.rollback(), ValueError, "rollback: store: expected a store with a path, got one in memory"),
     (lambda s: s.as_parameter(capacity=2), ValueError, "as_parameter: capacity: expected at least the 10 rows in use, got 2"),
@@ -377,9 +385,15 @@ def test_wrong_text_keys(keys, error, message, backend):
 
 
 CREATION = [
+    (dict(capacity=2**70), ValueError, "KeyValueStore: capacity: expected a number of keys from 1 to"),
+    (dict(device="foo"), ValueError, "KeyValueStore: device: expected a device such as 'cpu' or 'cuda', got 'foo'"),
+    (dict(device="meta"), ValueError, "KeyValueStore: device: expected a device that holds data, got 'meta'"),
+    (dict(path=5), TypeError, "KeyValueStore: path: expected a str or a pathlib.Path, got int"),
+    (dict(path=""), ValueError, "KeyValueStore: path: expected the name of a file or directory, got ''"),
+    (dict(path="a\0"), ValueError, "KeyValueStore: path: expected the name of a file or directory"),
     (dict(key_type="int32"), ValueError, "KeyValueStore: key_type: expected one of"),
     (dict(on_full="lru"), ValueError, "KeyValueStore: capacity: expected a number of keys with on_full='lru', got None"),
-    (dict(capacity=0), ValueError, "KeyValueStore: capacity: expected a number of keys above 0"),
+    (dict(capacity=0), ValueError, "KeyValueStore: capacity: expected a number of keys from 1 to"),
     (dict(value_shape=(-1,)), ValueError, "KeyValueStore: value_shape: expected sizes of 0 or more"),
     (dict(dtype="float32"), TypeError, "KeyValueStore: dtype: expected a torch.dtype"),
     (dict(columns={}), TypeError, "KeyValueStore: columns: expected"),

@@ -109,3 +109,14 @@ def test_a_batch_that_a_parameter_cannot_hold_leaves_everybody():
     with pytest.raises(ValueError, match="at most 3 rows"):
         store.store(range(10, 18), torch.ones(8, 2))
     assert keys_of(store) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@pytest.mark.parametrize("disk", [False, True])
+def test_a_batch_of_few_keys_often_evicts_none_of_its_own(tmp_path, policy, disk):
+    with made(tmp_path / "s" if disk else None, policy, capacity=3) as store:
+        store.store([1, 2, 3], torch.tensor([10, 20, 30]))
+        keys = [9, 9, 9, 1]  # longer than the capacity, its keys are not
+        status, gone = store.store(keys, torch.ones(4, dtype=torch.int64), accumulate=True, return_evicted=True)
+        assert status.tolist() == [0, 3, 3, 3] and gone.keys.tolist() == [2]
+        assert held(store) == {1: 11, 3: 30, 9: 3}

@@ -304,8 +304,8 @@ def test_network_file_systems_are_refused(in_memory, monkeypatch):
     kind = disk.file_system(in_memory)
     assert kind or not disk.MOUNTS.exists()
     mounts = in_memory / "mountinfo"
-    deep = in_memory / "with space" / "s"
-    point = str(in_memory / "with space").replace(" ", "\\040")
+    deep = in_memory / "wïth space" / "s"
+    point = str(in_memory / "wïth space").replace(" ", "\\040")
     monkeypatch.setattr(disk, "MOUNTS", mounts)
     for name in ("nfs4", "cifs", "fuse.sshfs", "9p"):
         mounts.write_text(f"1 0 8:1 / / rw - ext4 /dev/a rw\n2 1 0:9 / {point} rw,x shared:1 - {name} host:/x rw\n")

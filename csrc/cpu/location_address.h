@@ -10,6 +10,7 @@ struct LocationAddressArgs {
       *dweights;          // [B, R, N] twice, [B, R], [B, R, taps], [B, R], [B, R, N]
   void *weights, *stats;  // contiguous; stats [B, R, 2] in the accumulation type; weights as given to backward too
   void *dcontent, *dprevious, *dgate, *dshift, *dsharpen;  // contiguous; a gradient nobody needs is null
+  double floor;  // added to the sum of powers that the weights are shares of; 0: they sum to 1
   int64_t batch, heads, rows, taps;
   int64_t content_b, content_r, previous_b, previous_r, gate_b, gate_r, shift_b, shift_r, sharpen_b, sharpen_r,
       dweights_b, dweights_r;

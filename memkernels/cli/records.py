@@ -35,7 +35,7 @@ class Codec(NamedTuple):
         """A key, from what a line or the command line has: bytes are written in hexadecimal."""
         if self.key_type == "int64":
             number = got if isinstance(got, int) and not isinstance(got, bool) else None
-            if isinstance(got, str) and re.fullmatch(r"\s*[+-]?\d+\s*", got):
+            if isinstance(got, str) and re.fullmatch(r"\s*[+-]?\d{1,100}\s*", got):
                 number = int(got)
             if number is None or not -(2**63) <= number < 2**63:
                 raise UserError(f"{self.key}: expected an int64, got {got!r}")
@@ -54,6 +54,17 @@ class Codec(NamedTuple):
     def show_key(self, key: Any) -> Any:
         return key.hex() if isinstance(key, bytes) else key
 
+    def check_fields(self) -> None:
+        """Each field of a row has a name of its own."""
+        if self.key in self.columns:
+            raise UserError(f"--key: expected a name that no column has, got {self.key!r}")
+
+    def check_columns(self) -> None:
+        """All values can be shown."""
+        for name, (shape, dtype) in self.columns.items():
+            if dtype.is_complex:
+                raise UserError(f"{name}: {describe(shape, dtype)} has no form in JSON")
+
     def is_text(self, column: str) -> bool:
         shape, dtype = self.columns[column]
         return self.text and dtype == torch.uint8 and len(shape) == 1
@@ -68,6 +79,8 @@ class Codec(NamedTuple):
             if not dtype.is_floating_point:
                 _whole(plain, dtype)
             value = torch.tensor(plain, dtype=dtype)
+            if dtype.is_floating_point and bool((torch.tensor(plain, dtype=torch.float64).isfinite() & ~value.double().isfinite()).any()):
+                raise OverflowError  # 1e39 becomes infinite in float32
         except (ValueError, TypeError, RuntimeError, OverflowError):
             raise UserError(f"{column}: expected {describe(shape, dtype)}, got {_short(got)}") from None
         if tuple(value.shape) != shape:
@@ -81,10 +94,10 @@ class Codec(NamedTuple):
             raise UserError(f"{column}: expected a text of at most {width} bytes of UTF-8, got {what}")
         return torch.tensor(list(data.ljust(width, b"\0")), dtype=torch.uint8)
 
-    def show_value(self, column: str, value: torch.Tensor) -> Any:
-        """The value as JSON has it."""
+    def show_value(self, column: str, value: torch.Tensor, errors: str = "replace") -> Any:
+        """The value as JSON has it; `errors`: of bytes that are no UTF-8 in a column of text, as `bytes.decode` takes it."""
         if self.is_text(column):
-            return bytes(value.tolist()).rstrip(b"\0").decode("utf-8", "replace")
+            return bytes(value.tolist()).rstrip(b"\0").decode("utf-8", errors)
         return value.tolist()
 
     def batch(self, rows: list[tuple[Any, dict[str, torch.Tensor]]]) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -120,7 +133,10 @@ class Codec(NamedTuple):
         for keys, values in batches:
             plain = keys.tolist() if isinstance(keys, torch.Tensor) else keys
             for i, key in enumerate(plain):
-                fields = [self.show_key(key), *(self.show_value(name, values[name][i]) for name in self.columns)]
+                try:
+                    fields = [self.show_key(key), *(self.show_value(name, values[name][i], "strict") for name in self.columns)]
+                except UnicodeDecodeError:
+                    raise UserError(f"key {self.show_key(key)!r}: not UTF-8 text: without --text its bytes are written") from None
                 if suffix == ".csv":
                     table.writerow([f if isinstance(f, str) else json.dumps(f) for f in fields])
                 else:

@@ -141,6 +141,7 @@ def import_(
         _bar(f"reading {file.name}", file.stat().st_size if file.is_file() else None) as advance,
     ):
         before, rows, codec = len(store), 0, _codec(store, text, key)
+        codec.check_fields()
         for done, some in batches(codec.read(file)):
             store.store(*codec.batch(some), if_absent=if_absent)
             rows += len(some)
@@ -166,8 +167,7 @@ def export(
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     with _reading(folder) as store, _bar(f"writing {file.name}", len(store)) as advance:
         codec, rows = _codec(store, text, key), 0
-        if key in codec.columns:
-            raise UserError(f"--key: expected a name that no column has, got {key!r}")
+        codec.check_fields()
         try:
             with open(beside, "w", encoding="utf-8", newline="") as out:
                 pairs = ((keys, v if isinstance(v, dict) else dict.fromkeys(codec.columns, v)) for keys, v in store.items())
@@ -215,7 +215,9 @@ def _bytes(folder: Path) -> int:
 def _codec(store: KeyValueStore, text: bool, key: str = "key") -> Codec:
     from memkernels.cli.records import Codec
 
-    return Codec(store.key_type, store.columns, key, text)
+    codec = Codec(store.key_type, store.columns, key, text)
+    codec.check_columns()
+    return codec
 
 
 @contextmanager
@@ -228,7 +230,7 @@ def _reading(folder: Path) -> Iterator[Any]:
 
 @contextmanager
 def _writing(folder: Path, key_type: str | None, columns: list[str] | None) -> Iterator[KeyValueStore]:
-    """The store, made if it is not there; what fails then leaves none behind."""
+    """The store, made if it is not there; what fails then leaves none behind, but for one that another process has made meanwhile."""
     from memkernels.cli.errors import OptionError, UserError, check_option
     from memkernels.cli.records import as_columns
     from memkernels.store import KeyValueStore
@@ -245,13 +247,22 @@ def _writing(folder: Path, key_type: str | None, columns: list[str] | None) -> I
     there = folder.exists()
     if not wanted:
         raise OptionError(f"--column: expected what a new store holds, e.g. value:float32:64; there is none at {folder} yet")
-    try:
-        with KeyValueStore(columns=wanted, key_type=key_type or "int64", path=folder) as store:
+    with KeyValueStore(columns=wanted, key_type=key_type or "int64", path=folder) as store:
+        empty = not len(store)
+        try:
             yield store
-    except BaseException:
-        if not there:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+        except BaseException:
+            if empty:  # removed while it is locked
+                _remove(folder, there)
+            raise
+
+
+def _remove(folder: Path, keep: bool) -> None:
+    """A store that holds nothing; with `keep` the folder, which was there before, stays."""
+    for file in folder.iterdir() if keep else ():
+        file.unlink()
+    if not keep:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -56,7 +56,8 @@ def ntm_sequence(
         - ``M = memory_write(M', w of the write heads, e, a)`` with e = sigmoid
 
         ``form="graves"``: b = 1 + softplus, a = tanh, eps = 1e-6, and the read heads read M. ``form="pytorch-ntm"`` (the formulas of
-        loudinthecloud/pytorch-ntm): b = softplus, a is linear, eps = 1e-16, and the read heads read M'.
+        loudinthecloud/pytorch-ntm): b = softplus, a is linear, eps = 1e-16, and so much is added to the sum of
+        powers that sharpening divides by (weights may sum to less than 1), and the read heads read M'.
 
     Args:
         input: "T B I", float64, float32, bfloat16 or float16; any strides.

@@ -68,6 +68,8 @@ def _values(op: str, argument: str, column: Any, got: Any, count: int, device: t
     shape, dtype = column
     check_tensor(op, argument, got)
     check_dense(op, argument, got)
+    if got.is_meta:
+        fail(op, argument, "values on a device that holds data", "device meta")
     if got.dtype != dtype:
         fail(op, argument, str(dtype).removeprefix("torch."), str(got.dtype).removeprefix("torch."), TypeError)
     if tuple(got.shape) != (count, *shape):
@@ -84,6 +86,8 @@ def as_default(op: str, name: str, column: Any, default: Any, device: torch.devi
         return torch.zeros(1, *shape, dtype=dtype, device=device)
     if isinstance(default, torch.Tensor) and default.dtype != dtype:
         fail(op, "default", str(dtype).removeprefix("torch."), str(default.dtype).removeprefix("torch."), TypeError)
+    if isinstance(default, float) and not dtype.is_floating_point and not dtype.is_complex and default % 1:  # nor NaN
+        fail(op, "default", f"a number that {str(dtype).removeprefix('torch.')} holds", default)
     try:
         given = torch.as_tensor(default, dtype=dtype, device=device).detach()
         return given.expand(1, *shape).contiguous()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ def file_system(path: Path) -> str:
     real, best, found = os.path.realpath(path), -1, ""
     for line in lines:
         fields = line.split(" ")
-        point = fields[4].encode().decode("unicode_escape") if "\\" in fields[4] else fields[4]
+        point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), fields[4])  # spaces and such are octal numbers there
         inside = real == point or real.startswith(point.rstrip("/") + "/")
         if inside and len(point) >= best and "-" in fields:  # of equal points the last mount is on top
             best, found = len(point), fields[fields.index("-") + 1]

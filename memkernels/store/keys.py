@@ -155,6 +155,8 @@ def _ints(op: str, argument: str, keys: Any) -> torch.Tensor:
         if keys.dtype not in (torch.int64, torch.int32):
             fail(op, argument, "int64 keys", str(keys.dtype).removeprefix("torch."), TypeError)
         check_dense(op, argument, keys)
+        if keys.is_meta:
+            fail(op, argument, "keys on a device that holds data", "device meta")
         if keys.dim() != 1:
             fail(op, argument, "one dimension", f"shape {tuple(keys.shape)}")
         return keys.detach().long().contiguous()

@@ -14,6 +14,7 @@ import torch
 
 from memkernels._checks import check_choice, check_flag, fail
 from memkernels.store import exchange
+from memkernels.store.arguments import as_device, as_folder
 from memkernels.store.columns import ONE, as_columns, as_default, as_values
 from memkernels.store.errors import StoreError, StoreFormatError
 from memkernels.store.inmemory import InMemory
@@ -22,6 +23,7 @@ from memkernels.store.use import POLICIES, Evicted
 
 _stores: weakref.WeakSet[KeyValueStore] = weakref.WeakSet()
 ON_FULL = ("grow", "error", *POLICIES)
+MOST_KEYS = 1 << 40
 
 
 class KeyValueStore:
@@ -41,6 +43,7 @@ class KeyValueStore:
             batch and stays as it was; "lru" and "lfu" take out the keys used longest ago or least often (uses are `store`, `retrieve` and
             `get`), none that the same batch names; "grow" goes beyond the capacity, which then is only the room made at the start. With a
             path uses count while it is open to write; a store that is opened again begins with one use of each key, in the order written.
+            A batch of more different keys than the capacity goes in slices, one call after the other.
         device: where values and the table of int64 keys live. durability: of commits to a path: "none", "async" or "commit".
 
     Growth: no call waits for the whole table. A call that finds the table 85% full begins one 1.5 times as large; it and those after it
@@ -79,14 +82,14 @@ class KeyValueStore:
         check_choice(op, "key_type", key_type, KEY_TYPES)
         check_choice(op, "on_full", on_full, ON_FULL)
         check_choice(op, "durability", durability, ("none", "async", "commit"))
-        if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1):
-            fail(op, "capacity", "a number of keys above 0, or None", repr(capacity))
+        if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or not 0 < capacity <= MOST_KEYS):
+            fail(op, "capacity", f"a number of keys from 1 to {MOST_KEYS}, or None", repr(capacity))
         if capacity is None and on_full != "grow":
             fail(op, "capacity", f"a number of keys with on_full={on_full!r}", "None")
         self._columns = as_columns(op, value_shape, dtype, columns)
-        self._key_type, self._device = key_type, torch.device(device)
+        self._key_type, self._device = key_type, as_device(op, device)
         self._begin()
-        self._path = None if path is None else Path(path)
+        self._path = None if path is None else as_folder(op, path)
         self._extra: dict[str, Any] = {"capacity": capacity, "on_full": on_full}
         if self._path is None:
             self._data: Any = InMemory(key_type, self._columns, self._device, capacity, on_full)
@@ -135,12 +138,13 @@ class KeyValueStore:
 
         check_choice("KeyValueStore.open", "mode", mode, ("r", "w"))
         check_choice("KeyValueStore.open", "verify", verify, VERIFY)
-        log = logged.Log.open(Path(path), mode, durability)
+        folder = as_folder("KeyValueStore.open", path)
+        log = logged.Log.open(folder, mode, durability)
         self = cls.__new__(cls)
         self._columns, self._key_type, self._extra = log.schema.columns, log.schema.key_type, dict(log.schema.extra)
         self._device = torch.device("cpu")
         self._begin()
-        self._path = Path(path)
+        self._path = folder
         try:
             capacity, on_full = self._extra.get("capacity"), self._extra.get("on_full", "grow")
             if on_full not in ON_FULL or type(capacity) not in (int, type(None)) or (capacity or 1) < 1:
@@ -358,11 +362,11 @@ class KeyValueStore:
 
     def export_safetensors(self, path: Any) -> None:
         """Write `state_dict` to one safetensors file: beside it first, then renamed, so an interrupted export leaves what was there."""
-        exchange.export_file(self, Path(path))
+        exchange.export_file(self, as_folder("export_safetensors", path))
 
     def import_safetensors(self, path: Any) -> None:
         """Store what `export_safetensors` wrote, over what is there."""
-        exchange.import_file(self, Path(path))
+        exchange.import_file(self, as_folder("import_safetensors", path))
 
     # --- life
 
@@ -393,12 +397,13 @@ class KeyValueStore:
     def snapshot(self, path: Any) -> None:
         """A copy in a new directory, to be opened on its own: of the last commit, or of all that a store in memory holds."""
         with self._opened("snapshot"):
+            folder = as_folder("snapshot", path)
             if self._path is not None:
-                self._data.snapshot(Path(path))
+                self._data.snapshot(folder)
                 return
             from memkernels.store import logged
 
-            logged.write_snapshot(Path(path), self._key_type, self._columns, self._extra, self._batches("snapshot"))
+            logged.write_snapshot(folder, self._key_type, self._columns, self._extra, self._batches("snapshot"))
 
     def _need_path(self, op: str) -> None:
         if self._path is None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from memkernels.store.buffers import grown, wipe
-from memkernels.store.keys import KeyBatch, join
+from memkernels.store.keys import KeyBatch, distinct, join
 
 if TYPE_CHECKING:
     from memkernels.store.inmemory import InMemory
@@ -28,8 +28,8 @@ Outcome = tuple[torch.Tensor, Evicted | None]  # what was done with each element
 
 
 def in_slices(batch: KeyBatch, values: Values, capacity: int, put: Callable[[KeyBatch, Values], Outcome]) -> Outcome:
-    """Puts a batch in slices of the capacity: such a one always fits, and evicts none of its own keys."""
-    if len(batch) <= capacity:
+    """Puts a batch of more keys than the capacity in slices of it: such a one always fits, and evicts none of its own keys."""
+    if len(batch) <= capacity or int(distinct(batch).sum()) <= capacity:
         return put(batch, values)
     states, lost = [], []
     for begin in range(0, len(batch), capacity):

@@ -5,6 +5,9 @@
 //   dshift[j] = sum_i dw_s[i] w_g[i - j],  dcontent = g dw_g,  dprevious = (1 - g) dw_g,
 //   dgate = dw_g . (content - previous)
 //
+// With a floor f the sum is that of r p plus f / max w_s^sharpen: weights lose the share of it, and
+// dsharpen gains log(max w_s) sum weights c.
+//
 // A task is one head of one batch entry, whose rows of weights stay in the L1 or L2 cache between the passes. An
 // element takes one logarithm and one exponential forward, one logarithm and one division backward, where the weights
 // of halves, which were rounded, are made once more. Bytes per memory row and head: forward 2 reads, 1 write; backward
@@ -51,6 +54,14 @@ struct LocationHead {
   }
 };
 
+// The floor over the largest weight's power.
+template <class A>
+MK_INLINE A floor_share(const LocationAddressArgs& a, A largest, A sharpen) {
+  using V = Vec<A>;
+  if (a.floor == 0) return 0;
+  return reduce_max(exp(log(V::set1(A(a.floor))) - V::set1(sharpen) * log(V::set1(largest))));
+}
+
 template <class S>
 void location_address_forward(const LocationAddressArgs& a, int64_t b, int64_t r, void* scratch) {
   using A = acc_t<S>;
@@ -65,7 +76,7 @@ void location_address_forward(const LocationAddressArgs& a, int64_t b, int64_t r
     store(mass, head.shifted + i, part);
     sum = sum + in_part(mass, V::zero(), part);
   });
-  const A total = reduce_add(sum);
+  const A total = reduce_add(sum) + floor_share<A>(a, largest, head.sharpen);
   A* stats = static_cast<A*>(a.stats) + 2 * head.place;
   stats[0] = largest, stats[1] = total;
   S* weights = static_cast<S*>(a.weights) + head.place * a.rows;
@@ -101,9 +112,9 @@ MK_INLINE void for_each_in_turn(int64_t n, const Body& body) {
   if (i < n) body(i, 1, Tail{n - i});
 }
 
-// weights . dweights.
+// weights . dweights, over the sum of weights, which is made here.
 template <class S, class A>
-MK_INLINE A mean_slope(const A* weights, const S* dweights, int64_t rows) {
+MK_INLINE A mean_slope(const A* weights, const S* dweights, int64_t rows, A& total) {
   using V = Vec<A>;
   V dot[2] = {V::zero(), V::zero()}, mass[2] = {V::zero(), V::zero()}, rest[2] = {V::zero(), V::zero()};
   for_each_in_turn<V>(rows, [&](int64_t i, int turn, auto part) {
@@ -111,7 +122,8 @@ MK_INLINE A mean_slope(const A* weights, const S* dweights, int64_t rows) {
     dot[turn] = fma(weight, load<V>(dweights + i, part), dot[turn]), mass[turn] = mass[turn] + weight;
   });
   // The mean once more, from what the rounded one leaves: where dweights are all alike the gradients are that alone.
-  const A near = reduce_add(dot[0] + dot[1]), total = reduce_add(mass[0] + mass[1]);
+  const A near = reduce_add(dot[0] + dot[1]);
+  total = reduce_add(mass[0] + mass[1]);
   for_each_in_turn<V>(rows, [&](int64_t i, int turn, auto part) {
     rest[turn] = fma(load<V>(weights + i, part), load<V>(dweights + i, part) - V::set1(near), rest[turn]);
   });
@@ -144,7 +156,9 @@ MK_INLINE acc_t<S> sharpening_gradients(const LocationAddressArgs& a, const Loca
   const Sharpening<V> by(stats[0], head.sharpen);
   const V inverse = V::set1(1 / (stats[1] == 0 ? A(1) : stats[1]));
   const A* weights = exact_weights(a, head, by, inverse);
-  const V centre = V::set1(mean_slope(weights, dweights, head.rows));
+  A mass = 0, mean = mean_slope(weights, dweights, head.rows, mass);
+  if (a.floor != 0) mean *= mass;  // else the mass is 1 but for rounding
+  const V centre = V::set1(mean);
   const V slope = V::set1(head.sharpen / (stats[0] < kLeast ? kLeast : stats[0]));
   V dsharpen = V::zero();
   for_each_vec<V>(head.rows, [&](int64_t i, auto part) {
@@ -158,7 +172,8 @@ MK_INLINE acc_t<S> sharpening_gradients(const LocationAddressArgs& a, const Loca
     dsharpen = fma(weight * centred, logarithm, dsharpen);
     store(slope * power * centred, head.slopes + head.reach + i, part);
   });
-  return reduce_add(dsharpen);
+  const A lost = a.floor == 0 ? A(0) : reduce_max(log(V::set1(stats[0]))) * mean * (1 - mass);
+  return reduce_add(dsharpen) + lost;
 }
 
 template <class S>

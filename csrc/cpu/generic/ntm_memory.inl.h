@@ -68,7 +68,7 @@ struct NtmAddress {
     l.batch = 1, l.heads = a.every(), l.rows = a.rows, l.taps = a.scalars - 3;
     l.content = content, l.content_r = a.rows, l.previous = previous, l.previous_r = a.rows;
     l.gate = heads.scalars + 1, l.gate_r = a.scalars, l.sharpen = heads.scalars + 2, l.sharpen_r = a.scalars;
-    l.shift = heads.scalars + 3, l.shift_r = a.scalars, l.stats = heads.stats;
+    l.shift = heads.scalars + 3, l.shift_r = a.scalars, l.stats = heads.stats, l.floor = a.graves ? 0 : 1e-16;
     return l;
   }
 };

@@ -32,7 +32,7 @@ class Machine:
         every, self.width, self.scalars = self.readers + self.writers, read_key.shape[1], read_scalars.shape[1]
         self.sizes = [every * self.width, every * self.scalars, self.writers * self.width, self.writers * self.width]
         self.graves = form == "graves"
-        self.eps = 1e-6 if self.graves else 1e-16
+        self.eps, self.floor = (1e-6, 0.0) if self.graves else (1e-16, 1e-16)
 
     def activated(self, raw):
         """key, strength, gate, sharpen, shift, erase, add of all heads."""
@@ -68,7 +68,7 @@ class Machine:
         activated = key, strength, gate, sharpen, shift, erase, add = self.activated(raw)
         similar = similarity_of(before.memory, key, "cosine", self.eps)
         content = torch.softmax(strength[..., None] * similar, -1)
-        weights, stats = location_address.forward(content, before.weights, gate, shift, sharpen)
+        weights, stats = location_address.forward(content, before.weights, gate, shift, sharpen, self.floor)
         (memory,) = memory_write.forward(before.memory, weights[:, self.readers :], erase, add)
         reads = weights[:, : self.readers] @ (memory if self.graves else before.memory)
         after = State(memory, weights, reads, h, c)
@@ -83,7 +83,7 @@ class Machine:
         dmemory, dwrite, derase, dadd = memory_write.backward(dwritten, before.memory, after.weights[:, self.readers :], erase, add)
         dmemory = dmemory if self.graves else dmemory + dsource
         dweights = d.weights + torch.cat([d.reads @ source.mT, dwrite], 1)
-        given = content, before.weights, gate, shift, sharpen, after.weights, None
+        given = content, before.weights, gate, shift, sharpen, after.weights, None, self.floor
         dcontent, dprevious, dgate, dshift, dsharpen = location_address.backward(dweights, *given)
         dlogit = softmax_backward(dcontent, content)
         more, dkey, dstrength = similarity_backward(dlogit, similar, before.memory, key, strength, "cosine", self.eps)

@@ -143,8 +143,9 @@ def _head_backward(
     strength, gate, sharpen = tl.load(scalar_ptr), tl.load(scalar_ptr + one), tl.load(scalar_ptr + 2 * one)
     shift_ptr, dshift_ptr = scalar_ptr + 3 * one, draw_ptr + 3 * one
     dsharpen = address_slope(
-        slope_ptr, dweights_ptr, stats_ptr, content_ptr, previous_ptr, shift_ptr, gate, sharpen, N, taps, 1, 1, 1, 1, BLOCK_V
-    )
+        slope_ptr, dweights_ptr, stats_ptr, content_ptr, previous_ptr, shift_ptr, gate, sharpen, N, taps, 1, 1, 1, 1, BLOCK_V,
+        0.0 if GRAVES else 1e-16,
+    )  # fmt: skip
     tl.debug_barrier()
     dgate = address_inputs(
         dlogit_ptr, dweights_ptr, dshift_ptr, slope_ptr, content_ptr, previous_ptr, shift_ptr, gate, N, taps, 1, 1, 1, BLOCK_V

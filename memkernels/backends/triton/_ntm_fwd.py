@@ -239,7 +239,7 @@ def ntm_fwd_kernel(
             gate, sharpen = tl.load(scalar + tl.cast(1, tl.int64)), tl.load(scalar + tl.cast(2, tl.int64))
             address(
                 weights + head * count, stats, content_ptr + head * count, previous + head * count, scalar + tl.cast(3, tl.int64),
-                gate, sharpen, N, taps, 1, 1, 1, BLOCK_V,
+                gate, sharpen, N, taps, 1, 1, 1, BLOCK_V, 0.0 if GRAVES else 1e-16,
             )  # fmt: skip
         tl.debug_barrier()
         if not GRAVES:

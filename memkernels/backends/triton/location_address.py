@@ -57,9 +57,9 @@ def _sharpened(shifted, largest, above):
 @device
 def address(
     weights_ptr, stats_ptr, content_ptr, previous_ptr, shift_ptr, gate, sharpen, N, taps,
-    content_stride_n, previous_stride_n, shift_stride_s, BLOCK_N: tl.constexpr,
+    content_stride_n, previous_stride_n, shift_stride_s, BLOCK_N: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
-    """Weights and stats of one head, from pointers to its own rows."""
+    """Weights and stats of one head, from pointers to its own rows; FLOOR is added to the sum of w_s^sharpen."""
     largest, total = tl.cast(0.0, tl.float32), tl.cast(0.0, tl.float32)
     for first in range(0, N, BLOCK_N):
         n = first + lanes(BLOCK_N)
@@ -73,6 +73,8 @@ def address(
         total = total * before * power + tl.sum(ratio * powers, 0)
         largest = now
     largest = tl.where(largest == 0, 1.0, largest)
+    if FLOOR > 0:
+        total += FLOOR * tl.exp(-sharpen * tl.log(largest))
     tl.store(stats_ptr, largest)
     tl.store(stats_ptr + tl.cast(1, tl.int64), total)
     total = tl.where(total == 0, 1.0, total)
@@ -88,12 +90,12 @@ def address(
 @device
 def address_slope(
     slope_ptr, dweights_ptr, stats_ptr, content_ptr, previous_ptr, shift_ptr, gate, sharpen, N, taps,
-    dweights_stride_n, content_stride_n, previous_stride_n, shift_stride_s, BLOCK_N: tl.constexpr,
+    dweights_stride_n, content_stride_n, previous_stride_n, shift_stride_s, BLOCK_N: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of w_s of one head; returns that of sharpen."""
     largest, total = tl.load(stats_ptr), tl.load(stats_ptr + tl.cast(1, tl.int64))
     total = tl.where(total == 0, 1.0, total)
-    centre, dsharpen = tl.cast(0.0, tl.float32), tl.cast(0.0, tl.float32)
+    centre, mass, dsharpen = tl.cast(0.0, tl.float32), tl.cast(0.0, tl.float32), tl.cast(0.0, tl.float32)
     for first in range(0, N, BLOCK_N):
         n = first + lanes(BLOCK_N)
         shifted = _shifted(
@@ -102,6 +104,7 @@ def address_slope(
         ratio, _, power = _sharpened(shifted, largest, sharpen - 1)
         d = tl.load(dweights_ptr + n * dweights_stride_n, mask=n < N, other=0.0).to(tl.float32)
         centre += tl.sum(ratio * power / total * d, 0)
+        mass += tl.sum(ratio * power, 0) / total
     for first in range(0, N, BLOCK_N):
         n = first + lanes(BLOCK_N)
         shifted = _shifted(
@@ -112,6 +115,8 @@ def address_slope(
         dsharpen += tl.sum(ratio * power / total * d * logarithm, 0)
         slope = tl.where(ratio == 0, 0.0, sharpen / (total * tl.maximum(largest, LEAST)) * power * d)
         tl.store(slope_ptr + n, slope, mask=n < N)
+    if FLOOR > 0:  # else the weights sum to 1 and the largest drops out
+        dsharpen += tl.log(largest) * centre * (1 - mass)
     return dsharpen
 
 
@@ -164,7 +169,7 @@ def _location_address_fwd_kernel(
     shift_ptr += b * shift_stride_b + r * shift_stride_r
     address(
         weights_ptr + place * N, stats_ptr + 2 * place, content_ptr, previous_ptr, shift_ptr, gate, sharpen, N, taps,
-        content_stride_n, previous_stride_n, shift_stride_s, BLOCK_N,
+        content_stride_n, previous_stride_n, shift_stride_s, BLOCK_N, 0.0,
     )  # fmt: skip
 
 
@@ -186,7 +191,7 @@ def _location_address_slope_kernel(
     shift_ptr += b * shift_stride_b + r * shift_stride_r
     dsharpen = address_slope(
         slope_ptr + place * N, dweights_ptr, stats_ptr + 2 * place, content_ptr, previous_ptr, shift_ptr, gate, sharpen, N, taps,
-        dweights_stride_n, content_stride_n, previous_stride_n, shift_stride_s, BLOCK_N,
+        dweights_stride_n, content_stride_n, previous_stride_n, shift_stride_s, BLOCK_N, 0.0,
     )  # fmt: skip
     if dsharpen_ptr is not None:
         store(dsharpen_ptr + place, dsharpen)
