@@ -94,6 +94,7 @@ def check(report):
     assert report["stack"] <= STACK_BYTES, f"{name} spills {report['stack']} bytes with {report['registers']} registers"
     assert report["shared"] <= report["shared_limit"], f"{name} needs {report['shared']} bytes of shared memory"
     assert not report["narrow_offsets"], f"{name} adds an offset that is not int64: {report['narrow_offsets'][0]}"
+    assert not report["contracted"], f"{name} leaves it to ptxas whether a product and a sum are rounded once or twice"
     missing = set(report["expect"]) - set(report["found"])
     assert not missing, f"{name} has no {', '.join(sorted(missing))}, only {report['found']}"
 

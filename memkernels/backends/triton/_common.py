@@ -92,6 +92,11 @@ def sum_splits(out: torch.Tensor, part: torch.Tensor) -> None:
     run(sum_splits_kernel, (ceil_div(items, 128),), out, part, items, part.shape[0], BLOCK_S=32, BLOCK=128, num_warps=4)
 
 
+# No contraction, as in the C++ kernels: where forward subtracts the maximum from a rounded product and backward fuses the two, they do not
+# have the same weights. Dots are fused as before.
+OPTIONS = {"enable_fp_fusion": False}
+
+
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Launch on the device of the tensors; an empty grid is nothing to do."""
     if 0 in grid:
@@ -99,9 +104,9 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     device = next(a for a in args if isinstance(a, torch.Tensor)).device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*args, **options)
+            kernel[grid](*args, **options, **OPTIONS)
     else:
-        kernel[grid](*args, **options)
+        kernel[grid](*args, **options, **OPTIONS)
 
 
 def refuse(tensor: torch.Tensor) -> str | None:
@@ -126,6 +131,11 @@ def _device_of(device: torch.device) -> Device:
     return Device((found.major, found.minor), found.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
+def tf32_allowed() -> bool:
+    """torch's own switch for float32 products; its older name, allow_tf32, raises once a user has set this one."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def precision(dtype: torch.dtype) -> str:
     """Of float32 dots of widened tiles: exact products unless torch's own switch allows less.
 
@@ -133,7 +143,7 @@ def precision(dtype: torch.dtype) -> str:
     """
     if dtype != torch.float32:
         return "tf32x3"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if tf32_allowed() else "ieee"
 
 
 def strides(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:

@@ -210,7 +210,7 @@ def attention(
         block_m, block_n, warps, stages = (32, 16, 8, 2) if largest <= 256 else (16, 16, 8, 2)
     if interpreted and keys > KEYS_PER_SPLIT:
         block_n = 256
-    if queries < block_m:
+    if power_of_two(queries, 16) < block_m:  # else the same tile, which would spill with fewer warps
         block_m = power_of_two(queries, 16)
         warps = min(warps, 4)
     chunk, splits = max(keys, 1), 1
