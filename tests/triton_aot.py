@@ -60,6 +60,7 @@ def report(module, name, capability):
         "sm": capability,
         "registers": registers,
         "stack": stack,
+        "stack_limit": entry.stack,
         "shared": made.metadata.shared,
         "shared_limit": SHARED_LIMIT[capability],
         "found": found,

@@ -170,6 +170,9 @@ class Aot:
     num_stages: int
     expect: tuple[str, ...] = ()  # what must be in the PTX for sm_90 (or what comes after it alone), e.g. "wgmma"
     capabilities: tuple[int, ...] = (80, 90, 100)
+    # Bytes. ptxas sometimes parks a value or two there to reach the next step of occupancy; a real spill is an order of magnitude more, and
+    # only the largest tiles may have one.
+    stack: int = 32
 
 
 def aot(

@@ -105,10 +105,9 @@ def backward(dtable, dweight, dout, table, index, weight):
             _bag_bwd_table_kernel, grid, dtable, dout, weight, order, start, places, width, *dout.stride(), *weight.stride(), **tiles
         )  # fmt: skip
     if dweight is not None:
-        grid = (bags * _launch.ceil_div(places, tiles["BLOCK_J"]),)
         run(
-            _bag_bwd_weight_kernel, grid, dweight, dout, table, index, rows, places, width, *dout.stride(), *table.stride(),
-            *index.stride(), **tiles,
+            _bag_bwd_weight_kernel, (bags * _launch.ceil_div(places, tiles["BLOCK_J"]),), dweight, dout, table, index, rows, places, width,
+            *dout.stride(), *table.stride(), *index.stride(), **tiles,
         )  # fmt: skip
 
 
