@@ -35,6 +35,13 @@ def gpu_module():
     return gpu
 
 
+def test_every_kernel_is_known_as_ours():
+    known = set(gpu_module().our_kernels())
+    assert {"mk::cuda", "matmul_kernel", "recurrence_bwd_kernel", "_varlen_dquery_kernel", "_topk_search_kernel"} <= known and len(
+        known
+    ) > 50
+
+
 def test_limits(tmp_path):
     """A stage that outlasts its limit was not run; one that exits with an error failed."""
     run = gpu_module().Run(tmp_path)

@@ -1,5 +1,6 @@
 """Launch parameters of the Triton kernels as pure functions, and what the generated cases do not reach: splits over long memories."""
 
+import ast
 import dataclasses
 import subprocess
 import sys
@@ -259,3 +260,29 @@ def test_what_has_no_descriptor():
     flat = torch.zeros(2 * 3 * 8 * 16 + 1, dtype=torch.bfloat16)[1:].reshape(rows.shape)
     for wrong in (odd, flat, rows.mT, rows[:, :1].expand(2, 3, 8, 16), rows[:0]):
         assert _descriptor(wrong, 64, 16) is None
+
+
+def test_launchers_copy_nothing_from_the_host():
+    """Such a copy waits for the device, and no CUDA graph can hold it."""
+    waits = {"tensor", "as_tensor", "item", "tolist", "cpu", "nonzero"}
+    for path in (ROOT / "memkernels" / "backends" / "triton").glob("*.py"):
+        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
+        assert not [f"{path.name}:{n.lineno}" for n in calls if n.func.attr in waits]
+
+
+def test_grids_of_many_steps_entries_and_places(monkeypatch):
+    """CUDA has at most 65,535 programs along the second and third axis."""
+    from memkernels.backends.triton import _recurrence, topk_read, weighted_bag
+
+    grids = []
+    for module in (_recurrence, topk_read, weighted_bag):
+        monkeypatch.setattr(module, "run", lambda kernel, grid, *args, **options: grids.append(grid))
+    n, wide, index = 1 << 20, torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64)
+    many = wide.expand(n, 1)
+    for steps, batch in ((n, 1), (1, n)):
+        layer = _recurrence.Layer(1, steps, batch, 1, 1, 1, torch.float32, wide, wide, False, None, None, None)
+        layer.entered(many, wide, None, False)
+    topk_read.forward(many, many, index.expand(n, 1), *([many[:, None]] * 3), None, 1, "dot", 1.0, False)
+    weighted_bag.backward(None, many.mT, wide, wide, index.expand(1, n), many.mT)
+    assert len(grids) == 5
+    assert all(all(m < 1 << 16 for m in grid[1:]) and grid[0] < 1 << 31 for grid in grids), grids
