@@ -147,7 +147,9 @@ class Run:
     def tests(self, name: str, limit: float, chosen: str) -> str:
         """A part of tests/gpu. The comparison with float64 is verify's, which does it once."""
         workers = str(min(12, len(os.sched_getaffinity(0))))
-        options = ["-v", "-p", "no:cacheprovider", "-n", workers, "--dist", "worksteal", f"--junitxml={self.results / f'{name}.xml'}"]
+        # Without pytest's header, which asks every backend about every sample.
+        options = ["-v", "--no-header", "-p", "no:cacheprovider", "-n", workers, "--dist", "worksteal"]
+        options.append(f"--junitxml={self.results / f'{name}.xml'}")
         try:
             return self.python(name, limit, "-m", "pytest", *options, "-m", "gpu", "-k", chosen, "tests/gpu")
         except NotRun:
