@@ -32,10 +32,17 @@ def lanes(size: tl.constexpr):
 
 
 @device
-def tanh(x):
-    """By one exponential, which the interpreter has too; exact limits at both ends, error 2 ulp around zero."""
+def tanh(x, ROUNDED: tl.constexpr = True):
+    """By one exponential, which the interpreter has too; exact limits at both ends, error 2 ulp around zero.
+
+    ROUNDED: by an exact division; a GPU's own is off by up to 2 ulp, which float32 gates would show. It takes registers that a kernel which
+    holds more than gates does not have.
+    """
     e = tl.exp(-2 * tl.abs(x))
-    large = (1 - e) / (1 + e)
+    if ROUNDED:
+        large = tl.math.div_rn(1 - e, 1 + e)
+    else:
+        large = (1 - e) / (1 + e)
     square = x * x
     small = tl.abs(x) * (1 + square * (-0.33333333 + square * (0.13333333 + square * (-0.05396825 + square * 0.02186949))))
     magnitude = tl.where(tl.abs(x) < 0.25, small, large)
@@ -43,9 +50,13 @@ def tanh(x):
 
 
 @device
-def sigmoid(x):
+def sigmoid(x, ROUNDED: tl.constexpr = True):
+    """ROUNDED as in tanh."""
     e = tl.exp(-tl.abs(x))
-    return tl.where(x < 0, e, 1.0) / (1 + e)
+    if ROUNDED:
+        return tl.math.div_rn(tl.where(x < 0, e, 1.0), 1 + e)
+    else:
+        return tl.where(x < 0, e, 1.0) / (1 + e)
 
 
 @device
