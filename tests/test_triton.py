@@ -1,6 +1,10 @@
 """Launch parameters of the Triton kernels as pure functions, and what the generated cases do not reach: splits over long memories."""
 
+import ast
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from memkernels.backends.triton._common import INTERPRETED
 SIZES = (0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 511, 512, 513, 4096, 65536, 1 << 20)
 interpreted = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs TRITON_INTERPRET=1 or a GPU")
 DEVICE = "cpu" if INTERPRETED else "cuda"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def power_of_two(n):
@@ -97,6 +102,10 @@ def test_attention_launch():
                     assert launch.block_m >= 16 and launch.block_d == 64 and launch.block_v == 128
                     assert launch.splits * launch.chunk >= keys
                     assert launch.splits == 1 or launch.chunk % launch.block_n == 0
+    for queries in (65, 100, 127):  # a tile is as large as that of many queries, so it has as many warps
+        for kernel in ("forward", "dquery"):
+            few, many = (_launch.attention(n, 300, 128, 128, False, kernel, (9, 0)) for n in (queries, 4096))
+            assert (few.block_m, few.num_warps) == (many.block_m, many.num_warps)
     assert _launch.attention(4, 65536, 64, 64, False, "forward", (9, 0)).splits == 64
     assert _launch.attention(65, 65536, 64, 64, False, "forward", (8, 0)).splits == 1
 
@@ -124,6 +133,20 @@ def test_attention_arguments():
     assert dropout_arguments(1.0) == (0, 0.0)
     assert mask_arguments(None, 4) == (1, 0, 0, 0, 0)
     assert mask_arguments(torch.zeros(2, 1, 3, 5), 4) == (2, 15, 0, 5, 1)
+
+
+@pytest.mark.parametrize("setting", ["cuda.matmul.allow_tf32 = {0}", "cuda.matmul.fp32_precision = '{1}'", "fp32_precision = '{1}'"])
+def test_precision_follows_every_switch_of_torch(setting):
+    """A process each: torch refuses to read one kind of switch after the other was set."""
+    for allowed, words in ((True, ("True", "tf32")), (False, ("False", "ieee"))):
+        code = f"""import torch
+torch.backends.{setting.format(*words)}
+from memkernels.backends.triton import _common, _matmul
+assert _common.precision(torch.float32) == _matmul.product_precision(torch.float32) == {"tf32" if allowed else "ieee"!r}
+assert _common.precision(torch.bfloat16) == "tf32x3"
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
 
 
 def both(function, *tensors):
@@ -237,3 +260,32 @@ def test_what_has_no_descriptor():
     flat = torch.zeros(2 * 3 * 8 * 16 + 1, dtype=torch.bfloat16)[1:].reshape(rows.shape)
     for wrong in (odd, flat, rows.mT, rows[:, :1].expand(2, 3, 8, 16), rows[:0]):
         assert _descriptor(wrong, 64, 16) is None
+
+
+def test_launchers_copy_nothing_from_the_host():
+    """Such a copy waits for the device, and no CUDA graph can hold it."""
+    waits = {"tensor", "as_tensor", "item", "tolist", "cpu", "nonzero"}
+    for path in (ROOT / "memkernels" / "backends" / "triton").glob("*.py"):
+        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
+        assert not [f"{path.name}:{n.lineno}" for n in calls if n.func.attr in waits]
+
+
+def test_grids_of_many_steps_entries_and_places(monkeypatch):
+    """CUDA has at most 65,535 programs along the second and third axis."""
+    from memkernels.backends.triton import _recurrence, topk_read, weighted_bag
+
+    grids = []
+    for module in (_recurrence, topk_read, weighted_bag):
+        monkeypatch.setattr(module, "run", lambda kernel, grid, *args, **options: grids.append(grid))
+    n, wide, index = 1 << 20, torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64)
+    many = wide.expand(n, 1)
+    for steps, batch in ((n, 1), (1, n)):
+        states = torch.zeros(1, 128)
+        layer = _recurrence.Layer(1, steps, batch, 128, 128, 1, torch.float32, states, states, False, None, None, None)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "new_empty", lambda t, *shape, **options: t)  # nothing is launched: no room is needed
+            layer.entered(states, states, None, False)
+    topk_read.forward(many, many, index.expand(n, 1), *([many[:, None]] * 3), None, 1, "dot", 1.0, False)
+    weighted_bag.backward(None, many.mT, wide, wide, index.expand(1, n), many.mT)
+    assert len(grids) == 5
+    assert all(all(m < 1 << 16 for m in grid[1:]) and grid[0] < 1 << 31 for grid in grids), grids

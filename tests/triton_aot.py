@@ -12,6 +12,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from memkernels.backends.triton._common import OPTIONS
+
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes a program may have on an A100, H100/H200, B200
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 MARKS = {
@@ -28,7 +30,7 @@ def compile_entry(entry, capability):
     names = entry.kernel.arg_names
     attributes = {(names.index(a),): [["tt.divisibility", 16]] for a in entry.divisible}
     source = ASTSource(fn=entry.kernel, signature=dict(entry.signature), constexprs=dict(entry.constants), attrs=attributes)
-    options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages}
+    options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages, **OPTIONS}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -58,10 +60,12 @@ def report(module, name, capability):
         "sm": capability,
         "registers": registers,
         "stack": stack,
+        "stack_limit": entry.stack,
         "shared": made.metadata.shared,
         "shared_limit": SHARED_LIMIT[capability],
         "found": found,
         "expect": list(entry.expect) if capability == max(90, min(entry.capabilities)) else [],
+        "contracted": bool(re.search(r"\s(mul|add|sub)\.f32\s", made.asm["ptx"])),  # what ptxas may fuse, as nothing forbids it
         "narrow_offsets": narrow_offsets(made.asm["ttir"]),
     }
 

@@ -1,9 +1,10 @@
 """Everything that only a GPU can show, in one command, offline, in less than eight minutes: `make gpu RESULTS=dir`.
 
-    python tools/gpu.py --results DIR [--only STAGE,...]
+    python tools/gpu.py --results DIR [--only STAGE,...] [--limit SECONDS]
 
 Runs with this interpreter's own torch and Triton. Each stage is a process of its own with a time limit and is reported PASSED, FAILED or
-NOT RUN with the reason; what was stopped at its limit was not run. Writes DIR/gpu.json and DIR/<stage>.log. Exit code 1 when one failed.
+NOT RUN with the reason. What was stopped at its limit was not run, unless it had already found something wrong: then it failed. What Triton
+compiles stays in build/triton, so a second run goes further. Writes DIR/gpu.json and DIR/<stage>.log. Exit code 1 when one failed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,12 +23,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 470.0
+UNFINISHED = 2  # exit code of gpu_stages.py: nothing is wrong, but time ran out
 STAGES = ROOT / "tools" / "gpu_stages.py"
 CANARY = ROOT / "tools" / "gpu_canary.cu"
 # What each sanitizer tool must find in the planted program before its silence about our kernels means anything.
 CANARIES = {"memcheck": "out-of-bounds", "racecheck": "race", "initcheck": "uninitialised"}
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-OURS = ("mk::cuda", "_fwd_kernel", "_bwd_kernel", "_kernel(")
+
+
+def our_kernels() -> list[str]:
+    """What the names of our kernels contain in a sanitizer's report."""
+    sources = (ROOT / "memkernels" / "backends" / "triton").glob("*.py")
+    return ["mk::cuda", *sorted({name for path in sources for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)})]
 
 
 @dataclass
@@ -46,15 +54,15 @@ class NotRun(Exception):
 class Run:
     """One `make gpu`: the results folder, the clock, and what is known of the device."""
 
-    def __init__(self, results: Path):
-        self.results, self.begin = results, time.monotonic()
+    def __init__(self, results: Path, limit: float | None = None):
+        self.results, self.limit, self.begin = results, limit, time.monotonic()
         self.outcomes: list[Outcome] = []
         results.mkdir(parents=True, exist_ok=True)
         self.environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
-            "TRITON_CACHE_DIR": str(results.resolve() / "triton"),
+            "TRITON_CACHE_DIR": str(ROOT / "build" / "triton"),
         }
         self.environment.pop("TRITON_INTERPRET", None)
         self.device = self.query("import torch; print(torch.cuda.get_device_name(), '%d.%d' % torch.cuda.get_device_capability(), sep='|')")
@@ -64,11 +72,11 @@ class Run:
         return done.stdout.strip().split("|") if done.returncode == 0 else []
 
     def left(self) -> float:
-        return BUDGET - (time.monotonic() - self.begin)
+        return max(BUDGET, self.limit or 0) - (time.monotonic() - self.begin)
 
     def execute(self, name: str, limit: float, command: list[str], **variables: str) -> int:
         """Exit code of a command whose output goes to <name>.log; NotRun when it does not end within its limit."""
-        limit = min(limit, self.left())
+        limit = min(self.limit or limit, self.left())
         if limit < 5:
             raise NotRun("no time left")
         with open(self.results / f"{name}.log", "w") as log:
@@ -106,6 +114,12 @@ class Run:
             raise RuntimeError(f"exit code {code}: {self.tail(name)}")
         return self.tail(name)
 
+    def wrong_so_far(self, name: str, mark: str) -> None:
+        """Raises if the log of a stage that was stopped names something wrong: that must not read as if it was not run."""
+        lines = [line for line in (self.results / f"{name}.log").read_text(errors="replace").splitlines() if mark in line]
+        if lines:
+            raise RuntimeError(f"{len(lines)} wrong before it was stopped, the first: {lines[0].strip()[:200]}")
+
     def build(self) -> str:
         variables = {"MEMKERNELS_BUILD": "require"}
         if self.device:
@@ -115,12 +129,32 @@ class Run:
         return "for " + (", ".join(self.device) or "the default targets, no GPU here")
 
     def part(self, name: str, limit: float) -> str:
-        """A stage of gpu_stages.py, which writes <name>.json as it goes."""
-        return self.python(name, limit, str(STAGES), name, str(self.results / f"{name}.json"))
+        """A stage of gpu_stages.py, which writes <name>.json and ends by itself when its time is over."""
+        limit = min(self.limit or limit, self.left())
+        command = [sys.executable, str(STAGES), name, str(self.results / f"{name}.json"), str(limit - 15)]
+        try:
+            code = self.execute(name, limit, command)
+        except NotRun:
+            self.wrong_so_far(name, ": error: ")
+            self.wrong_so_far(name, ": fail: ")
+            raise
+        if code == UNFINISHED:
+            raise NotRun(f"nothing wrong, but not all: {self.tail(name)}")
+        if code:
+            raise RuntimeError(f"exit code {code}: {self.tail(name)}")
+        return self.tail(name)
 
-    def tests(self) -> str:
-        junit = f"--junitxml={self.results / 'tests.xml'}"
-        return self.python("tests", 130, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "4", "-m", "gpu", junit, "tests")
+    def tests(self, name: str, limit: float, chosen: str) -> str:
+        """A part of tests/gpu. The comparison with float64 is verify's, which does it once."""
+        workers = str(min(12, len(os.sched_getaffinity(0))))
+        # Without pytest's header, which asks every backend about every sample.
+        options = ["-v", "--no-header", "-p", "no:cacheprovider", "-n", workers, "--dist", "worksteal"]
+        options.append(f"--junitxml={self.results / f'{name}.xml'}")
+        try:
+            return self.python(name, limit, "-m", "pytest", *options, "-m", "gpu", "-k", chosen, "tests/gpu")
+        except NotRun:
+            self.wrong_so_far(name, " FAILED ")
+            raise
 
     def sanitizer(self) -> str:
         found = shutil.which("compute-sanitizer")
@@ -146,14 +180,17 @@ class Run:
         if check in CANARIES and self.status("sanitizer canaries") != "PASSED":
             raise NotRun("the planted errors were not reported, silence would mean nothing")
         name = f"sanitizer-{check}"
-        command = [tool, "--tool", check, "--error-exitcode", "99", sys.executable, str(STAGES), "tiny", str(self.results / "tiny.json")]
-        code = self.execute(name, 60, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        limit = min(self.limit or 60, self.left())
+        file, seconds = self.results / f"{name}.jsonl", str(limit - 20)
+        command = [tool, "--tool", check, "--error-exitcode", "99", sys.executable, str(STAGES), "tiny", str(file), seconds, "0/1"]
+        code = self.execute(name, limit, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         text = (self.results / f"{name}.log").read_text(errors="replace")
-        if code not in (0, 99) or "tiny:" not in text:
+        done = next((line for line in text.splitlines() if line.startswith("tiny: ") and " tasks, " in line), "")
+        if code not in (0, UNFINISHED, 99) or not done:
             raise NotRun(f"exit code {code}: {self.tail(name)}")
-        if code == 0:
-            return "no error"
-        if any(kernel in text for kernel in OURS):
+        if code != 99:
+            return f"no error in {done.removeprefix('tiny: ')}"
+        if any(kernel in text for kernel in our_kernels()):
             raise RuntimeError(f"errors in our kernels, see {name}.log: {self.tail(name)}")
         return f"errors only in kernels that are not ours: {self.tail(name)}"
 
@@ -177,16 +214,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--only", default="", help="comma-separated stages")
+    parser.add_argument("--limit", type=float, help="seconds that each stage may take, instead of its own limit")
     arguments = parser.parse_args()
-    run = Run(arguments.results)
+    run = Run(arguments.results, arguments.limit)
     stages: dict[str, tuple[Callable[[], str], bool]] = {
         "build": (run.build, False),
-        "verify": (lambda: run.part("verify", 70), True),
-        "tests": (run.tests, True),
-        "bench": (lambda: run.part("bench", 110), True),
-        "determinism": (lambda: run.part("determinism", 40), True),
+        "verify": (lambda: run.part("verify", 130), True),
+        "tests": (lambda: run.tests("tests", 80, "not against_float64 and not layouts"), True),
+        "bench": (lambda: run.part("bench", 90), True),
+        "determinism": (lambda: run.part("determinism", 45), True),
         "sanitizer canaries": (run.canaries, True),
         **{f"sanitizer {check}": ((lambda check=check: run.check_kernels(check)), True) for check in TOOLS},
+        "layouts": (lambda: run.tests("layouts", 120, "layouts"), True),
     }
     for name, (action, needs_gpu) in stages.items():
         if not arguments.only or name in arguments.only.split(","):

@@ -288,7 +288,8 @@ def labels() -> list[str]:
     return there + [f"cpp:{level}" for level in reversed(levels()[:-1]) if "cpp" in there]
 
 
-def _verify_one(spec: OpSpec, sample: Sample, dtype: torch.dtype, backend: str, device: str) -> Iterator[Row]:
+def verify_case(spec: OpSpec, sample: Sample, dtype: torch.dtype, backend: str, device: str) -> Iterator[Row]:
+    """`verify` of one case: its worst tensor in each direction, or a row that says why there is none."""
     empty: dict[str, Any] = dict(op=spec.name, backend=backend, dtype=str(dtype).removeprefix("torch."), sample=sample.name, tensor="")
     numbers: dict[str, Any] = dict(error=math.nan, reference_error=math.nan, ratio=math.nan, limit=math.nan)
     try:
@@ -339,4 +340,4 @@ def verify(
         for backend in backends or labels():
             for dtype in dtypes or DTYPES:
                 for sample in known[name].samples:
-                    yield from _verify_one(known[name], sample, dtype, backend, device)
+                    yield from verify_case(known[name], sample, dtype, backend, device)

@@ -24,9 +24,10 @@ def entry(lengths_ptr, b, K, low, high, pull):
 
 @triton.jit
 def capped(logit, softcap):
-    """softcap tanh(logit / softcap), and its slope."""
-    bounded = tanh(logit / softcap)
-    return softcap * bounded, 1 - bounded * bounded
+    """softcap tanh(logit / softcap), and its slope: not 1 - tanh^2, which keeps few digits of a GPU's own exponential and division."""
+    bent = logit / softcap
+    e = tl.exp(-2 * tl.abs(bent))
+    return softcap * tanh(bent, False), 4 * e / ((1 + e) * (1 + e))
 
 
 @triton.jit

@@ -316,7 +316,9 @@ def backward(
 
 def no_moves(delta):
     """For each query the sums that set_right() takes, as if its delta were exact."""
-    return torch.tensor((0.0, 1.0), device=delta.device).expand(*delta.shape, 2).contiguous()
+    moved = delta.new_zeros(*delta.shape, 2)  # not from numbers of the host: a copy waits for the device, and no CUDA graph can hold it
+    moved[..., 1].fill_(1)
+    return moved
 
 
 def set_right(delta, moved, dlse, sink=False):

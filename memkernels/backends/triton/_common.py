@@ -32,10 +32,17 @@ def lanes(size: tl.constexpr):
 
 
 @device
-def tanh(x):
-    """By one exponential, which the interpreter has too; exact limits at both ends, error 2 ulp around zero."""
+def tanh(x, ROUNDED: tl.constexpr = True):
+    """By one exponential, which the interpreter has too; exact limits at both ends, error 2 ulp around zero.
+
+    ROUNDED: by an exact division; a GPU's own is off by up to 2 ulp, which float32 gates would show. It takes registers that a kernel which
+    holds more than gates does not have.
+    """
     e = tl.exp(-2 * tl.abs(x))
-    large = (1 - e) / (1 + e)
+    if ROUNDED:
+        large = tl.math.div_rn(1 - e, 1 + e)
+    else:
+        large = (1 - e) / (1 + e)
     square = x * x
     small = tl.abs(x) * (1 + square * (-0.33333333 + square * (0.13333333 + square * (-0.05396825 + square * 0.02186949))))
     magnitude = tl.where(tl.abs(x) < 0.25, small, large)
@@ -43,9 +50,13 @@ def tanh(x):
 
 
 @device
-def sigmoid(x):
+def sigmoid(x, ROUNDED: tl.constexpr = True):
+    """ROUNDED as in tanh."""
     e = tl.exp(-tl.abs(x))
-    return tl.where(x < 0, e, 1.0) / (1 + e)
+    if ROUNDED:
+        return tl.math.div_rn(tl.where(x < 0, e, 1.0), 1 + e)
+    else:
+        return tl.where(x < 0, e, 1.0) / (1 + e)
 
 
 @device
@@ -92,6 +103,11 @@ def sum_splits(out: torch.Tensor, part: torch.Tensor) -> None:
     run(sum_splits_kernel, (ceil_div(items, 128),), out, part, items, part.shape[0], BLOCK_S=32, BLOCK=128, num_warps=4)
 
 
+# No contraction, as in the C++ kernels: where forward subtracts the maximum from a rounded product and backward fuses the two, they do not
+# have the same weights. Dots are fused as before.
+OPTIONS = {"enable_fp_fusion": False}
+
+
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Launch on the device of the tensors; an empty grid is nothing to do."""
     if 0 in grid:
@@ -99,9 +115,9 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     device = next(a for a in args if isinstance(a, torch.Tensor)).device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*args, **options)
+            kernel[grid](*args, **options, **OPTIONS)
     else:
-        kernel[grid](*args, **options)
+        kernel[grid](*args, **options, **OPTIONS)
 
 
 def refuse(tensor: torch.Tensor) -> str | None:
@@ -126,6 +142,11 @@ def _device_of(device: torch.device) -> Device:
     return Device((found.major, found.minor), found.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
+def tf32_allowed() -> bool:
+    """torch's own switch for float32 products; its older name, allow_tf32, raises once a user has set this one."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def precision(dtype: torch.dtype) -> str:
     """Of float32 dots of widened tiles: exact products unless torch's own switch allows less.
 
@@ -133,7 +154,7 @@ def precision(dtype: torch.dtype) -> str:
     """
     if dtype != torch.float32:
         return "tf32x3"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if tf32_allowed() else "ieee"
 
 
 def strides(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:
@@ -160,6 +181,9 @@ class Aot:
     num_stages: int
     expect: tuple[str, ...] = ()  # what must be in the PTX for sm_90 (or what comes after it alone), e.g. "wgmma"
     capabilities: tuple[int, ...] = (80, 90, 100)
+    # Bytes. ptxas sometimes parks a value or two there to reach the next step of occupancy; a real spill is an order of magnitude more, and
+    # only the largest tiles may have one.
+    stack: int = 32
 
 
 def aot(

@@ -9,6 +9,7 @@ transposed. Bytes: forward s*N*W, backward 2*s*N*W (3*s*N*W with dweights). Prod
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -247,9 +248,11 @@ def _content_dkey_kernel(
 
 
 def _tiles(rows, dtype, similarity):
+    # The operands of three tf32 products lie in shared memory, which is too small for those of the largest tiles.
+    large = rows.block_r * max(rows.block_w, rows.block_v) > _launch.MAX_TILE // 2
     return dict(
         SIMILARITY=similarity, BLOCK_R=rows.block_r, BLOCK_N=rows.block_n, BLOCK_W=rows.block_w, BLOCK_V=rows.block_v,
-        PRECISION=precision(dtype), num_warps=rows.num_warps,
+        PRECISION="ieee" if large and dtype != torch.float32 else precision(dtype), num_warps=rows.num_warps,
     )  # fmt: skip
 
 
@@ -324,10 +327,10 @@ def backward(dmemory, dkey, dstrength, dvalue, dread, dweights, memory, key, str
 def entries(name, read):
     """What is compiled ahead of time for content_address (`read` False) and content_read."""
     found = []
-    for dtype, similarity, kernel in product(
-        AOT_DTYPES, ("cosine", "dot", "l2") if read else ("cosine",), (_content_fwd_kernel, _content_bwd_kernel)
-    ):
-        rows = _launch.content(65536, 4, 64, None, kernel is _content_bwd_kernel)
+    kernels = _content_fwd_kernel, _content_bwd_kernel
+    usual = product(AOT_DTYPES, ("cosine", "dot", "l2") if read else ("cosine",), kernels, [4])
+    for dtype, similarity, kernel, heads in [*usual, *product(AOT_DTYPES, ["dot"], kernels, [64, 128] if read else [])]:
+        rows = _launch.content(65536, heads, 64, None, kernel is _content_bwd_kernel)
         absent = {"mask_ptr", "value_ptr", "dvalue_ptr", "delta_part_ptr"}
         absent |= {"logit_ptr", "dweights_ptr", "delta_ptr"} if read else {"part_ptr", "dread_ptr", "total_ptr"}
         constants = {k: v for k, v in _tiles(rows, dtype, similarity).items() if k.isupper()} | {
@@ -336,5 +339,7 @@ def entries(name, read):
         constants |= {a: 1 for a in kernel.arg_names if a.endswith(("stride_w", "dread_stride_v", "dweights_stride_n"))}
         types = {f"{a}_ptr": "*fp32" for a in ("maximum", "sum", "part", "logit", "stats", "delta", "total", "dkey_part", "dsum_part")}
         direction = "bwd" if kernel is _content_bwd_kernel else "fwd"
-        found.append(aot(f"{name}_{direction}_{similarity}", kernel, dtype, constants, types, rows.num_warps))
+        title = f"{name}_{direction}_{similarity}" + (f"_R{heads}" if heads > 4 else "")
+        entry = aot(title, kernel, dtype, constants, types, rows.num_warps)
+        found.append(replace(entry, stack=800) if heads > 4 else entry)
     return found

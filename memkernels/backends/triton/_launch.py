@@ -210,7 +210,7 @@ def attention(
         block_m, block_n, warps, stages = (32, 16, 8, 2) if largest <= 256 else (16, 16, 8, 2)
     if interpreted and keys > KEYS_PER_SPLIT:
         block_n = 256
-    if queries < block_m:
+    if power_of_two(queries, 16) < block_m:  # else the same tile, which would spill with fewer warps
         block_m = power_of_two(queries, 16)
         warps = min(warps, 4)
     chunk, splits = max(keys, 1), 1
@@ -268,10 +268,13 @@ def quantized_attention(rows: int, keys: int, width: int, value_width: int, wide
     """For quantized_attention: `rows` queries of all heads that share a key head; `wide`: float32."""
     block_d, block_v = power_of_two(width, 16), power_of_two(value_width, 16)
     largest = max(block_d, block_v)
-    block_n = 256 if interpreted else 64 if largest <= 64 and not wide else 32 if largest <= 128 else 16
-    block_m = min(power_of_two(rows, 16), 32 if largest <= 128 else 16)
+    if wide:
+        block_m, block_n, warps = (16, 32, 4) if largest <= 64 else (16, 16, 8)
+    else:
+        block_m, block_n, warps = 32 if largest <= 128 else 16, 64 if largest <= 64 else 32 if largest <= 128 else 16, 4
+    block_m, block_n = min(power_of_two(rows, 16), block_m), 256 if interpreted else block_n
     chunk = ceil_div(max(KEYS_PER_SPLIT, ceil_div(keys, MAX_SPLITS)), block_n) * block_n
-    return Attention(block_m, block_n, block_d, block_v, 4, 2, chunk, max(ceil_div(keys, chunk), 1))
+    return Attention(block_m, block_n, block_d, block_v, warps, 2, chunk, max(ceil_div(keys, chunk), 1))
 
 
 @dataclass(frozen=True)

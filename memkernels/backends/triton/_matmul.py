@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from memkernels.backends.triton._common import aot, dot, lanes, run, store, strides
+from memkernels.backends.triton._common import aot, dot, lanes, run, store, strides, tf32_allowed
 from memkernels.backends.triton._launch import ceil_div
 
 
@@ -44,7 +44,7 @@ TILES = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32)
 
 def product_precision(dtype: torch.dtype) -> str:
     """For products of which one factor is a 16-bit value (exact in tf32), or float32 at torch's own switch."""
-    return "ieee" if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+    return "ieee" if dtype == torch.float32 and not tf32_allowed() else "tf32"
 
 
 def _run(out, a, b, sizes, dtype, bias=None, other_bias=None, groups=1, along=(0, 0, 0, 1, 1)):

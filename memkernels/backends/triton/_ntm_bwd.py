@@ -104,6 +104,7 @@ def _attend_backward(dlogit_ptr, content_ptr, similar_ptr, N, BLOCK_V: tl.conste
         n = first + lanes(BLOCK_V)
         d = vector_of(content_ptr, n, N) * (vector_of(dlogit_ptr, n, N) - centre)
         dstrength += tl.sum(d * vector_of(similar_ptr, n, N), 0)
+        tl.debug_barrier()  # with few rows every warp has all of them, to have the sums: none may find what another one has replaced
         tl.store(dlogit_ptr + n, d, mask=n < N)
     tl.debug_barrier()
     return dstrength

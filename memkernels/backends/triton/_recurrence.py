@@ -29,9 +29,10 @@ def entering_kernel(
     REVERSE: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The state that entered every step, after resets and dropout; zero past the end of a row."""
-    t = tl.program_id(0).to(tl.int64)
-    b, inside, length = rows_of(tl.program_id(1).to(tl.int64) * BLOCK_B + lanes(BLOCK_B), None, lengths_ptr, T, B)
-    n = tl.program_id(2).to(tl.int64) * BLOCK_N + lanes(BLOCK_N)
+    blocks = tl.cdiv(B, BLOCK_B)
+    t, block = tl.program_id(0).to(tl.int64) // blocks, tl.program_id(0).to(tl.int64) % blocks
+    b, inside, length = rows_of(block * BLOCK_B + lanes(BLOCK_B), None, lengths_ptr, T, B)
+    n = tl.program_id(1).to(tl.int64) * BLOCK_N + lanes(BLOCK_N)
     running = t < length
     tile = inside[:, None] & (n < N)[None, :]
     alive = tile & running[:, None]
@@ -122,7 +123,7 @@ class Layer:
         width = first.shape[1]
         out = states.new_empty(self.steps * self.batch, width)
         rows = _launch.pointwise(width)
-        grid = self.steps, _launch.ceil_div(self.batch, rows.block_n), _launch.ceil_div(width, rows.block_w)
+        grid = self.steps * _launch.ceil_div(self.batch, rows.block_n), _launch.ceil_div(width, rows.block_w)
         reset_strides = (0, 0) if self.reset is None else self.reset.stride()
         fresh_strides = (0, 0, 0) if fresh is None else fresh.stride()
         drawn = self.drawn() | (dict(DROPOUT=False) if not dropout else {})

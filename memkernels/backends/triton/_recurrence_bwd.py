@@ -130,7 +130,7 @@ def _output_gate(dm, c, o, norm_weight_ptr, norm_bias_ptr, unit, units, tile, H)
     if norm_weight_ptr is not None:
         mean, scale = moments(c, c, c, c, tile, H, 1)
         c = scaled((c - mean) * scale, norm_weight_ptr, norm_bias_ptr, 8 * tl.cast(H, tl.int64) + unit, units)
-    bounded = tanh(c)
+    bounded = tanh(c, False)
     return bounded, dm * bounded * o * (1 - o)
 
 

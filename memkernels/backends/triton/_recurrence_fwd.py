@@ -77,7 +77,7 @@ def _lstm_cell(z0, z1, z2, c, peephole_ptr, u, units, H):
     if peephole_ptr is not None:
         z0 += per_unit(peephole_ptr, u, units) * c
         z1 += per_unit(peephole_ptr + tl.cast(H, tl.int64), u, units) * c
-    i, f, g = sigmoid(z0), sigmoid(z1), tanh(z2)
+    i, f, g = sigmoid(z0, False), sigmoid(z1, False), tanh(z2, False)
     return i, f, g, f * c + i * g
 
 
@@ -87,7 +87,7 @@ def _bounded(c, norm_weight_ptr, norm_bias_ptr, u, units, tile, H):
     if norm_weight_ptr is not None:
         mean, scale = moments(c, c, c, c, tile, H, 1)
         c = scaled((c - mean) * scale, norm_weight_ptr, norm_bias_ptr, 8 * tl.cast(H, tl.int64) + u, units)
-    return tanh(c)
+    return tanh(c, False)
 
 
 @triton.jit
@@ -96,14 +96,14 @@ def _simple_cell(x0, x1, x2, s0, s1, s2, old, bias_ptr, u, units, CELL: tl.const
     if CELL == GRU:
         if bias_ptr is not None:
             s2 += per_unit(bias_ptr, u, units)
-        r, z = sigmoid(x0 + s0), sigmoid(x1 + s1)
-        n = tanh(x2 + r * s2)
+        r, z = sigmoid(x0 + s0, False), sigmoid(x1 + s1, False)
+        n = tanh(x2 + r * s2, False)
         return (1 - z) * n + z * old, r, z, n, s2
     elif CELL == RELU:
         new = tl.where(x0 + s0 < 0, 0.0, x0 + s0)
         return new, new, new, new, new
     else:
-        new = tanh(x0 + s0)
+        new = tanh(x0 + s0, False)
         return new, new, new, new, new
 
 
@@ -182,7 +182,7 @@ def recurrence_fwd_kernel(
                         o = dot(rounded(c_new, weight_co.dtype), weight_co, o, PRECISION)
                     elif gate_o_ptr is not None:
                         o += tl.load(gate_o_ptr + own, mask=tile, other=0.0)
-                    o = sigmoid(o)
+                    o = sigmoid(o, False)
                     if STAGE != SCAN:
                         new = o * _bounded(c_new, norm_weight_ptr, norm_bias_ptr, u, units, tile, H)
                     c_next = zone(c_new, c_old, seed_ptr, ZONEOUT_C, t, b, u, zoned_c, zoneout_c, ZONEOUT)

@@ -294,5 +294,6 @@ AOT = [
 ] + [
     *(_aot(torch.bfloat16, width, causal, tma=sm) for width in (64, 128) for causal in (False, True) for sm in (90, 100)),
     _aot(torch.bfloat16, 64, True, every=True),
+    _aot(torch.bfloat16, 128, True, queries=100),
     *_attention_bwd.every(torch.bfloat16),
 ]

@@ -56,7 +56,7 @@ def _span(starts_ptr, sequence, S):
 def _logits(a, b, scale, softcap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
     logit = dot(a, tl.trans(b), tl.zeros([a.shape[0], b.shape[0]], tl.float32), PRECISION) * scale
     if CAPPED:
-        logit = softcap * tanh(logit / softcap)
+        logit = softcap * tanh(logit / softcap, False)
     return logit
 
 

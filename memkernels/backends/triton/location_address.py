@@ -48,7 +48,7 @@ def _shifted(
 @device
 def _sharpened(shifted, largest, above):
     """w_s / largest, its logarithm and its power sharpen - 1: 0, 0 and 1 where it is not positive; NaN stays NaN."""
-    ratio = shifted / largest
+    ratio = tl.math.div_rn(shifted, largest)  # 1 for the largest, which a GPU's own division does not promise
     ratio = tl.where(ratio <= 0, 0.0, ratio)
     logarithm = tl.log(tl.where(ratio == 0, 1.0, ratio))
     return ratio, logarithm, tl.exp(above * logarithm)

@@ -104,7 +104,7 @@ def forward(scores, index, query, subkeys, k):
     found = index.new_empty((2 * heads, launch.splits, batch, launch.slots))
     layouts = halves.stride(1), halves.stride(0), halves.stride(2), *rows.stride(), 0, 0
     run(
-        _topk_search_kernel, (_launch.ceil_div(batch, launch.block_q), launch.splits, 2 * heads), found, halves, rows, None,
+        _topk_search_kernel, (2 * heads * _launch.ceil_div(batch, launch.block_q), launch.splits), found, halves, rows, None,
         batch, count, width, launch.splits, launch.rows_per_split, *layouts, SIMILARITY="dot", BLOCK_Q=launch.block_q,
         BLOCK_N=launch.block_n, BLOCK_D=launch.block_d, SLOTS=launch.slots, PRECISION=precision(query.dtype), num_warps=launch.num_warps,
     )  # fmt: skip

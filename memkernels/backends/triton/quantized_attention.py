@@ -200,18 +200,20 @@ def _contiguous(lengths_k):
     return None if lengths_k is None else lengths_k.contiguous()
 
 
-def _aot(kernel, role, dtype):
-    launch = _launch.quantized_attention(4, 65536, 64, 64, dtype == torch.float32)
+def _aot(kernel, role, dtype, rows=4, width=64):
+    launch = _launch.quantized_attention(rows, 65536, width, width, dtype == torch.float32)
     constants = {name: value for name, value in _tiles(launch, dtype).items() if name.isupper()}
     constants |= dict.fromkeys(("query_stride_d", "key_stride_d", "value_stride_v", "key_scale_stride_k", "value_scale_stride_k"), 1)
     constants |= {name: 1 for name in ("dout_stride_v",) if name in kernel.arg_names}
     wide = ("part_ptr", "stats_ptr", "total_ptr", "key_scale_ptr", "value_scale_ptr", "dlse_ptr")
     types = dict.fromkeys(wide, "*fp32") | dict(key_ptr="*i8", value_ptr="*i8", lengths_ptr="*i64", scale="fp32")
-    return aot(f"quantized_attention_{role}", kernel, dtype, constants, types, launch.num_warps, launch.num_stages)
+    name = f"quantized_attention_{role}" + (f"_M{rows}_D{width}" if rows > 16 else "")
+    return aot(name, kernel, dtype, constants, types, launch.num_warps, launch.num_stages)
 
 
 AOT = [
-    _aot(kernel, role, dtype)
+    _aot(kernel, role, dtype, *sizes)
     for dtype in AOT_DTYPES
     for kernel, role in ((_quantized_attention_fwd_kernel, "fwd"), (_quantized_attention_bwd_kernel, "bwd"))
+    for sizes in ((), (32, 128))
 ]

@@ -71,6 +71,7 @@ def _retrieval_fwd_kernel(
         values = _rows(memory_value_ptr, row, there & (weights != 0), v, V, value_stride_n, value_stride_v)
         acc = acc * shrink + tl.sum(values * weights[:, None], 0)
         total, top = total * shrink + tl.sum(weights, 0), new_top
+    tl.debug_barrier()  # every warp has its own copy of the local numbers, which are now replaced
     store(out_ptr + at * V + v, acc / tl.where(total == 0, 1.0, total), mask=v < V)
     tl.store(lse_ptr + at, top + tl.log(total))
     tl.store(stats_ptr + at * 2, top)
@@ -128,6 +129,7 @@ def _retrieval_bwd_kernel(
         delta += moved / tl.where(summed == 0, 1.0, summed)
         if dlse_ptr is not None:
             delta -= tl.load(dlse_ptr + at)
+        tl.debug_barrier()  # every warp has its own copy of the old one
         tl.store(delta_ptr + at, delta)
     acc = tl.zeros([BLOCK_D], tl.float32)
     for first in range(0, K, BLOCK_K):

@@ -51,7 +51,8 @@ def _topk_search_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """found[b, split, q, SLOTS]: the best rows of a split, sorted; NOTHING where there are fewer."""
-    group, split, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    groups, split = tl.cdiv(Q, BLOCK_Q), tl.program_id(1).to(tl.int64)
+    b, group = tl.program_id(0).to(tl.int64) // groups, tl.program_id(0).to(tl.int64) % groups
     q, d = group * BLOCK_Q + lanes(BLOCK_Q), lanes(BLOCK_D)
     query_ptr += b * query_stride_b
     key_ptr += b * key_stride_b
@@ -236,7 +237,7 @@ def forward(read, weights, index, query, key, value, mask, k, similarity, scale,
     launch = _launch.topk_read(batch * queries, rows, k, width, value.shape[2], INTERPRETED)
     found = index.new_empty((batch, launch.splits, queries, launch.slots))
     layouts = *query.stride(), *key.stride(), *strides(mask, 2)
-    grid = (_launch.ceil_div(queries, launch.block_q), launch.splits, batch)
+    grid = batch * _launch.ceil_div(queries, launch.block_q), launch.splits
     run(
         _topk_search_kernel, grid, found, query, key, mask, queries, rows, width, launch.splits, launch.rows_per_split, *layouts,
         SIMILARITY=similarity, BLOCK_Q=launch.block_q, BLOCK_N=launch.block_n, BLOCK_D=launch.block_d, SLOTS=launch.slots,

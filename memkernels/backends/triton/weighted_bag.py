@@ -65,8 +65,9 @@ def _bag_bwd_weight_kernel(
     dweight_ptr, dout_ptr, table_ptr, index_ptr, K, J, D, dout_stride_b, dout_stride_d, table_stride_k, table_stride_d, index_stride_b,
     index_stride_j, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    bag = tl.program_id(0).to(tl.int64)
-    j, row, there = _named(index_ptr, bag, tl.program_id(1).to(tl.int64) * BLOCK_J, J, K, index_stride_b, index_stride_j, BLOCK_J)
+    blocks = tl.cdiv(J, BLOCK_J)
+    bag, block = tl.program_id(0).to(tl.int64) // blocks, tl.program_id(0).to(tl.int64) % blocks
+    j, row, there = _named(index_ptr, bag, block * BLOCK_J, J, K, index_stride_b, index_stride_j, BLOCK_J)
     total = tl.zeros([BLOCK_J], tl.float32)
     for first in range(0, D, BLOCK_D):
         d = tl.cast(first, tl.int64) + lanes(BLOCK_D)
@@ -104,10 +105,9 @@ def backward(dtable, dweight, dout, table, index, weight):
             _bag_bwd_table_kernel, grid, dtable, dout, weight, order, start, places, width, *dout.stride(), *weight.stride(), **tiles
         )  # fmt: skip
     if dweight is not None:
-        grid = bags, _launch.ceil_div(places, tiles["BLOCK_J"])
         run(
-            _bag_bwd_weight_kernel, grid, dweight, dout, table, index, rows, places, width, *dout.stride(), *table.stride(),
-            *index.stride(), **tiles,
+            _bag_bwd_weight_kernel, (bags * _launch.ceil_div(places, tiles["BLOCK_J"]),), dweight, dout, table, index, rows, places, width,
+            *dout.stride(), *table.stride(), *index.stride(), **tiles,
         )  # fmt: skip
 
 
