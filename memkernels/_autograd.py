@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from memkernels import _backends, _compat, _vmap
-from memkernels._compat import PLAIN_CALL, autocast_enabled, eager_apply
+from memkernels._compat import PLAIN_CALL, autocast_enabled, eager_apply, functorch_active, untraced
 from memkernels._op import Op, filled, picker
 
 
@@ -134,7 +134,7 @@ def _eager_function(op: Op, general: Any) -> Any:
 def _differentiate(op: Op, backward_function: Any, args: tuple[Any, ...]) -> Any:
     """First order: the backward op. Under create_graph or functorch: the Function around it, which can be differentiated again."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return backward_function.apply(*args)
+        return (untraced(backward_function.apply) if functorch_active() else backward_function.apply)(*args)
     return op.backward_op(*args)
 
 

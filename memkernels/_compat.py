@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -154,6 +155,12 @@ empty_gradients: Callable[[tuple[Any, ...], tuple[int, ...], Sequence[bool]], li
 def eager_apply(function: type[torch.autograd.Function]) -> Any:
     """`function.apply` for plain tensors outside functorch: without binding default arguments, 9 us of a call."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+@functools.cache
+def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as a call that Dynamo never looks into. Only where functorch is active, which has imported Dynamo already."""
+    return torch.compiler.disable(function)
 
 
 def register_namedtuple(kind: type[Any]) -> None:

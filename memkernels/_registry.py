@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from memkernels import _autograd, _backends, _compat
-from memkernels._compat import PLAIN_CALL, RECORDED, ROUTED, autocast_enabled, forward_ad_active, functorch_active
+from memkernels._compat import PLAIN_CALL, RECORDED, ROUTED, autocast_enabled, forward_ad_active, functorch_active, untraced
 from memkernels._op import Arg, Op, Out, empty_like, new_empties, new_empty
 
 __all__ = [
@@ -59,7 +59,8 @@ class RoutedOp(Op):
         if functorch_active():
             if torch.compiler.is_compiling() or forward_ad_active():
                 return tuple(self.reference.forward(*args))
-            return self.function.apply(*args)
+            # After a graph break inside a transform Dynamo compiles what is below frame by frame, and takes `*args` for a ctx.
+            return untraced(self.function.apply)(*args)
         if forward_ad_active():
             return tuple(self.reference.forward(*args))
         return self.op(*args)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -64,7 +63,7 @@ def huggingface_attention(
         (out "B Q NH V", contiguous; None for the weights, which are never made).
 
     Raises:
-        ValueError: an option that `attention` does not know, or a paged cache.
+        ValueError: a paged cache, or what `attention` refuses.
     """
     if options.get("cache") is not None:
         fail("huggingface_attention", "cache", "None (continuous batching is not supported)", type(options["cache"]).__name__)
@@ -84,12 +83,7 @@ def huggingface_attention(
 
 
 NAMES = {"softcap": "softcap", "s_aux": "sink"}  # what transformers calls options of `attention`
-KNOWN = frozenset(inspect.signature(attention).parameters)
 
 
 def _further(options: dict[str, Any]) -> dict[str, Any]:
-    given = {ours: options[theirs] for theirs, ours in NAMES.items() if options.get(theirs) is not None}
-    for name in given:
-        if name not in KNOWN:
-            fail("huggingface_attention", name, "None (attention has no such option)", given[name])
-    return given
+    return {ours: options[theirs] for theirs, ours in NAMES.items() if options.get(theirs) is not None}

@@ -159,6 +159,21 @@ def test_compile_of_vmap_of_grad(case):
         close(torch.compile(transform, backend="aot_eager")(*stacked(tensors, 0)), transform(*stacked(tensors, 0)))
 
 
+@pytest.mark.parametrize("case", of_each_kind(one_per_op(levels="traced")))
+def test_compile_with_a_graph_break_inside_a_transform(case):
+    """Dynamo then compiles what lies below the break frame by frame, with the transform active."""
+    torch._dynamo.reset()
+    function, tensors = of_tensors(case, case.inputs(), forced=False)
+
+    def broken(*given):
+        torch._dynamo.graph_break()
+        return function(*given)
+
+    transform = vmap(grad(loss_of(broken), everything(tensors)))
+    with compare.using(case.backend):
+        close(torch.compile(transform, backend="aot_eager")(*stacked(tensors, 0)), transform(*stacked(tensors, 0)))
+
+
 class Wrapped(torch.nn.Module):
     """The op of one case as a module of its first differentiable input; the others, or what is added to an only one, are parameters."""
 
