@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ def test_without_gpu(tmp_path):
     assert {stage["status"] for stage in report["stages"]} == {"NOT RUN"}
     assert all("GPU" in stage["reason"] for stage in report["stages"])
     assert report["environment"]["torch"] == torch.__version__
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "logs.tar.gz"]
 
 
 def gpu_module():
@@ -39,6 +41,19 @@ def test_every_kernel_is_known_as_ours():
     known = set(gpu_module().our_kernels())
     assert len(known) > 50
     assert {"mk::cuda", "matmul_kernel", "recurrence_bwd_kernel", "_varlen_dquery_kernel", "_topk_search_kernel"} <= known
+
+
+def test_results_are_few_files(tmp_path):
+    """Logs and parts go into one archive at the end; what was in the folder before stays."""
+    (tmp_path / "mine.txt").write_text("mine")
+    run = gpu_module().Run(tmp_path)
+    for name in "ab":
+        run.stage(name, lambda name=name: run.python(name, 20, "-c", f"print('{name}')"), needs_gpu=False)
+        assert [stage["stage"] for stage in json.loads(run.write().read_text())["stages"]] == list("ab")[: "ab".index(name) + 1]
+    run.pack()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "logs.tar.gz", "mine.txt"]
+    with tarfile.open(tmp_path / "logs.tar.gz") as archive:
+        assert archive.extractfile("b.log").read().strip() == b"b"
 
 
 def test_limits(tmp_path):

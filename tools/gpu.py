@@ -4,7 +4,8 @@
 
 Runs with this interpreter's own torch and Triton. Each stage is a process of its own with a time limit and is reported PASSED, FAILED or
 NOT RUN with the reason. What was stopped at its limit was not run, unless it had already found something wrong: then it failed. What Triton
-compiles stays in build/triton, so a second run goes further. Writes DIR/gpu.json and DIR/<stage>.log. Exit code 1 when one failed.
+compiles stays in build/triton, so a second run goes further. Writes DIR/gpu.json after every stage, at the end DIR/logs.tar.gz with what
+the stages wrote: few files come back from a lent machine. Exit code 1 when one failed.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +61,7 @@ class Run:
         self.results, self.limit, self.begin = results, limit, time.monotonic()
         self.outcomes: list[Outcome] = []
         results.mkdir(parents=True, exist_ok=True)
+        self.others = {"gpu.json", "logs.tar.gz", *(path.name for path in results.iterdir())}  # not ours to pack
         self.environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
@@ -197,17 +201,31 @@ class Run:
     def status(self, name: str) -> str:
         return next((o.status for o in self.outcomes if o.stage == name), "NOT RUN")
 
-    def write(self) -> Path:
-        """gpu.json: the stages, the environment, and every row that the stages wrote."""
+    @cached_property
+    def machine(self) -> dict[str, object]:
+        """Device, versions, commit."""
         device = "'cuda' if torch.cuda.is_available() else 'cpu'"
         code = f"import json, torch; from memkernels.bench import environment; print(json.dumps(environment({device})))"
         found = self.query(code)
+        return json.loads("|".join(found)) if found else {}
+
+    def write(self) -> Path:
+        """gpu.json: the stages, the environment, and every row that the stages wrote."""
         parts = {name: self.results / f"{name}.json" for name in ("verify", "determinism", "bench")}
         rows = {name: json.loads(path.read_text()) for name, path in parts.items() if path.exists()}
-        report = {"stages": [asdict(o) for o in self.outcomes], "environment": json.loads("|".join(found)) if found else {}, **rows}
+        report = {"stages": [asdict(o) for o in self.outcomes], "environment": self.machine, **rows}
         path = self.results / "gpu.json"
         path.write_text(json.dumps(report, indent=1) + "\n")
         return path
+
+    def pack(self) -> None:
+        """What the stages wrote goes into one file."""
+        written = [path for path in sorted(self.results.iterdir()) if path.is_file() and path.name not in self.others]
+        with tarfile.open(self.results / "logs.tar.gz", "w:gz") as archive:
+            for path in written:
+                archive.add(path, path.name)
+        for path in written:
+            path.unlink()
 
 
 def main() -> int:
@@ -227,10 +245,14 @@ def main() -> int:
         **{f"sanitizer {check}": ((lambda check=check: run.check_kernels(check)), True) for check in TOOLS},
         "layouts": (lambda: run.tests("layouts", 120, "layouts"), True),
     }
+    chosen = arguments.only.split(",") if arguments.only else list(stages)
+    if unknown := [name for name in chosen if name not in stages]:
+        parser.error(f"--only: expected some of {', '.join(stages)}, got {', '.join(unknown)}")
     for name, (action, needs_gpu) in stages.items():
-        if not arguments.only or name in arguments.only.split(","):
+        if name in chosen:
             run.stage(name, action, needs_gpu)
-    path = run.write()
+            path = run.write()
+    run.pack()
     count = {status: sum(o.status == status for o in run.outcomes) for status in ("PASSED", "FAILED", "NOT RUN")}
     print(f"{', '.join(f'{n} {status}' for status, n in count.items())} in {time.monotonic() - run.begin:.0f} s; {path}")
     return 1 if count["FAILED"] else 0
