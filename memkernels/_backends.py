@@ -159,7 +159,7 @@ def empty_cache() -> None:
     """Give the memory of large CPU outputs that are gone back to the system.
 
     The C++ kernels keep blocks of 4 MB or more for later outputs, at most `MEMKERNELS_KEEP_MB` in all (by default a sixteenth of the
-    machine's memory): new pages cost about as much as filling them. Does nothing without the extension.
+    memory of the machine or its container): new pages cost about as much as filling them. Does nothing without the extension.
     """
     found = package("cpp")
     if not isinstance(found, str):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from pathlib import Path
 
 
 def forced_backend() -> str | None:
@@ -15,14 +17,22 @@ def cpu_level() -> str | None:
     return os.environ.get("MEMKERNELS_CPU_LEVEL") or None
 
 
+# What a container may use, where control groups say it: of version 2, then of version 1.
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
 def kept_memory() -> int | None:
-    """MEMKERNELS_KEEP_MB: how many MB of large CPU outputs that are gone stay in use for later ones, in bytes; None: the default."""
+    """MEMKERNELS_KEEP_MB: how many bytes of large CPU outputs that are gone stay in use for later ones. Else a sixteenth of what a
+    container may use; None where there is no such limit."""
     text = os.environ.get("MEMKERNELS_KEEP_MB")
-    if not text:
-        return None
-    if not text.isdecimal():
+    if text and not text.isdecimal():
         raise ValueError(f"MEMKERNELS_KEEP_MB: expected a whole number of megabytes, 0 or more, got {text!r}")
-    return int(text) << 20
+    if text:
+        return int(text) << 20
+    for file in CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            return min(int(file.read_text()), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) // 16
+    return None
 
 
 def triton_interpret() -> bool:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import memkernels as mk
+from memkernels import _config
 from memkernels.bench.memory import _resident
 
 pytestmark = pytest.mark.skipif(isinstance(mk.backends()["cpp"], str), reason="no extension")
@@ -163,3 +164,16 @@ def test_limit_of_the_environment():
         assert run(AGAIN, MEMKERNELS_KEEP_MB="100").stdout.strip() == "False"
     wrong = run(AGAIN, MEMKERNELS_KEEP_MB="much")
     assert "MEMKERNELS_KEEP_MB: expected a whole number of megabytes, 0 or more, got 'much'" in wrong.stderr
+
+
+@pytest.mark.skipif(not LINUX, reason="control groups are Linux's")
+@pytest.mark.parametrize("text, kept", [("1600\n", 100), ("max\n", None), (str(2**63), "machine"), (None, None)])
+def test_limit_of_a_container(tmp_path, monkeypatch, text, kept):
+    """A container's memory counts, not that of the machine around it."""
+    file = tmp_path / "memory.max"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setattr(_config, "CONTAINER_LIMITS", (tmp_path / "missing", file))
+    monkeypatch.delenv("MEMKERNELS_KEEP_MB", raising=False)
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16
+    assert _config.kept_memory() == (machine if kept == "machine" else kept)
