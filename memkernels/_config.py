@@ -28,7 +28,7 @@ def kept_memory() -> int | None:
     if text and not text.isdecimal():
         raise ValueError(f"MEMKERNELS_KEEP_MB: expected a whole number of megabytes, 0 or more, got {text!r}")
     if text:
-        return int(text) << 20
+        return min(int(text), 1 << 40) << 20
     for file in CONTAINER_LIMITS:
         with contextlib.suppress(OSError, ValueError):  # not there, or "max"
             return min(int(file.read_text()), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) // 16

@@ -116,11 +116,8 @@ def recurrent(name, hidden):
     return call, [*leaves, reset, lengths]
 
 
-@pytest.mark.parametrize("hidden", (32, 256))
-@pytest.mark.parametrize("name", ("lstm", "gru", "rnn"))
-def test_recurrent_training_in_a_cuda_graph(name, hidden):
-    """All launches of forward and backward captured once; a replay sees new values, lengths and resets."""
-    call, tensors = recurrent(name, hidden)
+def replay_equals_call(call, change=lambda: None):
+    """All launches of a call captured once; after `change` a replay gives what the call itself gives then."""
     with memkernels.backend("triton"):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -131,13 +128,25 @@ def test_recurrent_training_in_a_cuda_graph(name, hidden):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = call()
+        change()
+        graph.replay()
+        got = [t.clone() for t in captured]
+        expected = call()
+    assert all(torch.equal(g, w) for g, w in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("hidden", (32, 256))
+@pytest.mark.parametrize("name", ("lstm", "gru", "rnn"))
+def test_recurrent_training_in_a_cuda_graph(name, hidden):
+    """All launches of forward and backward captured once; a replay sees new values, lengths and resets."""
+    call, tensors = recurrent(name, hidden)
+
+    def change():
         with torch.no_grad():
             for t in tensors:
                 t.copy_(t.flip(0))
-        graph.replay()
-        got = [t.clone() for t in captured]
-        wanted = call()
-    assert all(torch.equal(g, w) for g, w in zip(got, wanted))
+
+    replay_equals_call(call, change)
 
 
 @pytest.mark.parametrize("name", ("attention", "attention_varlen", "paged_attention", "retrieval_attention", "hopfield_retrieve"))
@@ -151,20 +160,7 @@ def test_attention_training_in_a_cuda_graph(name):
         outputs = make.tensors_of(spec.call(spec.function, dict(leaves), dict(spec.samples[0].options)))
         return [*outputs, *torch.autograd.grad(sum(t.float().sum() for t in outputs if t.requires_grad), wanted)]
 
-    with memkernels.backend("triton"):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = call()
-        graph.replay()
-        got = [t.clone() for t in captured]
-        expected = call()
-    assert all(torch.equal(g, w) for g, w in zip(got, expected))
+    replay_equals_call(call)
 
 
 def test_large_offsets():
