@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -12,6 +13,11 @@ import torch
 
 def pytest_configure(config):
     torch.set_num_threads(1)  # tiny samples, and xdist already uses the cores; the checks of threads set more themselves
+
+
+def pytest_collection_finish(session):
+    gc.collect()
+    gc.freeze()  # twenty thousand cases stay to the end: no collection need look at them again
 
 
 def pytest_report_header(config):

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "common/caches.h"
 #include "common/pages.h"
 #include "cpu/recurrent_host.h"
 
@@ -144,7 +145,6 @@ Span ended_steps(const RecurrentRows& rows, const Lengths& lengths, int rank, in
 }
 
 void zero_past_ends(void* data, const RecurrentRows& rows, const Lengths& lengths, int64_t bytes, Span steps) {
-  constexpr int64_t kPastCaches = int64_t(4) << 20;
   if (!data || (!rows.slots && rows.lines == rows.T)) return;
   const bool large = rows.T * rows.B * bytes >= kPastCaches;
   for (int64_t t = steps.begin; t < steps.end; t++)

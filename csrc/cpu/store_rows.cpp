@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "common/caches.h"
 #include "common/checks.h"
 #include "common/tasks.h"
 #include "cpu/select.h"
@@ -14,7 +15,6 @@
 namespace mk::cpu {
 namespace {
 
-constexpr int64_t kLarge = int64_t(4) << 20;  // bytes written that the caches of two cores do not keep
 // Of the rows of a scatter, for each thread: one that other work slows down takes fewer.
 constexpr int64_t kOwners = 2;
 constexpr int64_t kTask = int64_t(1) << 18;  // bytes of a task
@@ -98,7 +98,7 @@ void gather(const TensorView& out, const std::vector<TensorView>& chunks_and_def
   const int64_t* rows = rows_view.data<const int64_t>();
   char* to = out.data<char>();
   const char* absent = fallback.data<const char>();
-  const bool past_caches = n * width >= kLarge && width % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+  const bool past_caches = n * width >= kPastCaches && width % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
   const StoreGather work{chunks, rows, absent, to, width, past_caches};
   const auto copy = select(store_lookup_levels).gather;
   std::atomic<int64_t> wrong{-1};  // a row that no chunk holds
@@ -130,9 +130,14 @@ void scatter(const std::vector<TensorView>& chunk_views, const std::vector<int64
   const bool apart = increasing(rows_view.data<const int64_t>(), n);  // no row twice: any thread may write it
   int64_t owners = 1;
   while (!apart && n * width >= 65536 && owners < kOwners * num_threads()) owners *= 2;
-  const StoreScatter work{
-      chunks, rows_view.data<const int64_t>(),           values.data<const char>(), values.stride(0), width, stretch,
-      owners, n * width >= kLarge && whole_lines(chunks)};
+  const StoreScatter work{chunks,
+                          rows_view.data<const int64_t>(),
+                          values.data<const char>(),
+                          values.stride(0),
+                          width,
+                          stretch,
+                          owners,
+                          n * width >= kPastCaches && whole_lines(chunks)};
   const auto write = select(store_lookup_levels).scatter;
   if (const int64_t row = chunks.missing(work.rows, n); row >= 0) no_such_row(op, row);
   pybind11::gil_scoped_release nogil;

@@ -6,6 +6,7 @@
 #pragma once
 #include "cpu/attention.h"
 #include "cpu/generic/gates.inl.h"
+#include "cpu/generic/streaming.inl.h"
 
 namespace mk::cpu::MK_LEVEL {
 namespace {
@@ -49,15 +50,6 @@ MK_INLINE Vec<float> power(Vec<float> x) {
 }
 #endif
 MK_INLINE Vec<double> power(Vec<double> x) { return exp(x); }
-
-// Whether to write a gradient past the caches: none of them holds it until it is read again, and a plain store would
-// read each line first.
-constexpr int64_t kPastCaches = int64_t(8) << 20;
-template <class A, class T>
-MK_INLINE bool past_caches(const void* gradient, int64_t rows, int64_t width) {
-  return sizeof(T) == sizeof(A) && width % kLanes<A> == 0 && uintptr_t(gradient) % 64 == 0 &&
-         rows * width * int64_t(sizeof(T)) >= kPastCaches;
-}
 
 // exp(score - base) of scores that still lack their factor.
 template <class A>

@@ -7,6 +7,7 @@
 // cache. Sums of a strip of columns stay in registers for kShort rows and are then added up: short chains of additions
 // round less. Bytes: forward one row a place; backward one row read, one written a row that is named. Everything in
 // the accumulation type.
+#include "cpu/generic/streaming.inl.h"
 #include "cpu/weighted_bag.h"
 
 namespace mk::cpu::MK_LEVEL {
@@ -206,9 +207,7 @@ void row_gradient(const BagArgs& a, int64_t begin, int64_t end, acc_t<S>* total,
 
 template <class S>
 void bag_backward(const BagArgs& a, int64_t begin, int64_t end, void* scratch) {
-  constexpr int64_t kPastCaches = int64_t(8) << 20;  // bytes of a gradient that no cache holds until it is read again
-  const bool stream = sizeof(S) == sizeof(acc_t<S>) && a.width % Vec<acc_t<S>>::kLanes == 0 &&
-                      uintptr_t(a.dtable) % 64 == 0 && a.rows * a.width * int64_t(sizeof(S)) >= kPastCaches;
+  const bool stream = past_caches<acc_t<S>, S>(a.dtable, a.rows, a.width);
   for (int64_t first = begin; first < end;) {
     const int64_t row = a.sorted[first].row;
     int64_t last = first + 1;
