@@ -1,9 +1,9 @@
 """Embedding - LSTM - external memory - Dense on text of your own, in plain PyTorch around `memkernels.nn`.
 
-python examples/language_model.py [FILE]
+python examples/language_model.py [FILE] [--steps 40]
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -25,15 +25,19 @@ class Model(torch.nn.Module):
         return self.dense(x)
 
 
-def main() -> None:
-    text = Path(sys.argv[1] if len(sys.argv) > 1 else __file__).read_text(encoding="utf-8")
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", nargs="?", type=Path, default=Path(__file__), help="UTF-8 text; default: this program")
+    parser.add_argument("--steps", type=int, default=40, help="of training")
+    args = parser.parse_args(argv)
+    text = args.file.read_text(encoding="utf-8")
     symbols = sorted(set(text))
     tokens = torch.tensor([symbols.index(c) for c in text])
     window = min(64, len(tokens) - 1)
     torch.manual_seed(0)
     model = Model(len(symbols))
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for step in range(41):
+    for step in range(args.steps + 1):
         starts = torch.randint(len(tokens) - window, (8, 1))
         batch = tokens[starts + torch.arange(window + 1)]
         loss = torch.nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
