@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from target import Target
 
-from memkernels.bench.row import Row
-from memkernels.bench.runner import Case
 from memkernels.testing.spec import specs
 
 _index: dict[str, Any] = {}
@@ -29,19 +26,13 @@ def _faiss(query, key, value, k, mask=None):
     return (weights[:, None] @ value[0][index]).transpose(0, 1), weights[None], index[None]
 
 
-def _with_faiss(case: Case, seconds: float) -> Iterable[Row]:
-    """Rows against matmul and topk, and against faiss-cpu where it is installed (a note says where it is not)."""
-    spec = dataclasses.replace(case.spec, peers={**case.spec.peers, "faiss": _faiss})
-    return dataclasses.replace(case, spec=spec).rows(["forward"], ["eager", "faiss"], seconds)
-
-
 def search_targets() -> Iterator[Target]:
     """Rows of topk_read and product_key_search."""
     topk = specs()["topk_read"]
     many, one = (topk.sample(name) for name in ("Q256_N65536", "Q1_N1048576"))
     yield Target("topk_read", many, "forward", dict(eager=2.5))
     yield Target("topk_read", many, "fwd+bwd", dict(eager=3))
-    yield Target("topk_read", one, "forward", dict(eager=1, faiss=1), rows=_with_faiss)
+    yield Target("topk_read", one, "forward", dict(eager=1, faiss=1), peers={"faiss": _faiss})
     product = specs()["product_key_search"].sample("B1024_S512_k32")
     yield Target("product_key_search", product, "fwd+bwd", dict(eager=8))
     yield Target("product_key_search", product, "forward", dict(eager=8))

@@ -25,7 +25,8 @@ class Target:
     """One op at one size and mode.
 
     `bars` maps a peer to the ratio to reach, "us" to microseconds not to exceed, "read" to the least part of the machine's read bandwidth,
-    "per token" to the ratio per token to a batch of full rows; `rows` measures what `Case.rows` cannot.
+    "per token" to the ratio per token to a batch of full rows; `peers` are compared with beside those of the spec; `rows` measures what
+    `Case.rows` cannot.
     """
 
     op: str
@@ -35,6 +36,7 @@ class Target:
     dtype: torch.dtype = torch.float32
     inputs: Mapping[str, Any] = field(default_factory=dict)  # other draws for some inputs of the spec
     rows: Callable[[Case, float], Iterable[Row]] | None = None
+    peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -44,7 +46,7 @@ class Target:
     def spec(self) -> OpSpec:
         spec = specs()[self.op]
         inputs = {name: dataclasses.replace(i, draw=self.inputs.get(name, i.draw)) for name, i in spec.inputs.items()}
-        return dataclasses.replace(spec, inputs=inputs)
+        return dataclasses.replace(spec, inputs=inputs, peers={**spec.peers, **self.peers})
 
 
 def measure(target: Target, seconds: float) -> list[dict[str, Any]]:

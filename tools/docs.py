@@ -47,6 +47,7 @@ PEERS = {
     "us": "microseconds a call",
     "read": "read bandwidth",
     "faiss": "faiss-cpu IndexFlatIP",
+    "torch_geometric": "torch_geometric TransformerConv",
 }
 
 

@@ -184,7 +184,7 @@ void both_sides(SegmentArgs& a, int64_t sources, DType dtype, void* dkey, void* 
   const int type = int(dtype);
   const int64_t size = sum_size(dtype);
   Scratch scratch;
-  a.numbers = scratch.take<char>(a.nodes * 3 * a.heads * size);
+  a.numbers = scratch.take<char>(a.nodes * 3 * segment_heads(a.heads) * size);
   parallel_for(a.nodes, grain_for(2 * a.heads * a.dout.width * size),
                [&](int64_t begin, int64_t end) { kernels.prepare[type](a, begin, end); });
   const auto run = [&](double flops, const auto& aside, int64_t asides) {

@@ -12,8 +12,8 @@ struct SegmentTensor {
 
 // A row with more edges is worked on in runs of so many, joined in order: the split knows nothing of threads.
 constexpr int64_t kSegmentRun = 256;
-constexpr int64_t kSegmentChunk = 64;    // edges whose rows are gathered together; a multiple of every vector length
-constexpr int64_t kSegmentLanes = 1024;  // products of heads x edges before they are added up
+constexpr int64_t kSegmentChunk = 64;   // edges whose rows are gathered together; a multiple of every vector length
+constexpr int64_t kSegmentLanes = 256;  // the square of the longest vector: products before they are added up
 
 // The graph seen from its nodes (near rows are sources), or transposed, from its sources (near rows are nodes). Own and
 // near rows have a left part of width D (query, key) and a right part of width V (value, dout; no data: none).
@@ -34,7 +34,7 @@ struct SegmentArgs {
   int64_t bias_e;
   void *out, *lse, *stats, *exact;  // written by forward, contiguous; exact may be null
   // Backward. A weight is unit exp(score - base), its score's gradient weight (dout . value - delta): base, unit and
-  // delta lie in numbers [nodes][3][NH], written by prepare() from what forward saved.
+  // delta lie in numbers [nodes][3][segment_heads], written by prepare() from what forward saved.
   const void *saved_out, *saved_stats;
   SegmentTensor dout, dlse;
   bool saved_exact;  // saved_out is of the accumulation type
@@ -42,6 +42,9 @@ struct SegmentArgs {
 };
 
 MK_INLINE constexpr int64_t segment_padded(int64_t n) { return (n + 15) / 16 * 16; }
+// Numbers of an edge lie head by head, in groups of as many heads as a vector holds, the last or only one filled up to
+// a power of two: at most so many in all.
+MK_INLINE constexpr int64_t segment_heads(int64_t n) { return n > 8 ? segment_padded(n) : n > 4 ? 8 : n > 2 ? 4 : n; }
 // Elements of the accumulation type: what a run leaves (forward: sums, maxima, sums of weights; backward: gradients),
 // and what a call of forward() or backward() needs besides.
 MK_INLINE int64_t segment_rows(const SegmentArgs& a) {
@@ -49,7 +52,8 @@ MK_INLINE int64_t segment_rows(const SegmentArgs& a) {
 }
 MK_INLINE int64_t segment_slot(const SegmentArgs& a) { return segment_rows(a) + segment_padded(2 * a.heads); }
 MK_INLINE int64_t segment_scratch(const SegmentArgs& a) {
-  return segment_slot(a) + segment_rows(a) + 2 * a.heads * kSegmentChunk + kSegmentLanes;
+  return segment_slot(a) + segment_rows(a) + 2 * segment_heads(a.heads) * kSegmentChunk + kSegmentLanes +
+         3 * segment_padded(a.heads);
 }
 
 struct SegmentAttentionKernels {

@@ -1,7 +1,8 @@
 // Graph attention over compressed rows: out[i] = sum_e softmax(scale q[i] . k[index[e]] + bias[e]) v[index[e]].
 //
-// A row owns its result and walks over its edges in chunks of kSegmentChunk, all heads of a chunk after each other: a
-// near row is gathered once for all heads, fetched some edges ahead. Forward: softmax with a running maximum. Backward
+// A row owns its result and walks over its edges in chunks of kSegmentChunk; a near row is gathered once for all heads,
+// fetched some edges ahead, and a vector holds the numbers of several heads of as many edges as it has room for: most
+// nodes have fewer edges than a vector has lanes. Forward: softmax with a running maximum. Backward
 // computes the weights again from the saved maximum and sum, along the nodes for dquery and dbias, along the sources
 // for dkey and dvalue. Bytes gathered an edge: forward s NH (D + V), backward twice that. Sums in the accumulation
 // type.
@@ -22,29 +23,29 @@ struct ForwardSlot {
         total(top + a.heads) {}
 };
 
-// One chunk of one head: weights from scores, the running maximum and sum; returns what former sums are multiplied by.
+// One chunk of one group of heads: weights from products, the running maxima and sums, and what former sums are
+// multiplied by.
 template <class A>
-MK_INLINE A weigh(A* scores, int64_t count, A& top, A& total) {
+MK_INLINE void weigh(A* scores, const A* bias, int64_t count, Vec<A> scale, const Room<A>& room, int64_t lane) {
   using V = Vec<A>;
-  const A infinity = A(__builtin_inf());
-  V most = V::set1(top);
-  for_each_vec<V>(count,
-                  [&](int64_t i, auto part) { most = in_part(max(most, load<V>(scores + i, part)), most, part); });
-  const A new_top = reduce_max(most), shift = new_top == -infinity ? A(0) : new_top;
+  const V lowest = V::set1(A(-__builtin_inf())), top = V::load(room.top + lane), total = V::load(room.total + lane);
+  V most = top;
+  for_each_vec<V>(count * room.group, [&](int64_t i, auto part) {
+    const V score = score_of(scores, bias, i, scale, part);
+    store(score, scores + i, part);
+    most = in_part(max(most, score), most, part);
+  });
+  most = over_edges(most, room.group, [](V x, V y) { return max(x, y); });
+  const V shift = select(most == lowest, V::zero(), most);
   V sum = V::zero();
-  for_each_vec<V>(count, [&](int64_t i, auto part) {
-    const V w = exp(load<V>(scores + i, part) - V::set1(shift));
+  for_each_vec<V>(count * room.group, [&](int64_t i, auto part) {
+    const V w = exp(load<V>(scores + i, part) - shift);
     store(w, scores + i, part);
     sum = sum + in_part(w, V::zero(), part);
   });
-  A keep = 0;
-  if (total != 0) {
-    alignas(64) A factor[V::kLanes];
-    exp(V::set1(top - shift)).store(factor);
-    keep = factor[0];
-  }
-  total = total * keep + reduce_add(sum), top = new_top;
-  return keep;
+  sum = over_edges(sum, room.group, [](V x, V y) { return x + y; });
+  const V keep = select(total == V::zero(), V::zero(), exp(top - shift));
+  keep.store(room.keep + lane), most.store(room.top + lane), (total * keep + sum).store(room.total + lane);
 }
 
 // sums = keep * sums; what is multiplied by 0 is not looked at: it may be NaN.
@@ -59,25 +60,31 @@ template <class S>
 MK_INLINE void forward_edges(const SegmentArgs& a, int64_t row, int64_t first, int64_t last, void* slot,
                              const Room<acc_t<S>>& room) {
   using A = acc_t<S>;
+  using V = Vec<A>;
+  constexpr int64_t L = V::kLanes;
   const SegmentSide& side = a.side;
-  const int64_t padded = segment_padded(side.near_right.width);
+  const int64_t padded = segment_padded(side.near_right.width), group = room.group;
   ForwardSlot<S> to(a, slot);
   Chunk<S> chunk;
-  for (int64_t i = 0; i < a.heads * padded; i += Vec<A>::kLanes) Vec<A>::zero().store(to.sums + i);
-  for (int64_t h = 0; h < a.heads; h++) to.top[h] = A(-__builtin_inf()), to.total[h] = 0;
+  const V scale = V::set1(A(a.scale)), lowest = V::set1(A(-__builtin_inf()));
+  alignas(64) A bias[kSegmentChunk * V::kLanes];
+  for (int64_t i = 0; i < a.heads * padded; i += L) V::zero().store(to.sums + i);
+  for (int64_t g = 0; g * room.group < a.heads; g++)
+    lowest.store(room.top + g * L), V::zero().store(room.total + g * L);
   for (int64_t h = 0; h < a.heads; h++)
     copy_row<S>(side.own_left, row, h, room.left + h * segment_padded(side.own_left.width));
   for (int64_t begin = first; begin < last; begin += kSegmentChunk) {
     gather<S>(a, begin, last, chunk);
-    products<S>(a, side.near_left, room.left, chunk.left, chunk.count, room.scores, room.lanes);
-    for (int64_t h = 0; h < a.heads; h++) {
-      A* scores = room.scores + h * kSegmentChunk;
-      add_bias<S>(a, begin, chunk.count, h, scores);
-      const A keep = weigh(scores, chunk.count, to.top[h], to.total[h]);
-      if (begin != first && keep != 1) shrink(keep, padded, to.sums + h * padded);
+    products<S>(a, side.near_left, room.left, chunk.left, chunk.count, room, room.scores);
+    for (int64_t h = 0; h < a.heads; h += group) {
+      if (a.bias) gather_bias<S>(a, begin, chunk.count, h, group, bias);
+      weigh(room.scores + room.head(h), a.bias ? bias : nullptr, chunk.count, scale, room, room.lane(h));
     }
-    add_rows<S>(a, side.near_right, room.scores, chunk.right, chunk.count, to.sums);
+    for (int64_t h = 0; begin != first && h < a.heads; h++)
+      if (const A keep = room.keep[room.lane(h)]; keep != 1) shrink(keep, padded, to.sums + h * padded);
+    add_rows<S>(a, side.near_right, room, room.scores, chunk.right, chunk.count, to.sums);
   }
+  for (int64_t h = 0; h < a.heads; h++) to.top[h] = room.top[room.lane(h)], to.total[h] = room.total[room.lane(h)];
 }
 
 template <class S>
@@ -175,43 +182,54 @@ MK_INLINE void prepare_of(const SegmentArgs& a, int64_t node, int64_t h) {
   }
   if (a.dlse.data) delta -= part_of<A>(a.dlse, node, 0)[h * a.dlse.h];
   const A top = static_cast<const A*>(a.saved_stats)[2 * at], total = static_cast<const A*>(a.saved_stats)[2 * at + 1];
-  A* numbers = static_cast<A*>(a.numbers) + node * 3 * a.heads + h;
+  const int64_t heads = segment_heads(a.heads);
+  A* numbers = static_cast<A*>(a.numbers) + node * 3 * heads + h;
   numbers[0] = total == 0 ? A(__builtin_inf()) : top;
-  numbers[a.heads] = total == 0 ? A(0) : A(1) / total;
-  numbers[2 * a.heads] = delta;
+  numbers[heads] = total == 0 ? A(0) : A(1) / total;
+  numbers[2 * heads] = delta;
 }
 
 template <class S>
 void prepare(const SegmentArgs& a, int64_t begin, int64_t end) {
-  for (int64_t node = begin; node < end; node++)
+  using A = acc_t<S>;
+  const int64_t heads = segment_heads(a.heads);
+  for (int64_t node = begin; node < end; node++) {
+    A* numbers = static_cast<A*>(a.numbers) + node * 3 * heads;
     for (int64_t h = 0; h < a.heads; h++) prepare_of<S>(a, node, h);
+    for (int64_t h = a.heads; h < heads; h++) numbers[h] = numbers[heads + h] = numbers[2 * heads + h] = 0;
+  }
 }
 
-// Of one chunk and head: scores become weights, products of dout and value the gradients of the scores.
+// Of one chunk and one group of heads from `begin` on: products become weights, products of dout and value the
+// gradients of the scores.
 template <class S>
-MK_INLINE void differentiate(const SegmentArgs& a, int64_t row, const Chunk<S>& chunk, int64_t h, acc_t<S>* scores,
-                             acc_t<S>* dscores) {
+MK_INLINE void differentiate(const SegmentArgs& a, int64_t row, const Chunk<S>& chunk, int64_t begin, int64_t group,
+                             const acc_t<S>* bias, acc_t<S>* scores, acc_t<S>* dscores) {
   using A = acc_t<S>;
   using V = Vec<A>;
-  const A* numbers = static_cast<const A*>(a.numbers) + h;
+  const int64_t heads = segment_heads(a.heads), n = chunk.count * group;
+  const A* numbers = static_cast<const A*>(a.numbers) + begin;
+  const V scale = V::set1(A(a.scale));
   const auto apply = [&](int64_t i, auto part, V base, V unit, V delta) {
-    const V weight = exp(load<V>(scores + i, part) - base) * unit;
+    const V weight = exp(score_of(scores, bias, i, scale, part) - base) * unit;
     const V gradient = weight * (load<V>(dscores + i, part) - delta);
     store(weight, scores + i, part);
     store(select(weight == V::zero(), V::zero(), gradient), dscores + i, part);
   };
   if (!a.side.numbers_near) {
-    const A* mine = numbers + row * 3 * a.heads;
-    const V base = V::set1(mine[0]), unit = V::set1(mine[a.heads]), delta = V::set1(mine[2 * a.heads]);
-    for_each_vec<V>(chunk.count, [&](int64_t i, auto part) { apply(i, part, base, unit, delta); });
+    const A* mine = numbers + row * 3 * heads;
+    const V base = repeated(mine, group), unit = repeated(mine + heads, group),
+            delta = repeated(mine + 2 * heads, group);
+    for_each_vec<V>(n, [&](int64_t i, auto part) { apply(i, part, base, unit, delta); });
     return;
   }
-  alignas(64) A base[kSegmentChunk], unit[kSegmentChunk], delta[kSegmentChunk];
+  alignas(64) A base[kSegmentChunk * V::kLanes], unit[kSegmentChunk * V::kLanes], delta[kSegmentChunk * V::kLanes];
   for (int64_t e = 0; e < chunk.count; e++) {
-    const A* theirs = numbers + a.side.near[chunk.first + e] * 3 * a.heads;
-    base[e] = theirs[0], unit[e] = theirs[a.heads], delta[e] = theirs[2 * a.heads];
+    const A* theirs = numbers + a.side.near[chunk.first + e] * 3 * heads;
+    copy_group(theirs, group, base + e * group), copy_group(theirs + heads, group, unit + e * group);
+    copy_group(theirs + 2 * heads, group, delta + e * group);
   }
-  for_each_vec<V>(chunk.count, [&](int64_t i, auto part) {
+  for_each_vec<V>(n, [&](int64_t i, auto part) {
     apply(i, part, load<V>(base + i, part), load<V>(unit + i, part), load<V>(delta + i, part));
   });
 }
@@ -224,6 +242,8 @@ MK_INLINE void backward_edges(const SegmentArgs& a, int64_t row, int64_t first, 
   const int64_t padded = segment_padded(side.own_left.width), value_padded = segment_padded(side.near_right.width);
   A *left = static_cast<A*>(slot), *right = left + a.heads * padded;
   const bool has_dout = side.near_right.data && side.own_right.data;
+  const int64_t group = room.group;
+  alignas(64) A bias[kSegmentChunk * Vec<A>::kLanes];
   Chunk<S> chunk;
   for (int64_t i = 0; i < a.heads * (padded + value_padded); i += Vec<A>::kLanes) Vec<A>::zero().store(left + i);
   for (int64_t h = 0; h < a.heads; h++) {
@@ -232,22 +252,24 @@ MK_INLINE void backward_edges(const SegmentArgs& a, int64_t row, int64_t first, 
   }
   for (int64_t begin = first; begin < last; begin += kSegmentChunk) {
     gather<S>(a, begin, last, chunk);
-    products<S>(a, side.near_left, room.left, chunk.left, chunk.count, room.scores, room.lanes);
+    products<S>(a, side.near_left, room.left, chunk.left, chunk.count, room, room.scores);
     if (has_dout)
-      products<S>(a, side.near_right, room.right, chunk.right, chunk.count, room.dscores, room.lanes);
+      products<S>(a, side.near_right, room.right, chunk.right, chunk.count, room, room.dscores);
     else
-      for (int64_t i = 0; i < a.heads * kSegmentChunk; i++) room.dscores[i] = 0;
-    for (int64_t h = 0; h < a.heads; h++) {
-      A *scores = room.scores + h * kSegmentChunk, *dscores = room.dscores + h * kSegmentChunk;
-      add_bias<S>(a, begin, chunk.count, h, scores);
-      differentiate<S>(a, row, chunk, h, scores, dscores);
-      if (side.dbias) {
-        S* to = static_cast<S*>(side.dbias) + begin * a.heads + h;
-        for (int64_t e = 0; e < chunk.count; e++) to[e * a.heads] = convert<S>::from(dscores[e]);
-      }
+      for (int64_t i = 0; i < segment_heads(a.heads) * kSegmentChunk; i++) room.dscores[i] = 0;
+    for (int64_t h = 0; h < a.heads; h += group) {
+      A *scores = room.scores + room.head(h), *dscores = room.dscores + room.head(h);
+      if (a.bias) gather_bias<S>(a, begin, chunk.count, h, group, bias);
+      differentiate<S>(a, row, chunk, h, group, a.bias ? bias : nullptr, scores, dscores);
     }
-    if (side.dleft) add_rows<S>(a, side.near_left, room.dscores, chunk.left, chunk.count, left);
-    if (side.dright && has_dout) add_rows<S>(a, side.near_right, room.scores, chunk.right, chunk.count, right);
+    if (side.dbias) {
+      S* to = static_cast<S*>(side.dbias) + begin * a.heads;
+      for (int64_t h = 0; h < a.heads; h++)
+        for (int64_t e = 0; e < chunk.count; e++)
+          to[e * a.heads + h] = convert<S>::from(room.dscores[room.head(h) + e * group]);
+    }
+    if (side.dleft) add_rows<S>(a, side.near_left, room, room.dscores, chunk.left, chunk.count, left);
+    if (side.dright && has_dout) add_rows<S>(a, side.near_right, room, room.scores, chunk.right, chunk.count, right);
   }
 }
 
