@@ -177,3 +177,8 @@ def argument_names(packet: Any) -> list[str]:
 def values_known(tensor: torch.Tensor) -> bool:
     """False for a tensor without values: a fake one, of a trace, or one on the meta device."""
     return type(tensor) in PLAIN and not tensor.is_meta
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call of the module does more than its `forward`."""
+    return bool(module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks)

@@ -120,6 +120,8 @@ class GraphAttention(nn.Module):
         Raises: ValueError, TypeError, IndexError, as `segment_attention` and `csr_from_edges` do.
         """
         sources, nodes = x if isinstance(x, (tuple, list)) else (x, x)
+        if sources.is_nested or nodes.is_nested:
+            fail("GraphAttention", "x", "the nodes of all graphs in one dense tensor", "a nested tensor", TypeError)
         if (edge_attr is None) != (self.lin_edge is None):
             expected = "None without edge_dim" if self.lin_edge is None else f"[E {self.edge_dim}]"
             fail("GraphAttention", "edge_attr", expected, "None" if edge_attr is None else "a tensor")
