@@ -75,3 +75,17 @@ def test_nested_and_quantized(name):
         setattr(module, child, Quantized())
         with pytest.raises(TypeError, match=f"{name}: parameters: expected a tensor, got method"):
             module(STEPS)
+
+
+@pytest.mark.parametrize("name", ["DNC", "SAM", "store"])
+def test_states_are_plain_where_parameters_are_not(name):
+    """FSDP makes DTensors of the parameters of a part, until that part is called; zeros made from one would be shards too."""
+
+    class Shard(torch.Tensor):
+        pass
+
+    store = nn.ExternalMemory(6, slots=4, width=3, read_heads=1, mode="store")
+    module = store if name == "store" else MODULES[name][0]()
+    module.interface.weight = torch.nn.Parameter(module.interface.weight.detach().as_subclass(Shard))
+    tensors = torch.utils._pytree.tree_leaves(tuple(module.initial_state(2)))
+    assert {type(t) for t in tensors if isinstance(t, torch.Tensor)} == {torch.Tensor}

@@ -41,6 +41,11 @@ def check_inputs(owner: str, **inputs: Any) -> None:
             check_dense(owner, name, got)
 
 
+def plain_like(parameter: torch.Tensor) -> torch.Tensor:
+    """An empty tensor of this dtype on this device, to make others from: no shard where FSDP has made one of the parameter."""
+    return torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+
+
 def time_first(owner: str, input: Any, features: int, batch_first: bool, parameters: torch.Tensor) -> torch.Tensor:
     """The checked input of a layer, "T B I"; it comes as "B T I" with `batch_first`."""
     check_inputs(owner, input=input, parameters=parameters)  # a quantized Linear has a method for a weight

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from memkernels._checks import check_choice, check_flag, check_number, check_tensor, fail
 from memkernels._compat import has_hooks, register_namedtuple
-from memkernels.nn._arguments import check_sizes, refuse_script, time_first
+from memkernels.nn._arguments import check_sizes, plain_like, refuse_script, time_first
 from memkernels.nn._dnc_interface import Interface, heads_of, oneplus
 from memkernels.nn._trace import Trace, stacked
 from memkernels.nn.lstm import LSTM
@@ -156,7 +156,7 @@ class DNC(nn.Module):
 
     def initial_state(self, batch: int) -> DNCLayerState:
         """The state before the first step, for `batch` sequences: all zeros."""
-        like, controller = self.interface.weight, self.controller
+        like, controller = plain_like(self.interface.weight), self.controller
         hidden = like.new_zeros(controller.num_layers, batch, controller.hidden_size)
         reads = like.new_zeros(batch, self.layout.read_heads, self.layout.width)
         return DNCLayerState(self.layout.nothing(like, batch), hidden, hidden.clone(), reads)
