@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from memkernels._checks import as_index, fail
-from memkernels._compat import plain_call
+from memkernels._compat import jit_tracing, plain_call
 from memkernels.nn._arguments import check_sizes, refuse_script
 from memkernels.ops.segment_attention import segment_attention
 
@@ -34,7 +34,8 @@ def csr_from_edges(edge_index: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, 
     edge_index = as_index("csr_from_edges", "edge_index", edge_index)
     if edge_index.dim() != 2 or edge_index.shape[0] != 2:
         fail("csr_from_edges", "edge_index", "[2 E]", f"shape {tuple(edge_index.shape)}")
-    check_sizes("csr_from_edges", 0, num_nodes=num_nodes)
+    if not jit_tracing():  # where sizes are tensors, so that the trace takes graphs of any
+        check_sizes("csr_from_edges", 0, num_nodes=num_nodes)
     readable = not torch.compiler.is_compiling() and edge_index.device.type == "cpu" and plain_call((edge_index,))
     if readable and edge_index.numel():
         low, high = (int(v) for v in torch.aminmax(edge_index[1]))
