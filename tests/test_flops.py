@@ -5,6 +5,8 @@ import types
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import memkernels as mk
@@ -92,6 +94,19 @@ def test_attention_of_sequences():
     assert count(lambda: mk.paged_attention(torch.randn(2, 2, 3, 8), *pages, table, lengths))[0] == 4 * 2 * 3 * 8 * (5 + 9)
     edges, ptr = torch.randint(6, (17,)), torch.tensor([0, 3, 17])
     assert count(lambda: mk.segment_attention(torch.randn(2, 2, 8), *torch.randn(2, 6, 2, 8), ptr, edges))[0] == 4 * 17 * 2 * 8
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_varlen", "retrieval_attention", "segment_attention", "topk_read", "lstm"])
+def test_sizes_stay_symbols(name):
+    """Counting in a trace with symbolic sizes, as the partitioner does, fixes none of them."""
+    spec, mode = specs()[name], FakeTensorMode(shape_env=ShapeEnv())
+    given = inputs.draw(spec, spec.samples[0], torch.float32)
+    free = {key: StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * t.dim()) for key, t in given.items() if t is not None}
+    given = {key: mode.from_tensor(t, symbolic_context=free[key]) for key, t in given.items() if t is not None}
+    with mode:
+        total = count(lambda: spec.call(spec.function, given, dict(spec.samples[0].options)))[0]
+    fixed = {str(symbol): str(size) for symbol, size in mode.shape_env.replacements.items() if size.is_number}
+    assert isinstance(total, torch.SymInt) and not fixed
 
 
 def test_modules():

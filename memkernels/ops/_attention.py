@@ -60,4 +60,4 @@ def paired(starts_q: torch.Tensor, starts_k: torch.Tensor, queries: int, keys: i
     """Pairs of a query and a key of the same sequence; where the starts are not known, of sequences of equal length."""
     if _compat.values_known(starts_q) and _compat.values_known(starts_k):
         return int((starts_q.diff() * starts_k.diff()).sum())
-    return queries * keys // max(starts_q.shape[0] - 1, 1)
+    return queries * keys // torch.sym_max(starts_q.shape[0] - 1, 1)

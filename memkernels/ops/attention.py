@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
 from memkernels._checks import Signature, check_choice, check_dense, check_flag, check_number, check_tensor, fail
@@ -225,7 +227,7 @@ def _allocate(query, key, value, attn_mask, sink, lengths_k, seed, scale, softca
 
 
 def _products(query, key, value, *_):
-    return attention_products(query.shape[:3].numel() * key.shape[2], query.shape[3], value.shape[3])
+    return attention_products(prod(query.shape[:3]) * key.shape[2], query.shape[3], value.shape[3])
 
 
 # `stats`: of each query the maximum m of its scores and the sum of exp(score - m). A rounded log-sum-exp cannot stand for the two: at a

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
 from memkernels._checks import FLOATS, Signature, as_index, check_dense, check_flag, check_tensor, fail
@@ -132,7 +134,7 @@ def _allocate(query, key, value, key_scale, value_scale, lengths_k, scale):
 
 
 def _products(query, key, value, *_):
-    return attention_products(query.shape[:3].numel() * key.shape[2], query.shape[3], value.shape[3], right="")
+    return attention_products(prod(query.shape[:3]) * key.shape[2], query.shape[3], value.shape[3], right="")
 
 
 def _signature(scale):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
 from memkernels._checks import Signature, as_index, check_flag, fail
@@ -94,7 +96,7 @@ def _allocate(query, key, value, memory_key, memory_value, index, memory_bias, s
 
 
 def _products(query, key, value, memory_key, memory_value, index, *_):
-    pairs = query.shape[:3].numel() * (key.shape[2] + index.shape[3])
+    pairs = prod(query.shape[:3]) * (key.shape[2] + index.shape[3])
     return attention_products(pairs, query.shape[3], value.shape[3])
 
 

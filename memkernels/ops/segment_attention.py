@@ -100,7 +100,7 @@ def _allocate(query, key, value, ptr, index, edge_bias, scale, saving):
 
 
 def _products(query, key, value, ptr, index, *_):
-    return attention_products(len(index) * query.shape[1], query.shape[2], value.shape[2])
+    return attention_products(index.shape[0] * query.shape[1], query.shape[2], value.shape[2])
 
 
 # `stats`: of each node the maximum m of its scores and the sum of exp(score - m). `exact`: out of the half types before it was rounded:
