@@ -167,3 +167,18 @@ def register_namedtuple(kind: type[Any]) -> None:
     """Let torch.export save and load graphs whose inputs or outputs hold this named tuple; torch has a public way for dataclasses only."""
     _pytree._register_namedtuple(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")
     torch.serialization.add_safe_globals([kind])
+
+
+def argument_names(packet: Any) -> list[str]:
+    """The names of the arguments of an op, in order."""
+    return [argument.name for argument in packet.default._schema.arguments]
+
+
+def values_known(tensor: torch.Tensor) -> bool:
+    """False for a tensor without values: a fake one, of a trace, or one on the meta device."""
+    return type(tensor) in PLAIN and not tensor.is_meta
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call of the module does more than its `forward`."""
+    return bool(module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from memkernels import _backends, _compat
+from memkernels._flops import Product, backward_flops, forward_flops
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Op:
     Args:
         name: op name. inputs, outputs: the tensors in order. options: schema text of the other arguments.
         allocate: (*inputs, *options) -> fresh contiguous outputs, None for one that is not asked for. autocast: "matmul" or "float32".
+        products: (*inputs, *options) -> the matrix products of the formula.
     """
 
     op: Any  # torch.ops.memkernels.<name>.default
@@ -57,9 +59,11 @@ class Op:
         options: str,
         allocate: Callable[..., tuple[torch.Tensor, ...]],
         autocast: str,
+        products: Callable[..., tuple[Product, ...]] | None = None,
     ):
         self.name, self.inputs, self.outputs = name, inputs, outputs
         self.options, self.allocate, self.autocast = options, allocate, autocast
+        self.products = products or (lambda *args: ())
         self.reference = _backends.reference(name)
         self.n_inputs = len(inputs)
         self.saved = tuple(o for o in outputs if o.save)
@@ -125,6 +129,15 @@ class Op:
     def run_backward_fake(self, *args: Any) -> Any:
         inputs, needs = args[self.end_douts : self.end_inputs], args[-1]
         return single(filled(tuple(empty_like(inputs[i]) if need else None for i, need in zip(self.differentiable, needs)), inputs[0]))
+
+    def flops(self, *args: Any) -> int:
+        """Floating operations of the matrix products of forward; arguments as in its schema."""
+        return forward_flops(self.products(*args))
+
+    def backward_flops(self, *args: Any) -> int:
+        """Those of backward; arguments as in its schema."""
+        needed = (self.inputs[i].name for i, need in zip(self.differentiable, args[-1]) if need)
+        return backward_flops(self.products(*args[self.end_douts : self.end_inputs], *args[self.end_saved : -1]), needed)
 
     def pure_backward(self, doutputs: Any, inputs: Any, options: Any, needs: Any) -> tuple[torch.Tensor, ...]:
         """The reference gradient as a function of upstream gradients and inputs alone: saved outputs are computed again."""

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 
-from memkernels import _autograd, _backends, _compat
+from memkernels import _autograd, _backends, _compat, _flops
 from memkernels._compat import PLAIN_CALL, RECORDED, ROUTED, autocast_enabled, forward_ad_active, functorch_active, untraced
+from memkernels._flops import Product
 from memkernels._op import Arg, Op, Out, empty_like, new_empties, new_empty
 
 __all__ = [
     "OPS",
     "Arg",
     "Out",
+    "Product",
     "capture",
     "define_inplace",
     "define_op",
@@ -144,6 +146,7 @@ def define_op(
     allocate: Callable[..., tuple[torch.Tensor, ...]],
     options: str = "",
     autocast: str = "float32",
+    products: Callable[..., tuple[Product, ...]] | None = None,
 ) -> RoutedOp:
     """Register `memkernels::<name>` and `memkernels::<name>_backward` with fakes, gradient and vmap.
 
@@ -151,8 +154,9 @@ def define_op(
         name: op name. inputs, outputs: the tensors in order. options: schema text of the other arguments.
         allocate: (*inputs, *options) -> fresh contiguous outputs; on fake tensors it is the fake kernel.
         autocast: "matmul" (inputs go to the autocast dtype) or "float32".
+        products: (*inputs, *options) -> the matrix products of the formula, which flop counters and benchmarks read.
     """
-    op = RoutedOp(name, inputs, outputs, options, allocate, autocast)
+    op = RoutedOp(name, inputs, outputs, options, allocate, autocast, products)
     schema, backward_schema = op.schemas()
     op.op = _define(name, schema, op.run, op.run_fake)
     op.backward_op = _define(f"{name}_backward", backward_schema, op.run_backward, op.run_backward_fake)
@@ -161,6 +165,9 @@ def define_op(
     torch.library.register_autograd(op.backward_op, _autograd.refuse_second_order(name), lib=LIBRARY)
     for raw, rule in zip((op.op, op.backward_op), _autograd.vmap_rules(op)):
         torch.library.register_vmap(raw, rule, lib=LIBRARY)
+    if products is not None:
+        _flops.register(getattr(torch.ops.memkernels, name), op.flops)
+        _flops.register(getattr(torch.ops.memkernels, f"{name}_backward"), op.backward_flops)
     OPS[name] = op
     return op
 
@@ -180,6 +187,7 @@ class InplaceOp:
         first, *others = of.inputs
         rest = "".join(f", Tensor{'?' if a.optional else ''} {a.name}" for a in others) + (f", {of.options}" if of.options else "")
         self.op = _define(name, f"{name}(Tensor(a!) {first.name}{rest}) -> ()", self.run, lambda *args: None)
+        _flops.register(getattr(torch.ops.memkernels, name), of.flops)
 
     def run(self, *args: Any) -> None:
         module, is_reference = _backends.choose(self.of.name, args[0].device.type, args)

@@ -94,6 +94,14 @@ def test_csr_from_edges():
         assert torch.equal(order[ptr[node] : ptr[node + 1]], mine) and torch.equal(index[ptr[node] : ptr[node + 1]], edges[0][mine])
 
 
+@pytest.mark.filterwarnings("ignore:.*(torch.jit.trace|TracerWarning|Converting a tensor)")
+def test_traced_takes_graphs_of_any_size():
+    layer, edges = GraphAttention(8, 4, heads=2), power_law(6, 6, 20)
+    traced = torch.jit.trace(layer, (torch.randn(6, 8), edges))
+    x, edges = torch.randn(9, 8), power_law(9, 9, 31)
+    assert torch.equal(traced(x, edges), layer(x, edges))
+
+
 def test_compiled():
     layer, x, edges = GraphAttention(8, 4, 2, edge_dim=3), torch.randn(20, 8), power_law(20, 20, 50)
     attributes = torch.randn(50, 3)

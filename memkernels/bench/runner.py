@@ -197,7 +197,7 @@ class Case:
         d, item = self.sample.dims, self.dtype.itemsize
         parts = {"backward": ("backward",), "fwd+bwd": ("forward", "backward")}.get(mode, ("forward",))
         moved = {"forward": self.spec.bytes(d, item), "backward": self.spec.bytes_backward(d, item)}
-        flops = {"forward": self.spec.flops(d), "backward": 2 * self.spec.flops(d)}
+        flops = dict(zip(("forward", "backward"), self.spec.flops(self.sample), strict=True))
         least = sum(moved[part] for part in parts)
         return Row(
             op=self.spec.name,
@@ -222,7 +222,7 @@ class Case:
 def reduced(spec: OpSpec, sample: Sample) -> tuple[Sample, str]:
     """The sample, or one whose largest dimension is halved until the float64 reference is affordable, and a label that says so."""
     dims = dict(sample.dims)
-    while 4 * spec.flops(dims) > CHECK_FLOPS or spec.bytes(dims, 8) > CHECK_BYTES or scores(dims) > CHECK_SCORES:
+    while 4 * spec.flops(replace(sample, dims=dims))[0] > CHECK_FLOPS or spec.bytes(dims, 8) > CHECK_BYTES or scores(dims) > CHECK_SCORES:
         largest = max(dims, key=lambda name: dims[name])
         if dims[largest] <= 16:
             break

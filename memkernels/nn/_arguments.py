@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from memkernels._checks import check_floating, check_tensor, fail
+from memkernels._checks import check_dense, check_floating, check_tensor, fail
 
 
 def check_integers(owner: str, **arguments: Any) -> None:
@@ -33,9 +33,22 @@ def check_probability(owner: str, argument: str, got: Any) -> None:
         fail(owner, argument, "a number in [0, 1]", got)
 
 
+def check_inputs(owner: str, **inputs: Any) -> None:
+    """Dense tensors; None is skipped."""
+    for name, got in inputs.items():
+        if got is not None:
+            check_tensor(owner, name, got)
+            check_dense(owner, name, got)
+
+
+def plain_like(parameter: torch.Tensor) -> torch.Tensor:
+    """An empty tensor of this dtype on this device, to make others from: no shard where FSDP has made one of the parameter."""
+    return torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+
+
 def time_first(owner: str, input: Any, features: int, batch_first: bool, parameters: torch.Tensor) -> torch.Tensor:
     """The checked input of a layer, "T B I"; it comes as "B T I" with `batch_first`."""
-    check_tensor(owner, "input", input)
+    check_inputs(owner, input=input, parameters=parameters)  # a quantized Linear has a method for a weight
     if input.dim() != 3 or input.shape[-1] != features:
         fail(owner, "input", f"[{'B T I' if batch_first else 'T B I'}] with I={features}", f"shape {tuple(input.shape)}")
     check_floating(owner, parameters=parameters, input=input)

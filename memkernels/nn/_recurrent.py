@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from memkernels._checks import check_flag, check_number, fail
-from memkernels.nn._arguments import check_integers, check_sizes, refuse_script
+from memkernels.nn._arguments import check_inputs, check_integers, check_sizes, refuse_script
 
 States = Any  # None or a tuple of tensors, as many as the cell has states
 
@@ -119,6 +119,10 @@ class Recurrent(torch.nn.RNNBase):
             self._refuse("reset_state", "None without reset", type(segments.reset_state).__name__)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, segments, cells)
+        name = self.mode.partition("_")[0]
+        check_inputs(name, input=input, reset=segments.reset)
+        for part in hx or ():
+            check_inputs(name, hx=part)
         self._check_ranks(input, hx)
         batched = input.dim() == 3
         self.check_input(input if batched else input.unsqueeze(1), None)

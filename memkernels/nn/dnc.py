@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memkernels._checks import check_choice, check_flag, check_number, check_tensor, fail
-from memkernels._compat import register_namedtuple
-from memkernels.nn._arguments import check_sizes, refuse_script, time_first
+from memkernels._compat import has_hooks, register_namedtuple
+from memkernels.nn._arguments import check_sizes, plain_like, refuse_script, time_first
 from memkernels.nn._dnc_interface import Interface, heads_of, oneplus
 from memkernels.nn._trace import Trace, stacked
 from memkernels.nn.lstm import LSTM
@@ -156,7 +156,7 @@ class DNC(nn.Module):
 
     def initial_state(self, batch: int) -> DNCLayerState:
         """The state before the first step, for `batch` sequences: all zeros."""
-        like, controller = self.interface.weight, self.controller
+        like, controller = plain_like(self.interface.weight), self.controller
         hidden = like.new_zeros(controller.num_layers, batch, controller.hidden_size)
         reads = like.new_zeros(batch, self.layout.read_heads, self.layout.width)
         return DNCLayerState(self.layout.nothing(like, batch), hidden, hidden.clone(), reads)
@@ -203,8 +203,12 @@ class DNC(nn.Module):
         return x if self.clip is None else x.clamp(-self.clip, self.clip)
 
     def _fits(self, x: Tensor, state: DNCLayerState) -> bool:
-        """Whether `dnc_sequence` computes this call: one layer, whose h no clip reaches, all in one dtype, on a CPU, and any step."""
+        """Whether `dnc_sequence` computes this call: one layer, whose h no clip reaches, all in one dtype, on a CPU, and any step.
+
+        Parts with hooks (pruning, spectral_norm, FSDP) or of other classes (parametrizations) must be called as modules.
+        """
         plain = type(self.controller) is LSTM and type(self.interface) is nn.Linear and self.controller.num_layers == 1
+        plain = plain and not has_hooks(self.controller) and not has_hooks(self.interface)
         clipped = self.clip is not None and self.clip < 1  # |h| < 1
         same = all(t.dtype == x.dtype for t in (*state.memory, *state[1:], self.interface.weight, self.controller.weight_hh_l0))
         return plain and same and not clipped and not x.is_cuda and len(x) > 0

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from memkernels._checks import check_choice, check_flag, check_floating, check_tensor, fail
 from memkernels._compat import register_namedtuple
 from memkernels.nn import _store_memory
-from memkernels.nn._arguments import check_sizes, refuse_script, time_first
+from memkernels.nn._arguments import check_sizes, plain_like, refuse_script, time_first
 from memkernels.nn._dnc_interface import Interface
 from memkernels.nn._store_memory import StoreState
 from memkernels.nn._trace import Trace
@@ -178,7 +178,7 @@ class ExternalMemory(nn.Module):
     def initial_state(self, batch: int) -> ExternalMemoryState | DNCState | StoreState:
         """The state before the first step, for `batch` sequences: learned, but in mode "store", where it is empty."""
         if self.initial_memory is None:
-            return _store_memory.empty_state(self.interface.weight, batch, self.slots, self.width, self.write_heads)
+            return _store_memory.empty_state(plain_like(self.interface.weight), batch, self.slots, self.width, self.write_heads)
         memory = self.initial_memory.expand(batch, -1, -1)
         if self._asks is not None:
             return self._asks.nothing(self.initial_memory, batch)._replace(memory=memory)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from memkernels._checks import as_index, fail
-from memkernels._compat import plain_call
+from memkernels._compat import jit_tracing, plain_call
 from memkernels.nn._arguments import check_sizes, refuse_script
 from memkernels.ops.segment_attention import segment_attention
 
@@ -34,7 +34,8 @@ def csr_from_edges(edge_index: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, 
     edge_index = as_index("csr_from_edges", "edge_index", edge_index)
     if edge_index.dim() != 2 or edge_index.shape[0] != 2:
         fail("csr_from_edges", "edge_index", "[2 E]", f"shape {tuple(edge_index.shape)}")
-    check_sizes("csr_from_edges", 0, num_nodes=num_nodes)
+    if not jit_tracing():  # where sizes are tensors, so that the trace takes graphs of any
+        check_sizes("csr_from_edges", 0, num_nodes=num_nodes)
     readable = not torch.compiler.is_compiling() and edge_index.device.type == "cpu" and plain_call((edge_index,))
     if readable and edge_index.numel():
         low, high = (int(v) for v in torch.aminmax(edge_index[1]))
@@ -120,6 +121,8 @@ class GraphAttention(nn.Module):
         Raises: ValueError, TypeError, IndexError, as `segment_attention` and `csr_from_edges` do.
         """
         sources, nodes = x if isinstance(x, (tuple, list)) else (x, x)
+        if sources.is_nested or nodes.is_nested:
+            fail("GraphAttention", "x", "the nodes of all graphs in one dense tensor", "a nested tensor", TypeError)
         if (edge_attr is None) != (self.lin_edge is None):
             expected = "None without edge_dim" if self.lin_edge is None else f"[E {self.edge_dim}]"
             fail("GraphAttention", "edge_attr", expected, "None" if edge_attr is None else "a tensor")

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memkernels._checks import check_dtype, check_floating, check_number, check_tensor, fail
-from memkernels.nn._arguments import check_sizes, refuse_script
+from memkernels._checks import check_dtype, check_floating, check_number, fail
+from memkernels.nn._arguments import check_inputs, check_sizes, refuse_script
 from memkernels.ops.hopfield_retrieve import hopfield_retrieve
 
 
@@ -125,19 +125,17 @@ class HopfieldRetrieval(nn.Module):
         return t.unflatten(1, (batch, steps)).transpose(0, 1) if shared else t.unflatten(0, (batch, self.num_heads))
 
     def _check(self, input: Tensor, stored: Tensor | None, mask: Tensor | None) -> None:
-        check_tensor("HopfieldRetrieval", "input", input)
+        check_inputs("HopfieldRetrieval", input=input, stored=stored, mask=mask, parameters=self.query.weight)
         if input.dim() != 3 or input.shape[-1] != self.input_size:
             fail("HopfieldRetrieval", "input", f"[B T I] with I={self.input_size}", f"shape {tuple(input.shape)}")
         if (stored is None) != (self.patterns is not None):
             fail("HopfieldRetrieval", "stored", "None: the layer has patterns" if stored is not None else "patterns", type(stored).__name__)
         if stored is not None:
-            check_tensor("HopfieldRetrieval", "stored", stored)
             if stored.dim() != 3 or stored.shape[::2] != (input.shape[0], self.stored_size):
                 wanted = f"[B N S] with B={input.shape[0]}, S={self.stored_size}"
                 fail("HopfieldRetrieval", "stored", wanted, f"shape {tuple(stored.shape)}")
         check_floating("HopfieldRetrieval", parameters=self.query.weight, input=input, stored=stored)
         if mask is not None:
-            check_tensor("HopfieldRetrieval", "mask", mask)
             check_dtype("HopfieldRetrieval", "mask", mask, torch.bool, input)
             rows: Any = self.patterns if stored is None else stored
             if mask.shape != rows.shape[:-1]:

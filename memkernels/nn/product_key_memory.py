@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from memkernels._checks import check_choice, check_flag, check_floating, check_tensor
-from memkernels.nn._arguments import check_sizes, refuse_script
+from memkernels._checks import check_choice, check_flag, check_floating
+from memkernels.nn._arguments import check_inputs, check_sizes, refuse_script
 from memkernels.ops.product_key_search import product_key_search
 from memkernels.ops.weighted_bag import weighted_bag
 
@@ -93,7 +93,7 @@ class ProductKeyMemory(nn.Module):
 
     def forward(self, input: Tensor, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """See the class."""
-        check_tensor("ProductKeyMemory", "input", input)
+        check_inputs("ProductKeyMemory", input=input, parameters=self.query.weight)
         check_flag("ProductKeyMemory", "return_weights", return_weights)
         if input.dim() < 1 or input.shape[-1] != self.input_size:
             raise ValueError(f"ProductKeyMemory: input: expected [... I] with I={self.input_size}, got shape {tuple(input.shape)}")

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from memkernels._checks import check_flag, check_number, fail
 from memkernels._compat import no_autocast
-from memkernels.nn._arguments import check_sizes, refuse_script, time_first
+from memkernels.nn._arguments import check_sizes, plain_like, refuse_script, time_first
 from memkernels.nn._trace import SparseTrace, stacked
 from memkernels.nn.lstm_cell import LSTMCell
 from memkernels.ops.sparse_memory import SparseMemory, sparse_read, sparse_write
@@ -97,7 +97,7 @@ class SAM(nn.Module):
 
     def initial_state(self, batch: int) -> SAMState:
         """An empty memory, `batch` times."""
-        zeros = self.interface.weight.new_zeros
+        zeros = plain_like(self.interface.weight).new_zeros
         hidden = zeros(batch, self.hidden_size)
         index = torch.arange(self.rows_read, device=hidden.device).expand(batch, self.heads, -1)
         memory = SparseMemory(zeros(1, 1, 1).expand(batch, self.slots, self.width))

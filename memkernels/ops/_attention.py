@@ -8,6 +8,7 @@ import torch
 
 from memkernels import _compat
 from memkernels._checks import as_index, check_dense, check_dtype, check_number, fail
+from memkernels._registry import Product
 
 FAR = 2**40  # past the end of any sequence, and far from where int64 positions overflow
 
@@ -47,3 +48,16 @@ def key_lengths(op: str, lengths: Any, query: torch.Tensor, lead: Any, keys: int
         low, high = (int(v) for v in torch.aminmax(lengths))
         fail(op, "lengths_k", f"values in 0..K={keys}", f"{low}..{high}")
     return lengths if len(lead) == 1 else lengths.reshape(-1)
+
+
+def attention_products(pairs: int, width: int, value_width: int, right: str = "*") -> tuple[Product, Product]:
+    """Scores and weighted values of so many pairs of a query and a key, counted as torch counts its fused attention: backward computes
+    the scores again and all gradients, whichever are asked for; what a mask hides counts too."""
+    return Product(pairs * width, right=right, again=1), Product(pairs * value_width, right=right)
+
+
+def paired(starts_q: torch.Tensor, starts_k: torch.Tensor, queries: int, keys: int) -> int:
+    """Pairs of a query and a key of the same sequence; where the starts are not known, of sequences of equal length."""
+    if _compat.values_known(starts_q) and _compat.values_known(starts_k):
+        return int((starts_q.diff() * starts_k.diff()).sum())
+    return queries * keys // torch.sym_max(starts_q.shape[0] - 1, 1)

@@ -9,7 +9,7 @@ import torch
 from memkernels import _compat
 from memkernels._checks import check_dense, check_flag, check_floating, check_tensor, fail
 from memkernels._compat import functorch_active, jit_tracing
-from memkernels._registry import Arg
+from memkernels._registry import Arg, Product
 
 # What a layer with one state takes besides its options.
 LAYER_INPUTS = (
@@ -85,3 +85,10 @@ def needs_gradients(floating: tuple[torch.Tensor | None, ...]) -> bool:
     return (
         jit_tracing() or functorch_active() or (torch.is_grad_enabled() and True in [t is not None and t.requires_grad for t in floating])
     )
+
+
+def layer_products(input: torch.Tensor, weight_ih: torch.Tensor, weight_hh: torch.Tensor, recompute: bool = False) -> tuple[Product, ...]:
+    """What a layer multiplies at all steps: inputs, and states, which follow from every input; "recompute" runs forward again."""
+    steps, again = input.shape[0] * input.shape[1], int(recompute)
+    from_state = Product(steps * weight_hh.numel(), "*", "weight_hh", again=again)
+    return Product(steps * weight_ih.numel(), "input", "weight_ih", again=again), from_state

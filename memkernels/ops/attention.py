@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
 from memkernels._checks import Signature, check_choice, check_dense, check_flag, check_number, check_tensor, fail
 from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
-from memkernels.ops._attention import key_lengths, softmax_scale, window_limits
+from memkernels.ops._attention import attention_products, key_lengths, softmax_scale, window_limits
 
 CORNERS = ("top-left", "bottom-right")
 
@@ -224,6 +226,10 @@ def _allocate(query, key, value, attn_mask, sink, lengths_k, seed, scale, softca
     return out, new_empty(query, (batch, heads, queries), wide), new_empty(query, (batch, heads, queries, 2), wide)
 
 
+def _products(query, key, value, *_):
+    return attention_products(prod(query.shape[:3]) * key.shape[2], query.shape[3], value.shape[3])
+
+
 # `stats`: of each query the maximum m of its scores and the sum of exp(score - m). A rounded log-sum-exp cannot stand for the two: at a
 # score of -1e9 it has no digits left for the sum.
 SIGNATURE = Signature("attention", query="B NH Q D", key="B NHk K D", value="B NHk K V")
@@ -242,4 +248,5 @@ OP = define_op(
     options="float scale, float softcap, float dropout_p, SymInt left, SymInt right, str causal",
     allocate=_allocate,
     autocast="matmul",
+    products=_products,
 )

@@ -9,7 +9,7 @@ import torch
 from memkernels import _compat
 from memkernels._checks import Signature, as_index, check_choice, check_flag, check_number, fail
 from memkernels._registry import Arg, Out, define_op, new_empty
-from memkernels.ops._attention import softmax_scale, window_limits
+from memkernels.ops._attention import attention_products, paired, softmax_scale, window_limits
 from memkernels.ops.attention import CORNERS
 
 
@@ -118,6 +118,11 @@ def _allocate(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, softcap, lef
     return out, new_empty(query, (tokens, heads), wide), new_empty(query, (heads, tokens, 2), wide)
 
 
+def _products(query, key, value, cu_seqlens_q, cu_seqlens_k, *_):
+    pairs = query.shape[1] * paired(cu_seqlens_q, cu_seqlens_k, query.shape[0], key.shape[0])
+    return attention_products(pairs, query.shape[2], value.shape[2])
+
+
 SIGNATURE = Signature(
     "attention_varlen", query="Tq NH D", key="Tk NHk D", value="Tk NHk V", cu_seqlens_q=("S+1", torch.int64),
     cu_seqlens_k=("S+1", torch.int64),
@@ -135,4 +140,5 @@ OP = define_op(
     options="float scale, float softcap, SymInt left, SymInt right, str causal",
     allocate=_allocate,
     autocast="matmul",
+    products=_products,
 )

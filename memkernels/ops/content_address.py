@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from memkernels._checks import Signature, check_choice
-from memkernels._registry import Arg, Out, define_op, new_empty
+from memkernels._registry import Arg, Out, Product, define_op, new_empty
 
 SIMILARITIES = ("cosine", "dot", "l2")
 
@@ -66,6 +66,10 @@ def _allocate(memory, key, strength, mask, similarity):
     return new_empty(memory, (batch, heads, memory.shape[1])), new_empty(strength, (batch, heads, 2), wide)
 
 
+def _products(memory, key, strength, mask, similarity):
+    return (Product(key.numel() * memory.shape[1], "key", "memory"),)
+
+
 # `stats`: of each head the largest logit m and the sum of exp(logit - m); a rounded log-sum-exp would make weights whose sum is not 1.
 SIGNATURE = Signature("content_address", memory="B N W", key="B R W", strength="B R", mask=("B N | None", torch.bool))
 OP = define_op(
@@ -75,4 +79,5 @@ OP = define_op(
     options="str similarity",
     allocate=_allocate,
     autocast="float32",
+    products=_products,
 )

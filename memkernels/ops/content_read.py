@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from memkernels._checks import Signature, check_choice, check_flag
-from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
+from memkernels._registry import Arg, Out, Product, define_op, empty_like, new_empty
 
 SIMILARITIES = ("cosine", "dot", "l2")
 
@@ -84,6 +84,13 @@ def _allocate(memory, key, strength, value, mask, similarity, return_weights):
     return read, weights, new_empty(strength, (batch, heads, 2), wide), total
 
 
+def _products(memory, key, strength, value, mask, similarity, return_weights):
+    batch, heads, _ = key.shape
+    rows, name = (memory, "memory") if value is None else (value, "value")
+    read = Product(batch * heads * rows.shape[1] * rows.shape[2], "memory key strength", name)
+    return Product(key.numel() * memory.shape[1], "key", "memory"), read
+
+
 SIGNATURE = Signature(
     "content_read", memory="B N W", key="B R W", strength="B R", value="B N V | None", mask=("B N | None", torch.bool)
 )  # fmt: skip
@@ -101,4 +108,5 @@ OP = define_op(
     options="str similarity, bool return_weights",
     allocate=_allocate,
     autocast="float32",
+    products=_products,
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memkernels._checks import Signature, check_choice, check_flag, check_number, check_tensor, fail
 from memkernels._compat import register_namedtuple
-from memkernels._registry import Arg, Out, define_op, new_empties
+from memkernels._registry import Arg, Out, Product, define_op, new_empties
 from memkernels.ops.dnc_step import COSINES, DNCState
 
 STRENGTHS = ("oneplus", "softplus")
@@ -181,6 +181,19 @@ def _allocate(input, memory, usage, link, precedence, write, read, reads, h, c, 
     )  # fmt: skip
 
 
+def _products(
+    input, memory, usage, link, precedence, write, read, reads, h, c, weight_ih, weight_rh, weight_hh, bias, interface, bias_interface,
+    key_mask, *_,
+):  # fmt: skip
+    (_, rows, width), steps = memory.shape, input.shape[0] * input.shape[1]
+    readers, writers = read.shape[1], write.shape[1]
+    weights = dict(weight_ih=weight_ih, weight_rh=weight_rh, weight_hh=weight_hh, weight_interface=interface)
+    controller = (Product(steps * w.numel(), "input" if name == "weight_ih" else "*", name) for name, w in weights.items() if w is not None)
+    norms = (readers + writers) * key_mask  # a key mask makes the norms of the rows a product too
+    memory_products = Product(steps * (2 * (readers + writers) + norms) * rows * width)  # similarities, what is written, reads
+    return *controller, memory_products, Product(steps * 2 * readers * writers * rows * rows)
+
+
 _STATE = dict(memory="B N W", usage="B N", link="B U N N", precedence="B U N", write_weights="B U N", read_weights="B R N")
 _CARRIED = dict(reads="B R W | None", hidden="B H | None", cell="B H | None")
 _WEIGHTS = dict(weight_ih="4H I | None", weight_rh="4H R W | None", weight_hh="4H H | None", bias="4H | None")
@@ -206,4 +219,5 @@ OP = define_op(
     options="bool key_mask, bool sharpen_links, bool deallocate, bool write_gradient, str strength, str cosine, bool bounded, float clip",
     allocate=_allocate,
     autocast="float32",
+    products=_products,
 )

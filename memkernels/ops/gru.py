@@ -6,7 +6,16 @@ import torch
 
 from memkernels._checks import Signature
 from memkernels._registry import Out, define_op, empty_like, new_empty
-from memkernels.ops._recurrent import LAYER_INPUTS, check_flags, check_heads, check_lengths, check_reset_state, entering, needs_gradients
+from memkernels.ops._recurrent import (
+    LAYER_INPUTS,
+    check_flags,
+    check_heads,
+    check_lengths,
+    check_reset_state,
+    entering,
+    layer_products,
+    needs_gradients,
+)
 
 
 def gru(
@@ -103,6 +112,10 @@ def _allocate(
     )
 
 
+def _products(input, h0, weight_ih, weight_hh, bias_ih, bias_hh, reset, reset_h, lengths, reverse, num_heads, recompute, training):
+    return layer_products(input, weight_ih, weight_hh, recompute)
+
+
 SIGNATURE = Signature(
     "gru", input="T B I", weight_hh="3H D", weight_ih="3H I", bias_ih="3H | None", bias_hh="3H | None",
     reset=("T B | None", torch.bool), lengths=("B | None", torch.int64), h0="B H | None",
@@ -118,4 +131,5 @@ OP = define_op(
     options="bool reverse, int num_heads, bool recompute, bool training",
     allocate=_allocate,
     autocast="matmul",
+    products=_products,
 )

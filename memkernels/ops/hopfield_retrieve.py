@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from memkernels._checks import Signature, check_flag, check_number, fail
-from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
+from memkernels._registry import Arg, Out, Product, define_op, empty_like, new_empty
 from memkernels.ops.content_address import content_address
 
 
@@ -102,6 +102,12 @@ def _allocate(query, key, beta, value, mask, scale, steps, tolerance, return_sta
     )
 
 
+def _products(query, key, beta, value, mask, scale, steps, tolerance, return_state):
+    rows = query.shape[1] * key.numel()  # of a batch by a batch: "Q D" by "D N", and "Q N" by "N D"
+    last, name = (key, "key") if value is None else (value, "value")
+    return Product((2 * steps - 1) * rows, "query key beta", "key"), Product(query.shape[1] * last.numel(), "query key beta", name)
+
+
 NAME = "hopfield_retrieve"
 SIGNATURE = Signature(NAME, query="B Q D", key="B N D", beta="B Q | None", value="B N V | None", mask=("B N | None", torch.bool))
 # `state`: xi[steps - 1], from which the weights that were asked for follow. `states`: xi[1] to xi[steps - 1]; `stats`: of each step the
@@ -123,4 +129,5 @@ OP = define_op(
     options="float scale, SymInt steps, float tolerance, bool return_state",
     allocate=_allocate,
     autocast="float32",
+    products=_products,
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from memkernels._checks import Signature
-from memkernels._registry import Arg, Out, define_op, new_empty
+from memkernels._registry import Arg, Out, Product, define_op, new_empty
 
 
 def link_read(link: torch.Tensor, read_weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,6 +51,10 @@ def _allocate(link, read_weights):
     return new_empty(link, shape), new_empty(link, shape)
 
 
+def _products(link, read_weights):
+    return (Product(2 * read_weights.shape[1] * link.numel(), "link", "read_weights"),)
+
+
 SIGNATURE = Signature("link_read", link="B H N N", read_weights="B R N")
 OP = define_op(
     "link_read",
@@ -58,4 +62,5 @@ OP = define_op(
     outputs=(Out("forward"), Out("backward")),
     allocate=_allocate,
     autocast="float32",
+    products=_products,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from memkernels._checks import Signature
-from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
+from memkernels._registry import Arg, Out, Product, define_op, empty_like, new_empty
 
 
 def link_step(
@@ -87,6 +87,10 @@ def _allocate(link, precedence, write_weights, read_weights):
     return empty_like(link), empty_like(precedence), new_empty(link, shape), new_empty(link, shape)
 
 
+def _products(link, precedence, write_weights, read_weights):
+    return (Product(2 * read_weights.shape[1] * link.numel(), "link precedence write_weights", "read_weights"),)
+
+
 SIGNATURE = Signature("link_step", link="B H N N", precedence="B H N", write_weights="B H N", read_weights="B R N")
 OP = define_op(
     "link_step",
@@ -94,4 +98,5 @@ OP = define_op(
     outputs=(Out("new_link"), Out("new_precedence"), Out("forward"), Out("backward")),
     allocate=_allocate,
     autocast="float32",
+    products=_products,
 )

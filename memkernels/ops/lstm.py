@@ -7,8 +7,17 @@ from typing import Any
 import torch
 
 from memkernels._checks import Signature, check_choice, check_number, fail
-from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
-from memkernels.ops._recurrent import check_flags, check_heads, check_lengths, check_reset_state, entering, needs_gradients, pair
+from memkernels._registry import Arg, Out, Product, define_op, empty_like, new_empty
+from memkernels.ops._recurrent import (
+    check_flags,
+    check_heads,
+    check_lengths,
+    check_reset_state,
+    entering,
+    layer_products,
+    needs_gradients,
+    pair,
+)
 
 OUTPUT_GATES = ("standard", "cell")
 _NO_ZONEOUT = (0.0, 0.0)
@@ -203,6 +212,17 @@ def _allocate(
     )
 
 
+def _products(
+    input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norm_weight, norm_bias, weight_co, reset, reset_h, reset_c,
+    lengths, seed, reverse, num_heads, zoneout_h, zoneout_c, recurrent_dropout, expected, recompute, *_,
+):  # fmt: skip
+    used = weight_ih if weight_co is None else weight_ih[: 3 * c0.shape[1]]
+    more = ((weight, name) for weight, name in ((weight_hr, "weight_hr"), (weight_co, "weight_co")) if weight is not None)
+    again, steps = int(recompute), input.shape[0] * input.shape[1]
+    squares = (Product(steps * weight.numel(), "*", name, again=again) for weight, name in more)
+    return *layer_products(input, used, weight_hh, recompute), *squares
+
+
 def _signature(width):
     """Of the calls with options; `width`: the letter of the width of h."""
     return Signature(
@@ -250,4 +270,5 @@ OP = define_op(
     "bool return_cells, bool training",
     allocate=_allocate,
     autocast="matmul",
+    products=_products,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from memkernels._checks import Signature
-from memkernels._registry import Arg, Out, define_op, new_empty
+from memkernels._registry import Arg, Out, Product, define_op, new_empty
 
 
 def memory_read(memory: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -50,5 +50,16 @@ def _allocate(memory, weights):
     return (new_empty(memory, (memory.shape[0], weights.shape[1], memory.shape[2])),)
 
 
+def _products(memory, weights):
+    return (Product(weights.numel() * memory.shape[2], "weights", "memory"),)
+
+
 SIGNATURE = Signature("memory_read", memory="B N W", weights="B R N")
-OP = define_op("memory_read", inputs=(Arg("memory"), Arg("weights")), outputs=(Out("read"),), allocate=_allocate, autocast="float32")
+OP = define_op(
+    "memory_read",
+    inputs=(Arg("memory"), Arg("weights")),
+    outputs=(Out("read"),),
+    allocate=_allocate,
+    autocast="float32",
+    products=_products,
+)

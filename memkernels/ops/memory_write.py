@@ -6,7 +6,7 @@ import torch
 
 from memkernels._checks import Signature, fail
 from memkernels._compat import forward_ad_active, functorch_active
-from memkernels._registry import Arg, Out, define_inplace, define_op, empty_like
+from memkernels._registry import Arg, Out, Product, define_inplace, define_op, empty_like
 
 
 def memory_write(memory: torch.Tensor, weights: torch.Tensor, erase: torch.Tensor, add: torch.Tensor) -> torch.Tensor:
@@ -127,6 +127,10 @@ def _allocate(memory, weights, erase, add):
     return (empty_like(memory),)
 
 
+def _products(memory, weights, erase, add):
+    return (Product(weights.numel() * memory.shape[2], "weights", "add"),)
+
+
 _DIMS = dict(memory="B N W", weights="B H N", erase="B H W", add="B H W")
 SIGNATURE, SIGNATURE_INPLACE = Signature("memory_write", **_DIMS), Signature("memory_write_", **_DIMS)
 OP = define_op(
@@ -135,5 +139,6 @@ OP = define_op(
     outputs=(Out("written"),),
     allocate=_allocate,
     autocast="float32",
+    products=_products,
 )
 OP_INPLACE = define_inplace("memory_write_", OP)

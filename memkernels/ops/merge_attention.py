@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from memkernels._checks import Signature, check_tensor, fail
+from memkernels._checks import Signature, check_dense, check_tensor, fail
 from memkernels._compat import autocast_enabled
 from memkernels._registry import Arg, Out, define_op, new_empty
 
@@ -70,6 +70,7 @@ def _stacked(name, parts) -> torch.Tensor:
         fail("merge_attention", name, "at least one tensor", "an empty sequence")
     for i, part in enumerate(parts):
         check_tensor("merge_attention", f"{name}[{i}]", part)
+        check_dense("merge_attention", f"{name}[{i}]", part)
         for what in ("shape", "dtype", "device"):
             wanted, got = getattr(parts[0], what), getattr(part, what)
             if wanted != got:

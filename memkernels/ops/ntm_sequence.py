@@ -8,7 +8,7 @@ import torch
 
 from memkernels._checks import Signature, check_choice
 from memkernels._compat import register_namedtuple
-from memkernels._registry import Arg, Out, define_op, new_empties
+from memkernels._registry import Arg, Out, Product, define_op, new_empties
 
 FORMS = ("graves", "pytorch-ntm")
 
@@ -133,6 +133,18 @@ def _allocate(input, memory, read_weights, write_weights, reads, h, c, weight_ih
     )  # fmt: skip
 
 
+def _products(input, memory, read_weights, write_weights, reads, h, c, weight_ih, weight_rh, weight_hh, bias, *heads_and_form):
+    (_, rows, width), steps = memory.shape, input.shape[0] * input.shape[1]
+    readers, writers = read_weights.shape[1], write_weights.shape[1]
+    controller = (Product(steps * w.numel(), left, name) for w, left, name in (
+        (weight_ih, "input", "weight_ih"), (weight_rh, "*", "weight_rh"), (weight_hh, "*", "weight_hh"),
+    ))  # fmt: skip
+    features = h.shape[1]  # the last column of the heads' weights is a bias
+    heads = (Product(steps * w.numel() // (features + 1) * features, "*", name) for w, name in zip(heads_and_form, _HEADS))
+    similar_written_read = Product(steps * 2 * (readers + writers) * rows * width)
+    return *controller, *heads, similar_written_read
+
+
 _WEIGHTS = dict(weight_ih="4H I", weight_rh="4H R W", weight_hh="4H H", bias="4H")
 _HEADS = dict(read_key="R W H+1", read_scalars="R 2S+4 H+1", write_key="U W H+1", write_scalars="U 2S+4 H+1", write_vectors="2 U W H+1")
 _STATE = dict(memory="B N W", read_weights="B R N", write_weights="B U N", reads="B R W", hidden="B H", cell="B H")
@@ -150,4 +162,5 @@ OP = define_op(
     options="str form",
     allocate=_allocate,
     autocast="float32",
+    products=_products,
 )

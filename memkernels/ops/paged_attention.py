@@ -6,8 +6,9 @@ import torch
 
 from memkernels import _compat
 from memkernels._checks import Signature, as_index, check_flag, fail
+from memkernels._compat import values_known
 from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
-from memkernels.ops._attention import softmax_scale
+from memkernels.ops._attention import attention_products, softmax_scale
 
 
 def paged_attention(
@@ -106,6 +107,12 @@ def _allocate(query, key_pages, value_pages, page_table, lengths, scale, is_caus
     return out, new_empty(query, (batch, heads, queries), wide), new_empty(query, (batch, heads, queries, 2), wide)
 
 
+def _products(query, key_pages, value_pages, page_table, lengths, scale, is_causal):
+    _, heads, queries, width = query.shape
+    keys = int(lengths.sum()) if values_known(lengths) else page_table.numel() * key_pages.shape[1]
+    return attention_products(heads * queries * keys, width, value_pages.shape[3])
+
+
 NAME = "paged_attention"
 SIGNATURE = Signature(
     NAME, query="B NH Q D", key_pages="P S NHk D", value_pages="P S NHk V", page_table=("B M", torch.int64),
@@ -124,4 +131,5 @@ OP = define_op(
     options="float scale, bool is_causal",
     allocate=_allocate,
     autocast="matmul",
+    products=_products,
 )

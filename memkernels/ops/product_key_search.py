@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from memkernels._checks import Signature
-from memkernels._registry import Arg, Out, define_op, new_empty
+from memkernels._registry import Arg, Out, Product, define_op, new_empty
 from memkernels.ops.topk_read import check_slots
 
 
@@ -56,6 +56,12 @@ def _allocate(query, subkeys, k):
     return new_empty(query, slots), new_empty(query, slots, torch.int64)
 
 
+def _products(query, subkeys, k):
+    batch, heads, _, width = query.shape
+    chosen = 2 * batch * heads * torch.sym_min(k, subkeys.shape[2]) * width  # each slot chose a subkey of either half
+    return (Product(query.numel() * subkeys.shape[2], "query", "subkeys", gradient=chosen),)
+
+
 NAME = "product_key_search"
 SIGNATURE = Signature(NAME, query="B NH 2 D", subkeys="NH 2 S D")
 # Heads do not depend on each other and all tensors have them: a dimension of vmap becomes more of them.
@@ -66,4 +72,5 @@ OP = define_op(
     options="SymInt k",
     allocate=_allocate,
     autocast="matmul",
+    products=_products,
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
 from memkernels._checks import FLOATS, Signature, as_index, check_dense, check_flag, check_tensor, fail
 from memkernels._registry import Arg, Out, define_op, new_empty
-from memkernels.ops._attention import key_lengths, softmax_scale
+from memkernels.ops._attention import attention_products, key_lengths, softmax_scale
 
 
 def quantize_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,6 +133,10 @@ def _allocate(query, key, value, key_scale, value_scale, lengths_k, scale):
     return new_empty(query, shape), new_empty(query, rows, wide), new_empty(query, (*rows, 2), wide), new_empty(query, shape, wide)
 
 
+def _products(query, key, value, *_):
+    return attention_products(prod(query.shape[:3]) * key.shape[2], query.shape[3], value.shape[3], right="")
+
+
 def _signature(scale):
     rows = ("B NHk K", scale)
     return Signature(
@@ -156,4 +162,5 @@ OP = define_op(
     options="float scale",
     allocate=_allocate,
     autocast="float32",
+    products=_products,
 )

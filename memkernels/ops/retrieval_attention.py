@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
 from memkernels._checks import Signature, as_index, check_flag, fail
 from memkernels._registry import Arg, Out, define_op, empty_like, new_empty
-from memkernels.ops._attention import softmax_scale, window_limits
+from memkernels.ops._attention import attention_products, softmax_scale, window_limits
 from memkernels.ops._index import check_index
 
 
@@ -93,6 +95,11 @@ def _allocate(query, key, value, memory_key, memory_value, index, memory_bias, s
     return out, new_empty(query, (batch, heads, queries), wide), new_empty(query, (batch, heads, queries, 2), wide)
 
 
+def _products(query, key, value, memory_key, memory_value, index, *_):
+    pairs = prod(query.shape[:3]) * (key.shape[2] + index.shape[3])
+    return attention_products(pairs, query.shape[3], value.shape[3])
+
+
 NAME = "retrieval_attention"
 # `stats`, as in attention: of each query the maximum m of its scores, local and retrieved, and the sum of exp(score - m).
 SIGNATURE = Signature(
@@ -111,4 +118,5 @@ OP = define_op(
     options="float scale, SymInt left, SymInt right",
     allocate=_allocate,
     autocast="matmul",
+    products=_products,
 )

@@ -6,7 +6,16 @@ import torch
 
 from memkernels._checks import Signature, check_choice
 from memkernels._registry import Out, define_op, empty_like, new_empty
-from memkernels.ops._recurrent import LAYER_INPUTS, check_flags, check_heads, check_lengths, check_reset_state, entering, needs_gradients
+from memkernels.ops._recurrent import (
+    LAYER_INPUTS,
+    check_flags,
+    check_heads,
+    check_lengths,
+    check_reset_state,
+    entering,
+    layer_products,
+    needs_gradients,
+)
 
 NONLINEARITIES = ("tanh", "relu")
 
@@ -99,6 +108,10 @@ def _allocate(input, h0, weight_ih, weight_hh, bias_ih, bias_hh, reset, reset_h,
     return new_empty(input, (*input.shape[:2], h0.shape[1])), empty_like(h0)
 
 
+def _products(input, h0, weight_ih, weight_hh, *_):
+    return layer_products(input, weight_ih, weight_hh)
+
+
 SIGNATURE = Signature(
     "rnn", input="T B I", weight_hh="H D", weight_ih="H I", bias_ih="H | None", bias_hh="H | None",
     reset=("T B | None", torch.bool), lengths=("B | None", torch.int64), h0="B H | None",
@@ -110,4 +123,5 @@ OP = define_op(
     options="bool relu, bool reverse, int num_heads, bool training",
     allocate=_allocate,
     autocast="matmul",
+    products=_products,
 )

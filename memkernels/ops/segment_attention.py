@@ -7,7 +7,7 @@ import torch
 from memkernels import _compat
 from memkernels._checks import Signature, as_index, check_flag, fail
 from memkernels._registry import Arg, Out, define_op, new_empty
-from memkernels.ops._attention import softmax_scale
+from memkernels.ops._attention import attention_products, softmax_scale
 from memkernels.ops._recurrent import needs_gradients
 
 
@@ -99,6 +99,10 @@ def _allocate(query, key, value, ptr, index, edge_bias, scale, saving):
     return new_empty(query, shape), new_empty(query, (nodes, heads), wide), new_empty(query, (nodes, heads, 2), wide), exact
 
 
+def _products(query, key, value, ptr, index, *_):
+    return attention_products(index.shape[0] * query.shape[1], query.shape[2], value.shape[2])
+
+
 # `stats`: of each node the maximum m of its scores and the sum of exp(score - m). `exact`: out of the half types before it was rounded:
 # where a node has one edge, dout . out and dout . value cancel to nothing only if neither was.
 SIGNATURE = Signature(
@@ -124,4 +128,5 @@ OP = define_op(
     options="float scale, bool saving",
     allocate=_allocate,
     autocast="matmul",
+    products=_products,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from memkernels._checks import Signature, check_choice, check_number, fail
-from memkernels._registry import Arg, Out, define_op, new_empty
+from memkernels._registry import Arg, Out, Product, define_op, new_empty
 from memkernels.ops.content_read import SIMILARITIES
 
 MOST = 4096  # slots
@@ -103,6 +103,13 @@ def _allocate(query, key, value, mask, k, similarity, scale, few):
     return new_empty(query, (batch, queries, value.shape[2])), new_empty(query, slots), new_empty(query, slots, torch.int64)
 
 
+def _products(query, key, value, mask, k, similarity, scale, few):
+    batch, queries, width = query.shape
+    slots, chosen = batch * queries * k, batch * queries * torch.sym_min(k, key.shape[-2])
+    scores = Product(query.numel() * key.shape[-2], "query", "key", gradient=chosen * width)
+    return scores, Product(slots * value.shape[-1], "query key", "value")
+
+
 NAME = "topk_read"
 # By whether key and value are shared by the batch.
 SIGNATURES = {
@@ -119,4 +126,5 @@ OP = define_op(
     options="SymInt k, str similarity, float scale, SymInt few",
     allocate=_allocate,
     autocast="matmul",
+    products=_products,
 )

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+from memkernels._flops import backward_flops
+from memkernels._registry import capture
+
 Tensors = dict[str, torch.Tensor | None]
 
 
@@ -102,7 +105,6 @@ class OpSpec:
         bench: realistic sizes for the benchmark suite (samples too; large).
         peers: name -> plain function of the same (inputs, options) that returns the same outputs; "eager" is always there.
         bytes: (dims, itemsize) -> bytes that forward must move at least; `bytes_backward` likewise for backward alone.
-        flops: dims -> floating operations of forward.
         call: (function, inputs, options) -> outputs; for functions whose arguments are not one tensor a name.
         errors: bad calls.
         tol: how many times the error of the same-dtype reference is allowed, forward and backward.
@@ -118,12 +120,21 @@ class OpSpec:
     peers: Mapping[str, Callable[..., Any]]
     bytes: Callable[[Mapping[str, int], int], float]
     bytes_backward: Callable[[Mapping[str, int], int], float]
-    flops: Callable[[Mapping[str, int]], float]
     call: Callable[[Callable[..., Any], dict[str, Any], dict[str, Any]], Any] = lambda f, inputs, options: f(**inputs, **options)
     errors: tuple[ErrorCase, ...] = ()
     tol: tuple[float, float] = (2.0, 3.0)
     rows: tuple[tuple[str, int], ...] = ()
     gaps: tuple[str, ...] = ()
+
+    def flops(self, sample: Sample) -> tuple[int, int]:
+        """Floating operations of the matrix products of forward, and of backward for all gradients."""
+        given = {
+            name: torch.empty(i.shape(sample.dims), dtype=i.dtype_in(torch.float32), device="meta")
+            for name, i in self.inputs.items()
+            if not i.optional or name in sample.present
+        }
+        op, flat = capture(self.call, self.function, given, dict(sample.options))
+        return op.flops(*flat), backward_flops(op.products(*flat), (a.name for a in op.inputs if a.differentiable))
 
     def sample(self, name: str) -> Sample:
         return next(s for s in (*self.samples, *self.bench) if s.name == name)

@@ -68,7 +68,6 @@ SPEC = OpSpec(
     peers={"eager": _eager},
     bytes=lambda d, s: s * d["B"] * d["N"] * (1 + d.get("H", 1)),
     bytes_backward=lambda d, s: s * d["B"] * d["N"] * (2 + d.get("H", 1)),
-    flops=lambda d: d["B"] * d["N"] * 5 * d.get("H", 1),
     errors=(
         ErrorCase("gates", _wrong_gates, ValueError, r"allocation: write_gates: expected .*B=2.*got .*3"),
         ErrorCase("eps", _wrong_eps, ValueError, r"allocation: eps: expected a number in \[0, 1\), got 1.0"),

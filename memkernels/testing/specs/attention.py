@@ -181,10 +181,6 @@ def _wrong_dtype(inputs, options):
     inputs["value"] = inputs["value"].long()
 
 
-def _pairs(d):
-    return d["B"] * d["NH"] * d["Q"] * d["K"]
-
-
 SPEC = OpSpec(
     name="attention",
     function=attention,
@@ -268,7 +264,6 @@ SPEC = OpSpec(
     peers={"eager": _eager, "sdpa": _sdpa},
     bytes=lambda d, s: s * d["B"] * (d["NH"] * d["Q"] * (d["D"] + d["V"]) + d["NHk"] * d["K"] * (d["D"] + d["V"])),
     bytes_backward=lambda d, s: 2 * s * d["B"] * (d["NH"] * d["Q"] * (d["D"] + d["V"]) + d["NHk"] * d["K"] * (d["D"] + d["V"])),
-    flops=lambda d: 2 * _pairs(d) * (d["D"] + d["V"]),
     call=_call,
     errors=(
         ErrorCase("scale", lambda i, o: o.update(scale=float("nan")), ValueError, r"attention: scale: expected a finite number, got nan"),

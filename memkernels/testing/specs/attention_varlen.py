@@ -134,10 +134,6 @@ def _no_starts(inputs, options):
     inputs.update(dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), torch.zeros(0, dtype=torch.int64)))
 
 
-def _pairs(d):
-    return d["NH"] * d["Tq"] * d["Tk"] / max(d["S"], 1)
-
-
 def _tokens(d):
     return (d["NH"] * d["Tq"] + d["NHk"] * d["Tk"]) * (d["D"] + d["V"])
 
@@ -184,7 +180,6 @@ SPEC = OpSpec(
     peers={"eager": _eager, "sdpa": _sdpa, "padded": _padded},
     bytes=lambda d, s: s * _tokens(d),
     bytes_backward=lambda d, s: 2 * s * _tokens(d),
-    flops=lambda d: 2 * _pairs(d) * (d["D"] + d["V"]),
     errors=(
         ErrorCase("scale", lambda i, o: o.update(scale=float("nan")), ValueError, r"scale: expected a finite number, got nan"),
         ErrorCase("heads", _wrong_heads, ValueError, r"attention_varlen: key: expected a divisor of 3 heads, got .*13, 2, 4"),

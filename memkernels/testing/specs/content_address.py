@@ -59,7 +59,6 @@ SPEC = OpSpec(
     peers={"eager": _eager},
     bytes=lambda d, s: s * d["B"] * (d["N"] * d["W"] + d["R"] * (d["N"] + d["W"] + 1)),
     bytes_backward=lambda d, s: s * d["B"] * (2 * d["N"] * d["W"] + d["R"] * (2 * d["N"] + 2 * d["W"] + 2)),
-    flops=lambda d: 2 * d["B"] * (d["R"] + 1) * d["N"] * d["W"],
     errors=(
         ErrorCase("width", _wrong_width, ValueError, r"content_address: key: expected .*W=4.*got .*6"),
         ErrorCase("mask", _wrong_mask, TypeError, r"content_address: mask: expected bool, got float64"),

@@ -73,7 +73,6 @@ SPEC = OpSpec(
     peers={"eager": _eager},
     bytes=lambda d, s: s * d["B"] * (d["N"] * d["W"] + d["R"] * (2 * d["W"] + 1)),
     bytes_backward=lambda d, s: s * d["B"] * (2 * d["N"] * d["W"] + d["R"] * (3 * d["W"] + 2)),
-    flops=lambda d: 2 * d["B"] * (2 * d["R"] + 1) * d["N"] * d["W"],
     errors=(
         ErrorCase("value", _wrong_value, ValueError, r"content_read: value: expected .*N=5.*got .*6"),
         ErrorCase("similarity", wrong_similarity, ValueError, r"content_read: similarity: expected .*'cosine'.*got 'cos'"),

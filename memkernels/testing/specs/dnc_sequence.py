@@ -192,7 +192,6 @@ SPEC = OpSpec(
     peers={"eager": _eager},
     bytes=_bytes,
     bytes_backward=lambda d, s: 2 * _bytes(d, s),
-    flops=lambda d: d["T"] * d["B"] * d["N"] * (d["U"] * d["N"] * (5 + 4 * d["R"]) + 4 * (d["R"] + d["U"]) * d["W"]),
     errors=(
         ErrorCase("strength", _wrong_strength, ValueError, r"dnc_sequence: strength: expected .*'oneplus'.*got 'linear'"),
         ErrorCase("heads", _wrong_heads, ValueError, r"dnc_sequence: precedence: expected .*U=0.*got .*1"),

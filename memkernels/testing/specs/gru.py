@@ -52,7 +52,6 @@ SPEC = OpSpec(
     peers={"eager": _eager, "torch": _torch},
     bytes=lambda d, s: s * (d["T"] * d["B"] * (d["I"] + d["H"]) + 3 * d["H"] * (d["I"] + d["H"])),
     bytes_backward=lambda d, s: s * (d["T"] * d["B"] * (2 * d["I"] + 6 * d["H"]) + 6 * d["H"] * (d["I"] + d["H"])),
-    flops=lambda d: 6 * d["T"] * d["B"] * d["H"] * (d["I"] + d["H"]),
     call=_call,
     errors=(*layer_errors("gru", 3), *state_errors("gru")),
     rows=(("input", 1), ("h0", 0)),

@@ -48,7 +48,6 @@ SPEC = OpSpec(
     peers={"eager": _eager},
     bytes=lambda d, s: s * d["B"] * d["H"] * 8,
     bytes_backward=lambda d, s: s * d["B"] * d["H"] * 15,
-    flops=lambda d: 20 * d["B"] * d["H"],
     errors=(
         ErrorCase("gates", _wrong_gates, ValueError, r"gru_gates: gates_hidden: expected \[B 3H\] with B=3, H=5, got shape \(3, 14\)"),
         ErrorCase("hidden", _wrong_hidden, ValueError, r"gru_gates: hidden: expected \[B H\] with B=3, H=5, got shape \(3, 4\)"),

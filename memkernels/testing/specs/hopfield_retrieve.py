@@ -102,7 +102,6 @@ SPEC = OpSpec(
     call=_call,
     bytes=lambda d, s: s * d["B"] * (d["Q"] * (d["D"] + d["V"]) + d["N"] * (d["D"] + d["V"])),
     bytes_backward=lambda d, s: 2 * s * d["B"] * (d["Q"] * (d["D"] + d["V"]) + d["N"] * (d["D"] + d["V"])),
-    flops=lambda d: 4 * d["B"] * d["Q"] * d["N"] * d["D"],
     errors=(
         ErrorCase("value", _wrong_value, ValueError, r"hopfield_retrieve: value: expected .*N=5.*got .*6"),
         ErrorCase("beta", _wrong_beta, ValueError, r"hopfield_retrieve: beta: expected .*Q=3.*got .*4\)"),

@@ -29,7 +29,6 @@ SPEC = OpSpec(
     peers={"eager": _eager},
     bytes=lambda d, s: s * d["B"] * d["H"] * d["N"] * (d["N"] + 3 * d["R"]),
     bytes_backward=lambda d, s: s * d["B"] * d["H"] * d["N"] * (2 * d["N"] + 4 * d["R"]),
-    flops=lambda d: d["B"] * d["H"] * d["N"] ** 2 * 4 * d["R"],
     errors=(ErrorCase("rows", _wrong_rows, ValueError, r"link_read: read_weights: expected .*N=5.*got .*3"),),
     rows=(("link", 0), ("read_weights", 0)),
 )

@@ -60,7 +60,6 @@ SPEC = OpSpec(
     peers={"eager": _eager},
     bytes=lambda d, s: s * d["B"] * d["H"] * d["N"] * (2 * d["N"] + 3 + 2 * d["R"]),
     bytes_backward=lambda d, s: s * d["B"] * d["H"] * d["N"] * (3 * d["N"] + 5 + 2 * d["R"]),
-    flops=lambda d: d["B"] * d["H"] * d["N"] ** 2 * (5 + 4 * d["R"]),
     errors=(
         ErrorCase("link", _wrong_link, ValueError, r"link_step: link: expected .*N=5.*got .*3"),
         ErrorCase("dtype", _wrong_dtype, TypeError, r"link_step: read_weights: expected float64, got float16"),

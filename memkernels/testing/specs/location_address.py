@@ -87,7 +87,6 @@ SPEC = OpSpec(
     peers={"eager": _eager},
     bytes=lambda d, s: s * d["B"] * d["R"] * (3 * d["N"] + 2 * d["S"] + 3),
     bytes_backward=lambda d, s: s * d["B"] * d["R"] * (5 * d["N"] + 4 * d["S"] + 6),
-    flops=lambda d: d["B"] * d["R"] * d["N"] * (4 * d["S"] + 50),
     errors=(
         ErrorCase("taps", _even_taps, ValueError, r"location_address: shift: expected .*2S\+1.*got .*4"),
         ErrorCase("rows", _wrong_rows, ValueError, r"location_address: previous: expected .*N=7.*got .*6"),

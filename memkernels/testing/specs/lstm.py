@@ -225,10 +225,6 @@ _OPTIONS = (
 )  # fmt: skip
 
 
-def _flops(d):
-    return 8 * d["T"] * d["B"] * d["H"] * (d["I"] + d["H"])
-
-
 SPEC = OpSpec(
     name="lstm",
     function=lstm,
@@ -281,7 +277,6 @@ SPEC = OpSpec(
     peers={"eager": _eager, "torch": _torch},
     bytes=lambda d, s: s * (d["T"] * d["B"] * (d["I"] + d["H"]) + 4 * d["H"] * (d["I"] + d["H"])),
     bytes_backward=lambda d, s: s * (d["T"] * d["B"] * (2 * d["I"] + 7 * d["H"]) + 8 * d["H"] * (d["I"] + d["H"])),
-    flops=_flops,
     call=_call,
     errors=(*layer_errors("lstm", 4), *_ERRORS),
     rows=(("input", 1), ("h0", 0), ("c0", 0)),

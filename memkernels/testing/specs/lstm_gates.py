@@ -51,7 +51,6 @@ SPEC = OpSpec(
     peers={"eager": _eager},
     bytes=lambda d, s: s * d["B"] * d["H"] * 7,
     bytes_backward=lambda d, s: s * d["B"] * d["H"] * 12,
-    flops=lambda d: 20 * d["B"] * d["H"],
     errors=(
         ErrorCase("gates", _wrong_gates, ValueError, r"lstm_gates: gates: expected \[B 4H\].*got shape \(2, 13\)"),
         ErrorCase("cell", _wrong_cell, ValueError, r"lstm_gates: cell: expected \[B H\] with B=3, H=5, got shape \(3, 4\)"),

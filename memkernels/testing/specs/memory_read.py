@@ -33,7 +33,6 @@ SPEC = OpSpec(
     peers={"eager": _eager},
     bytes=lambda d, s: s * d["B"] * (d["N"] * d["W"] + d["R"] * (d["N"] + d["W"])),
     bytes_backward=lambda d, s: s * d["B"] * (2 * d["N"] * d["W"] + d["R"] * (2 * d["N"] + d["W"])),
-    flops=lambda d: 2 * d["B"] * d["R"] * d["N"] * d["W"],
     errors=(
         ErrorCase("rows", _wrong_rows, ValueError, r"memory_read: weights: expected .*N=5.*got .*6"),
         ErrorCase("dtype", _wrong_dtype, TypeError, r"memory_read: weights: expected .*float64.*got .*int64"),

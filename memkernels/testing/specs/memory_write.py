@@ -58,7 +58,6 @@ SPEC = OpSpec(
     peers={"eager": _eager},
     bytes=lambda d, s: s * d["B"] * (2 * d["N"] * d["W"] + d["H"] * (d["N"] + 2 * d["W"])),
     bytes_backward=lambda d, s: s * d["B"] * (3 * d["N"] * d["W"] + d["H"] * (2 * d["N"] + 4 * d["W"])),
-    flops=lambda d: d["B"] * d["N"] * d["W"] * (5 * d["H"] + 1),
     errors=(
         ErrorCase("heads", _wrong_heads, ValueError, r"memory_write: erase: expected .*H=1.*got .*4"),
         ErrorCase("dtype", _wrong_dtype, TypeError, r"memory_write: add: expected .*float64.*got .*int64"),

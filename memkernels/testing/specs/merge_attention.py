@@ -93,7 +93,6 @@ SPEC = OpSpec(
     peers={"eager": _eager},
     bytes=lambda d, s: d["B"] * d["NH"] * d["Q"] * ((d["S"] + 1) * (d["V"] * s + 4)),
     bytes_backward=lambda d, s: d["B"] * d["NH"] * d["Q"] * ((2 * d["S"] + 1) * (d["V"] * s + 4)),
-    flops=lambda d: 2 * d["S"] * d["B"] * d["NH"] * d["Q"] * d["V"],
     call=_call,
     errors=(
         ErrorCase("lses", _wrong_lses, ValueError, r"merge_attention: lses: expected .*Q=3.*got .*4"),

@@ -121,7 +121,6 @@ SPEC = OpSpec(
     peers={"eager": _eager},
     bytes=lambda d, s: s * d["T"] * d["B"] * (d["I"] + d["H"] + d["R"] * d["W"] + (d["R"] + d["U"]) * d["N"]),
     bytes_backward=lambda d, s: 2 * s * d["T"] * d["B"] * (d["I"] + 6 * d["H"] + d["R"] * d["W"] + (d["R"] + d["U"]) * d["N"]),
-    flops=lambda d: 2 * d["T"] * d["B"] * (4 * d["H"] * (d["I"] + d["R"] * d["W"] + d["H"]) + 3 * (d["R"] + d["U"]) * d["N"] * d["W"]),
     errors=(
         ErrorCase("form", _wrong_form, ValueError, r"ntm_sequence: form: expected .*'graves'.*got 'ntm'"),
         ErrorCase("heads", _wrong_heads, ValueError, r"ntm_sequence: write_key: expected .*U=1.*got .*3"),

@@ -144,7 +144,6 @@ SPEC = OpSpec(
     peers={"eager": _eager, "sdpa": _sdpa},
     bytes=lambda d, s: s * _tokens(d),
     bytes_backward=lambda d, s: 2 * s * _tokens(d),
-    flops=lambda d: 2 * d["B"] * d["NH"] * d["Q"] * d["M"] * d["S"] * (d["D"] + d["V"]),
     errors=(
         ErrorCase("scale", lambda i, o: o.update(scale=-float("inf")), ValueError, r"scale: expected a finite number, got -inf"),
         ErrorCase("heads", _wrong_heads, ValueError, r"paged_attention: key_pages: expected a divisor of 3 heads, got .*6, 4, 2, 4"),

@@ -69,7 +69,6 @@ SPEC = OpSpec(
     peers={"eager": _eager},
     bytes=lambda d, s: s * 2 * d["NH"] * d["D"] * (d["B"] + d["S"]),
     bytes_backward=lambda d, s: s * 4 * d["NH"] * d["D"] * (d["B"] + d["S"]),
-    flops=lambda d: 4 * d["B"] * d["NH"] * d["S"] * d["D"],
     errors=(
         ErrorCase("heads", _wrong_heads, ValueError, r"product_key_search: subkeys: expected .*NH=3.*got .*2, 2, 7, 4"),
         ErrorCase("half", _one_half, ValueError, r"product_key_search: query: expected \[B NH 2 D\].*got .*2, 3, 1, 4"),

@@ -133,7 +133,6 @@ SPEC = OpSpec(
     peers={"eager": _eager, "sdpa": _widened(F.scaled_dot_product_attention), "attention": _widened(attention)},
     bytes=_bytes,
     bytes_backward=_bytes,
-    flops=lambda d: 2 * d["B"] * d["NH"] * d["Q"] * d["K"] * (d["D"] + d["V"]),
     call=_call,
     errors=(
         ErrorCase("scale", lambda i, o: o.update(scale=float("nan")), ValueError, r"scale: expected a finite number, got nan"),

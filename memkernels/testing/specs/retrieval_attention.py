@@ -171,7 +171,6 @@ SPEC = OpSpec(
     peers={"eager": _eager},
     bytes=lambda d, s: _bytes(d, s, 1),
     bytes_backward=lambda d, s: _bytes(d, s, 2) + s * d["B"] * d["NHk"] * d["N"] * (d["D"] + d["V"]),
-    flops=lambda d: 2 * d["B"] * d["NH"] * d["Q"] * (d["K"] + d["k"]) * (d["D"] + d["V"]),
     errors=(
         ErrorCase("scale", lambda i, o: o.update(scale=float("nan")), ValueError, r"scale: expected a finite number, got nan"),
         ErrorCase("index", _wrong_index, IndexError, r"retrieval_attention: index: expected -1 or rows 0 to N-1=5, got .*6"),

@@ -66,7 +66,6 @@ SPEC = OpSpec(
     peers={"eager": _eager, "torch": _torch},
     bytes=lambda d, s: s * (d["T"] * d["B"] * (d["I"] + d["H"]) + d["H"] * (d["I"] + d["H"])),
     bytes_backward=lambda d, s: s * (d["T"] * d["B"] * (2 * d["I"] + 2 * d["H"]) + 2 * d["H"] * (d["I"] + d["H"])),
-    flops=lambda d: 2 * d["T"] * d["B"] * d["H"] * (d["I"] + d["H"]),
     call=_call,
     errors=(
         *layer_errors("rnn", 1),

@@ -156,7 +156,6 @@ SPEC = OpSpec(
     peers={"eager": _gathered},
     bytes=lambda d, s: s * d["NH"] * (d["D"] + d["V"]) * (d["Nd"] + d["Ns"]) + 8 * (d["E"] + d["Nd"]),
     bytes_backward=lambda d, s: 2 * s * d["NH"] * (d["D"] + d["V"]) * (d["Nd"] + d["Ns"]) + 8 * (d["E"] + d["Nd"]),
-    flops=lambda d: 2 * d["E"] * d["NH"] * (d["D"] + d["V"]),
     errors=(
         ErrorCase("scale", lambda i, o: o.update(scale=float("nan")), ValueError, r"scale: expected a finite number, got nan"),
         ErrorCase("ptr", _wrong_ptr, ValueError, r"segment_attention: ptr: expected offsets from 0 to E=17 .*, got 17 to 0, decreasing"),

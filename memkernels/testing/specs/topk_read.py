@@ -97,7 +97,6 @@ SPEC = OpSpec(
     peers={"eager": _eager},
     bytes=lambda d, s: s * d["B"] * (d["N"] * d["D"] + d["Q"] * (d["D"] + d["V"])),
     bytes_backward=lambda d, s: s * d["B"] * (d["N"] + 2 * d["Q"]) * (d["D"] + d["V"]),
-    flops=lambda d: 2 * d["B"] * d["Q"] * d["N"] * d["D"],
     errors=(
         ErrorCase("value", _wrong_value, ValueError, r"topk_read: value: expected .*N=9.*got .*8"),
         ErrorCase("similarity", wrong_similarity, ValueError, r"topk_read: similarity: expected .*'cosine'.*got 'cos'"),

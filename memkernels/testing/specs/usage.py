@@ -59,7 +59,6 @@ SPEC = OpSpec(
     peers={"eager": _eager},
     bytes=lambda d, s: s * d["B"] * d["N"] * (2 + d["H"] + d["R"]),
     bytes_backward=lambda d, s: s * d["B"] * d["N"] * (3 + d["H"] + 2 * d["R"]),
-    flops=lambda d: d["B"] * d["N"] * (4 + 2 * d["H"] + 3 * d["R"]),
     call=_call,
     errors=(
         ErrorCase("heads", _wrong_heads, ValueError, r"usage: free_gate: expected .*R=3.*got .*4"),

@@ -95,7 +95,6 @@ SPEC = OpSpec(
     peers={"eager": _eager, "embedding_bag": _embedding_bag},
     bytes=lambda d, s: s * (d["B"] * d["J"] * (d["D"] + 1) + d["B"] * d["D"]) + 8 * d["B"] * d["J"],
     bytes_backward=lambda d, s: s * (d["B"] * d["J"] * (d["D"] + 2) + d["B"] * d["D"] + d["K"] * d["D"]) + 8 * d["B"] * d["J"],
-    flops=lambda d: 2 * d["B"] * d["J"] * d["D"],
     errors=(
         ErrorCase("index", _wrong_index(7), IndexError, r"weighted_bag: index: expected -1 or rows 0 to K-1=6, got .*7"),
         ErrorCase("negative", _wrong_index(-2), IndexError, r"weighted_bag: index: expected -1 .*got -2"),
