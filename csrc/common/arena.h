@@ -6,6 +6,7 @@
 //
 // Kernel files of one ISA receive pointers and never include this header: it belongs to the host side.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -64,9 +65,10 @@ class Arena {
     size_t size, used;
   };
   static constexpr size_t kAlign = 64, kSlack = 64, kFirst = size_t(1) << 16, kKeep = size_t(64) << 20;
+  static constexpr size_t kMostAhead = size_t(4) << 20;  // twice a large block would soon be more than is kept
 
   void grow(size_t bytes) {
-    size_t size = blocks_.empty() ? kFirst : 2 * blocks_.back().size;
+    size_t size = blocks_.empty() ? kFirst : std::min(2 * blocks_.back().size, kMostAhead);
     if (size < bytes) size = (bytes + 4095) / 4096 * 4096;
     void* data = std::aligned_alloc(kAlign, size);
     if (!data) throw std::bad_alloc();

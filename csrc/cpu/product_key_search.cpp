@@ -65,10 +65,8 @@ void backward(const TensorView& dquery, const TensorView& dsubkeys, const InputV
   pybind11::gil_scoped_release nogil;
   Scratch scratch;
   const int64_t chosen = 2 * a.batch * a.heads * a.slots, halves = 2 * a.heads;
-  if (a.dsubkeys) {
-    a.parts = scratch.take<int64_t>(chosen);
-    a.given = scratch.take<char>(chosen * sum_size(dtype));
-  }
+  a.parts = scratch.take<int32_t>(chosen), a.distinct = scratch.take<int32_t>(2 * a.batch * a.heads);
+  a.given = scratch.take<char>(chosen * sum_size(dtype));
   const int64_t groups = blocks_of(a.batch, kProductKeyQueries);
   const double work = 2.0 * double(chosen) * double(a.width + 16);
   run_tasks(a.heads * groups, work, kernels.gradient_scratch[type](a), [&](int64_t task, void* memory) {

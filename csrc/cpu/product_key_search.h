@@ -12,8 +12,9 @@ struct ProductKeyArgs {
   int64_t* chosen;
   int64_t batch, heads, count, width, slots;
   void* packed;  // of the accumulation type: panels of the subkeys, [NH][2][panel][D][columns]
-  // Backward, [NH][2][B][k]: the subkeys that were chosen (-1: none) and, of the accumulation type, their gradients.
-  int64_t* parts;
+  // Backward, [NH][2][B][k]: the distinct subkeys that were chosen and, of the accumulation type, their gradients; how
+  // many, [NH][2][B].
+  int32_t *parts, *distinct;
   void* given;
 };
 

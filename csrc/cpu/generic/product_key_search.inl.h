@@ -192,34 +192,27 @@ void product_key_forward(const ProductKeyArgs& a, int64_t h, int64_t begin, int6
   }
 }
 
+// The distinct ones of `count` parts, of which many are the same, and their gradients: rows and sums, zero before;
+// returns how many. `place` of a subkey is where it stands in the list, after `base`; what is below is of another list.
+template <class A>
+int64_t distinct_parts(const int32_t* parts, const A* given, int64_t count, int32_t base, int32_t* place, int32_t* row,
+                       A* sums) {
+  int32_t end = base;
+  for (int64_t i = 0; i < count; i++) {
+    const int32_t seen = place[parts[i]];  // no branch: every other one is new
+    const int32_t at = seen < base ? end : seen;
+    place[parts[i]] = at, row[at - base] = parts[i], sums[at - base] += given[i];
+    end += seen < base;
+  }
+  return end - base;
+}
+
 template <class A>
 int64_t product_key_gradient_scratch(const ProductKeyArgs& a) {
   Carver carver(nullptr);
-  carver.take<A>(a.slots), carver.take<int32_t>(a.slots), carver.take<A>(a.width), carver.take<int32_t>(a.count);
+  carver.take<A>(a.width), carver.take<int32_t>(2 * a.count);
+  carver.take<int32_t>(2 * a.slots), carver.take<A>(a.slots);
   return carver.used();
-}
-
-// The gradients of the distinct subkeys of one half that a query chose: many of its keys share one. `place` of every
-// subkey is -1 before and after.
-template <class A, class T>
-int64_t distinct_parts(const ProductKeyArgs& a, int64_t b, int64_t h, int64_t p, int32_t* place, int32_t* row,
-                       A* gradient) {
-  const int64_t* index = row_at<int64_t>(a.index, b, h, 0);
-  const T* dscores = row_at<T>(a.dscores, b, h, 0);
-  int64_t count = 0;
-  for (int64_t i = 0; i < a.slots; i++) gradient[i] = A(0);
-  for (int64_t i = 0; i < a.slots && a.dscores.data; i++) {
-    const A d = A(to_float(dscores[i]));
-    if (index[i] < 0 || d == A(0)) continue;
-    const uint32_t key = uint32_t(index[i]), subkeys = uint32_t(a.count);  // fewer than 2^16
-    const uint32_t part = p ? key % subkeys : key / subkeys;
-    const int32_t seen = place[part];  // no branch: every other one is new
-    const int32_t at = seen < 0 ? int32_t(count) : seen;
-    place[part] = at, row[at] = int32_t(part), gradient[at] += d;
-    count += seen < 0;
-  }
-  for (int64_t i = 0; i < count; i++) place[row[i]] = -1;
-  return count;
 }
 
 // Queries [begin, end) of head h.
@@ -227,29 +220,64 @@ template <class A, class T>
 void product_key_gradient(const ProductKeyArgs& a, int64_t h, int64_t begin, int64_t end, void* scratch) {
   using V = Vec<A>;
   Carver carver(scratch);
-  A* gradient = carver.take<A>(a.slots);
-  int32_t* row = carver.take<int32_t>(a.slots);
   A* sums = carver.take<A>(a.width);
-  int32_t* place = carver.take<int32_t>(a.count);
-  for (int64_t s = 0; s < a.count; s++) place[s] = -1;
-  for (int64_t b = begin; b < end; b++)
+  int32_t *place = carver.take<int32_t>(2 * a.count), *parts = carver.take<int32_t>(2 * a.slots);
+  A* given = carver.take<A>(a.slots);
+  const int64_t subkeys = a.count, slots = a.slots;
+  for (int64_t s = 0; s < 2 * subkeys; s++) place[s] = -1;
+  const uint64_t reciprocal = ~uint64_t(0) / uint64_t(larger(subkeys, 1)) + 1;  // exact for 32 bits; of 1: 0
+  for (int64_t b = begin; b < end; b++) {
+    const int64_t* index = row_at<int64_t>(a.index, b, h, 0);
+    const T* dscores = row_at<T>(a.dscores, b, h, 0);
+    int64_t count = 0;
+    for (int64_t i = 0; i < slots && a.dscores.data; i++) {
+      const A d = A(to_float(dscores[i]));
+      if (index[i] < 0 || d == A(0)) continue;
+      const int64_t one = int64_t((unsigned __int128)uint64_t(index[i]) * reciprocal >> 64);
+      parts[count] = int32_t(one), parts[slots + count] = int32_t(index[i] - one * subkeys), given[count++] = d;
+    }
     for (int64_t p = 0; p < 2; p++) {
-      const int64_t count = distinct_parts<A, T>(a, b, h, p, place, row, gradient);
-      if (a.given) {
-        const int64_t at = ((h * 2 + p) * a.batch + b) * a.slots;
-        for (int64_t i = 0; i < a.slots; i++) {
-          a.parts[at + i] = i < count ? row[i] : -1;
-          static_cast<A*>(a.given)[at + i] = i < count ? gradient[i] : A(0);
-        }
-      }
+      const int64_t list = (h * 2 + p) * a.batch + b;
+      int32_t* row = a.parts + list * slots;
+      A* gradient = static_cast<A*>(a.given) + list * slots;
+      for (int64_t i = 0; i < count; i++) gradient[i] = A(0);
+      const int64_t distinct = distinct_parts(parts + p * slots, given, count, int32_t((b - begin) * slots),
+                                              place + p * subkeys, row, gradient);
+      a.distinct[list] = int32_t(distinct);
       if (!a.dquery) continue;
       for_each_vec<V>(a.width, [&](int64_t j, auto part) { store(V::zero(), sums + j, part); });
-      for (int64_t i = 0; i < count; i += kTile)
-        add_rows(Rows<T>{row_at<T>(a.subkeys, h, p, 0), a.subkeys.row, row + i, smaller(kTile, count - i), a.width}, 1,
-                 gradient + i, sums);
+      for (int64_t i = 0; i < distinct; i += kTile)
+        add_rows(Rows<T>{row_at<T>(a.subkeys, h, p, 0), a.subkeys.row, row + i, smaller(kTile, distinct - i), a.width},
+                 1, gradient + i, sums);
       T* dquery = static_cast<T*>(a.dquery) + ((b * a.heads + h) * 2 + p) * a.width;
       for_each_vec<V>(a.width, [&](int64_t j, auto part) { store(load<V>(sums + j, part), dquery + j, part); });
     }
+  }
+}
+
+// The parts of all queries of one half: [B][k], of each query the first `distinct`.
+template <class A>
+struct PartLists {
+  const int32_t *parts, *distinct;
+  const A* given;
+  int64_t batch, slots;
+};
+
+// As invert() of inverse_index.inl.h, of lists.
+template <class A>
+void invert_lists(const PartLists<A>& lists, int64_t first, int64_t last, int64_t* start, Given<A, 1>* given) {
+  const uint32_t begin = uint32_t(first), rows = uint32_t(last - first);
+  const auto each = [&](const auto& body) {
+    for (int64_t b = 0, at = 0; b < lists.batch; b++, at += lists.slots)
+      for (int64_t i = at; i < at + lists.distinct[b]; i++) {
+        const uint32_t row = uint32_t(lists.parts[i]) - begin;
+        if (row < rows) body(row, b, lists.given[i]);
+      }
+  };
+  for (uint32_t i = 0; i <= rows; i++) start[i] = 0;
+  each([&](uint32_t row, int64_t, A) { start[row + 1]++; });
+  for (uint32_t i = 1; i <= rows; i++) start[i] += start[i - 1];
+  each([&](uint32_t row, int64_t b, A d) { given[start[row]++] = {0, int32_t(b), {d}}; });
 }
 
 template <class A>
@@ -266,13 +294,14 @@ void product_key_subkeys(const ProductKeyArgs& a, int64_t half, int64_t first, i
   Carver carver(scratch);
   int64_t* start = carver.take<int64_t>(last - first + 1);
   auto* given = carver.take<Given<A, 1>>(a.batch * a.slots);
-  const int64_t offset = half * a.batch * a.slots;
-  const AttentionTensor index{a.parts + offset, 0, 0, a.slots};
-  invert<A, 1>({index, 0, 0, 1, a.batch, a.slots, static_cast<const A*>(a.given) + offset}, first, last, start, given);
+  const int64_t from = half * a.batch;
+  invert_lists<A>(
+      {a.parts + from * a.slots, a.distinct + from, static_cast<const A*>(a.given) + from * a.slots, a.batch, a.slots},
+      first, last, start, given);
   const AttentionTensor queries{row_at<T>(a.query, 0, half / 2, half % 2), 0, 0, a.query.b};
   T* to = static_cast<T*>(a.dsubkeys) + (half * a.count + first) * a.width;
-  for (int64_t row = 0, from = 0; row < last - first; from = start[row++], to += a.width)
-    write_memory_row<A, T, 0>(queries, 0, given + from, start[row] - from, a.width, A(1), to);
+  for (int64_t row = 0, begin = 0; row < last - first; begin = start[row++], to += a.width)
+    write_memory_row<A, T, 0>(queries, 0, given + begin, start[row] - begin, a.width, A(1), to);
 }
 
 }  // namespace
