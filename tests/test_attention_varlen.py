@@ -78,6 +78,24 @@ def test_the_number_of_threads_changes_no_bit():
         assert all(checks.same_bits(a, b) for a, b in zip(run, runs[0]))
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("bad", range(4))
+def test_a_poisoned_sequence_leaves_the_others_alone(backend, bad):
+    """Outputs and gradients to the last bit; `bad`: query, key, value, or the gradient that arrives."""
+    generator, starts = torch.Generator().manual_seed(0), torch.tensor([0, 4, 9])
+    tensors = [torch.randn(9, 2, 5, generator=generator) for _ in range(4)]
+
+    def run(*given):
+        leaves = [t.clone().requires_grad_() for t in given[:3]]
+        with mk.backend(backend):
+            out = mk.attention_varlen(*leaves, starts, starts, is_causal=True)
+            return [t[:4] for t in (out, *torch.autograd.grad(out, leaves, given[3]))]
+
+    clean = run(*tensors)
+    tensors[bad][6, 1, 2] = torch.nan
+    assert all(checks.same_bits(a, b) for a, b in zip(run(*tensors), clean))
+
+
 @pytest.mark.parametrize("starts", [[0, 5, 3], [0, 2, 7], [1, 2, 3], [0, -2, 3]])
 def test_the_kernel_checks_values_that_python_may_not_look_at(starts):
     x, ends = torch.randn(6, 1, 2), torch.tensor([0, 3, 6])

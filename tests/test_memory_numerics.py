@@ -103,6 +103,19 @@ def test_dynamic_allocation_and_links(backend, dtype):
             assert (link.double().sum(side) <= 1 + 10 * SLACK[dtype]).all()
 
 
+@pytest.mark.parametrize("cosine", ("roots", "roots_and_product", "product"))
+def test_second_derivatives_of_a_fresh_memory_are_finite(cosine):
+    zeros = lambda *shape: torch.zeros(1, *shape, dtype=torch.float64)  # noqa: E731
+    state = [zeros(4, 3), zeros(4), zeros(1, 4, 4), zeros(1, 4), zeros(1, 4), zeros(2, 4)]
+    one, write = zeros(1) + 1, zeros(1, 3)
+    ask = [zeros(2, 3), zeros(2) + 1, write, one, write + 0.5, write + 1, zeros(2), one * 0.5, one + 0, zeros(2, 3)]
+    leaves = [t.requires_grad_() for t in (*state, *ask)]
+    reads, after = mk.dnc_step(leaves[:6], leaves[6:], cosine=cosine, write_gradient=True)
+    first = torch.autograd.grad(sum(t.sum() for t in (reads, *after)), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves, allow_unused=True)
+    assert all(g is None or g.isfinite().all() for g in (*first, *second))
+
+
 def trained(layer, steps):
     """Losses of that many steps of training from a memory of zeros."""
     torch.manual_seed(0)

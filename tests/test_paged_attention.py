@@ -46,6 +46,17 @@ def test_gradients_of_a_page_that_all_rows_share():
         assert (a[[0, 2]] == 0).all()
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_a_poisoned_row_reaches_no_page_behind_its_end(backend):
+    """Its table names the other row's page there."""
+    query, pages = torch.randn(2, 1, 2, 4), [torch.randn(2, 3, 1, 4).requires_grad_() for _ in range(2)]
+    query[0] = torch.nan
+    with mk.backend(backend):
+        out = mk.paged_attention(query, *pages, torch.tensor([[0, 1], [1, 1]]), torch.tensor([3, 2]))
+        gradients = torch.autograd.grad(out.sum(), pages)
+    assert out[1].isfinite().all() and all(g[1].isfinite().all() and g[0].isnan().any() for g in gradients)
+
+
 @pytest.mark.parametrize(
     ("page", "length", "error"), [(6, 1, IndexError), (-1, 1, IndexError), (2**62, 1, IndexError), (0, 13, ValueError), (0, -1, ValueError)]
 )

@@ -141,7 +141,7 @@ def _content(memory: Tensor, keys: Tensor, strengths: Tensor, mask: Tensor | Non
     if mask is None and cosine == "roots":
         return content_address(memory, keys, strengths)
     if mask is None and cosine == "product":
-        norms = torch.linalg.vector_norm(keys, dim=-1)[..., None] * torch.linalg.vector_norm(memory, dim=-1)[:, None] + EPS
+        norms = _norm(keys)[..., None] * _norm(memory)[:, None] + EPS
         return torch.softmax(strengths[..., None] * (keys @ memory.mT) / norms, -1)
     if mask is None:
         dot, rows = keys @ memory.mT, memory.square().sum(-1)[:, None]
@@ -159,6 +159,12 @@ def _content(memory: Tensor, keys: Tensor, strengths: Tensor, mask: Tensor | Non
 def _over_heads(modes: Tensor, weights: Tensor) -> Tensor:
     """sum_h modes "B R H" * weights "B R H N"."""
     return modes * weights.squeeze(2) if modes.shape[2] == 1 else (modes[..., None] * weights).sum(2)
+
+
+def _norm(rows: Tensor) -> Tensor:
+    """The norm of each row, with derivatives of 0 at a row of zeros: torch's second one is NaN there."""
+    empty = (rows == 0).all(-1, keepdim=True)
+    return torch.linalg.vector_norm(rows.masked_fill(empty, 1), dim=-1).masked_fill(empty[..., 0], 0)
 
 
 def _root(square: Tensor) -> Tensor:

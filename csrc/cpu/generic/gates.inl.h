@@ -1,6 +1,6 @@
 // Gate activations of recurrent cells: sigmoid and tanh of vec_math with the division replaced by `quotient`, which is
 // several times cheaper where a level estimates reciprocals. Within 2 ulp of the largest
-// value; 1 and -1 are reached exactly, 0 to 2e-38; NaN stays NaN.
+// value; 0, 1 and -1 are reached exactly; NaN stays NaN.
 #pragma once
 #include <type_traits>
 
@@ -37,7 +37,8 @@ MK_INLINE Vec<T> gate_sigmoid(Vec<T> x) {
   return quotient(select(x < V::zero(), e, one), one + e);
 }
 #if defined(__AVX512F__)
-// 1 / (1 + 2^t), t = -x log2(e); what the roundings of t and of the sum lost is put back.
+// 1 / (1 + 2^t), t = -x log2(e); what the roundings of t and of the sum lost is put back. 0 from where 2^t would leave
+// the range: a gate that is closed must be so for what meets it, however large.
 MK_INLINE Vec<float> gate_sigmoid(Vec<float> x) {
   using V = Vec<float>;
   // Chebyshev fit of 2^r on [-0.5, 0.5].
@@ -47,7 +48,9 @@ MK_INLINE Vec<float> gate_sigmoid(Vec<float> x) {
   const V t = clamped * scaled, n = round(t), r = (t - n) + fma(clamped, scaled, V::zero() - t);
   const V one = V::set1(1.0f), power = scale(polynomial(r, kPower), n), d = one + power;
   const V lost = min(power, one) - (d - max(power, one)), estimate = reciprocal(d);
-  return fma(fma(estimate, V::zero() - d, one) - estimate * lost, estimate, estimate);
+  const __m512 error = (fma(estimate, V::zero() - d, one) - estimate * lost).v;
+  const __mmask16 open = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);  // NaN too
+  return {_mm512_maskz_fmadd_ps(open, error, estimate.v, estimate.v)};
 }
 #endif
 

@@ -175,6 +175,17 @@ void finish_input(const LstmOptions& f, void* projected, Span rows) {
   }
 }
 
+// Accurate in any T where there is a norm: c and h are not rounded on their way into it, and it takes the mean out and
+// multiplies what is left.
+template <class T, class A>
+MK_INLINE Vec<A> sigmoid_with(bool norm, Vec<A> x) {
+  return norm ? gate_sigmoid(x) : sigmoid_for<T>(x);
+}
+template <class T, class A>
+MK_INLINE Vec<A> tanh_with(bool norm, Vec<A> x) {
+  return norm ? gate_tanh<(sizeof(T) > 2)>(x) : tanh_for<T>(x);
+}
+
 // i, f, g and the new cell of one row; the argument of the output gate stays in z, as far as it is known.
 template <class T>
 MK_INLINE void gates_of_row(const LstmOptionsForward& f, const acc_t<T>* x, acc_t<T>* z, const acc_t<T>* c,
@@ -197,7 +208,7 @@ MK_INLINE void gates_of_row(const LstmOptionsForward& f, const acc_t<T>* x, acc_
     }
     const V old = load<V>(c + j, part);
     if (peephole) u[0] = fma(load<V>(p + j, part), old, u[0]), u[1] = fma(load<V>(p + width + j, part), old, u[1]);
-    const V i = sigmoid_for<T>(u[0]), forget = sigmoid_for<T>(u[1]), g = tanh_for<T>(u[2]);
+    const V i = sigmoid_with<T>(norm, u[0]), forget = sigmoid_with<T>(norm, u[1]), g = tanh_with<T>(norm, u[2]);
     const V fresh = fma(forget, old, i * g);
     store(fresh, c_new + j, part);
     store(peephole ? fma(load<V>(p + 2 * width + j, part), fresh, u[3]) : u[3], z + 3 * width + j, part);
@@ -237,12 +248,12 @@ void step_outputs(const LstmOptionsForward& f, int64_t t, int64_t row, Span rows
     for_each_vec<V>(width, [&](int64_t j, auto part) {
       V u = load<V>(z + j, part);
       if (more) u = u + load<V>(more + j, part);
-      const V o = sigmoid_for<T>(u);
+      const V o = sigmoid_with<T>(f.gamma, u);
       if (gates) store(o, gates + j, part);
       if (!q) return;
       V y = load<V>(c_new + j, part);
       if (norm) y = fma((y - V::set1(m.mean)) * V::set1(m.scale), load<V>(gamma + j, part), load<V>(beta + j, part));
-      store(o * tanh_for<T>(y), q + j, part);
+      store(o * tanh_with<T>(norm, y), q + j, part);
     });
   }
 }

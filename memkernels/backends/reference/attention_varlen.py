@@ -30,13 +30,13 @@ def backward(dout, dlse, query, key, value, cu_seqlens_q, cu_seqlens_k, out, sta
     if dout is not None:
         dout = compute(_heads_first(dout))
         dweights = torch.where(seen, dout @ per_value.mT, 0)
-        dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
-        dvalues = weights.mT @ dout
+        dscores = torch.where(seen, weights * (dweights - (weights * dweights).sum(-1, keepdim=True)), 0)
+        dvalues = _weighted(weights.mT, dout)
     if dlse is not None:
         dscores = dscores + torch.where(seen, weights * dlse.mT[None, ..., None], 0)
     dscores = dscores if slope is None else torch.where(seen, dscores * slope, 0)
     dquery = scale * _weighted(dscores, per_key)
-    dkey = _grouped(scale * dscores.mT @ compute(rows), keys)
+    dkey = _grouped(scale * _weighted(dscores.mT, compute(rows)), keys)
     return tuple(t[0].transpose(0, 1) for t in (dquery.to(query.dtype), dkey, _grouped(dvalues, values)))
 
 

@@ -26,12 +26,12 @@ def backward(dout, dlse, query, key_pages, value_pages, page_table, lengths, out
     dscores, dvalues = torch.zeros_like(weights), torch.zeros_like(per_value)
     if dout is not None:
         dweights = torch.where(seen, compute(dout) @ per_value.mT, 0)
-        dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
-        dvalues = weights.mT @ compute(dout)
+        dscores = torch.where(seen, weights * (dweights - (weights * dweights).sum(-1, keepdim=True)), 0)
+        dvalues = _weighted(weights.mT, compute(dout))
     if dlse is not None:
         dscores = dscores + torch.where(seen, weights * dlse[..., None], 0)
     dquery = scale * _weighted(dscores, per_key)
-    dkeys = _grouped(scale * dscores.mT @ compute(query), keys)
+    dkeys = _grouped(scale * _weighted(dscores.mT, compute(query)), keys)
     return dquery.to(query.dtype), _to_pages(dkeys, key_pages, page_table), _to_pages(_grouped(dvalues, values), value_pages, page_table)
 
 
