@@ -89,3 +89,21 @@ def test_states_are_plain_where_parameters_are_not(name):
     module.interface.weight = torch.nn.Parameter(module.interface.weight.detach().as_subclass(Shard))
     tensors = torch.utils._pytree.tree_leaves(tuple(module.initial_state(2)))
     assert {type(t) for t in tensors if isinstance(t, torch.Tensor)} == {torch.Tensor}
+
+
+CELLS = {cell: (lambda cell=cell: getattr(nn, cell)(6, 5), "weight_ih") for cell in ("LSTMCell", "GRUCell", "RNNCell")}
+
+
+@pytest.mark.parametrize("bad", [None, 3, "x", [1.0]], ids=repr)
+@pytest.mark.parametrize("name", [*MODULES, *CELLS])
+def test_what_is_no_tensor(name, bad):
+    with pytest.raises(TypeError, match=r"^\w+: input: expected a tensor, got \w+"):
+        {**MODULES, **CELLS}[name][0]()(bad)
+
+
+@pytest.mark.parametrize("bad", [None, 3, "x", [1.0]], ids=repr)
+def test_what_is_no_tensor_of_attention(bad):
+    with pytest.raises(TypeError, match=r"^MultiheadAttention: key: expected a tensor, got "):
+        nn.MultiheadAttention(6, 2)(STEPS, bad, STEPS)
+    with pytest.raises((TypeError, ValueError), match=r"^GraphAttention: x: expected .+, got "):
+        nn.GraphAttention(6, 2)(bad, torch.zeros(2, 3, dtype=torch.int64))

@@ -34,9 +34,9 @@ def check_probability(owner: str, argument: str, got: Any) -> None:
 
 
 def check_inputs(owner: str, **inputs: Any) -> None:
-    """Dense tensors; None is skipped."""
+    """Dense tensors; None is skipped, but for `input`."""
     for name, got in inputs.items():
-        if got is not None:
+        if got is not None or name == "input":
             check_tensor(owner, name, got)
             check_dense(owner, name, got)
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memkernels.nn._arguments import check_inputs
+
 States = tuple[Tensor, ...]
 
 
 def entering(cell: torch.nn.RNNCellBase, input: Tensor, hx: States | None, states: int) -> tuple[Tensor, States]:
     """Input and states with a batch dimension, zeros for absent states; refuses what does not fit."""
     name = cell._get_name()
+    check_inputs(name, input=input)
     if input.dim() not in (1, 2):
         raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
     for index, part in enumerate(hx or ()):
         which = "hidden" if states == 1 else f"hx[{index}]"
+        check_inputs(name, **{which: part})
         if part.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected {which} to be 1D or 2D, got {part.dim()}D instead")
     x = input if input.dim() == 2 else input.unsqueeze(0)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memkernels._checks import as_index, fail
+from memkernels._checks import as_index, check_tensor, fail
 from memkernels._compat import jit_tracing, plain_call
-from memkernels.nn._arguments import check_sizes, refuse_script
+from memkernels.nn._arguments import check_inputs, check_sizes, refuse_script
 from memkernels.ops.segment_attention import segment_attention
 
 
@@ -120,9 +120,12 @@ class GraphAttention(nn.Module):
 
         Raises: ValueError, TypeError, IndexError, as `segment_attention` and `csr_from_edges` do.
         """
+        if isinstance(x, (tuple, list)) and len(x) != 2:
+            fail("GraphAttention", "x", "the nodes, or a pair of (sources, nodes that attend)", f"{len(x)} of them")
         sources, nodes = x if isinstance(x, (tuple, list)) else (x, x)
-        if sources.is_nested or nodes.is_nested:
-            fail("GraphAttention", "x", "the nodes of all graphs in one dense tensor", "a nested tensor", TypeError)
+        for rows in (sources, nodes):
+            check_tensor("GraphAttention", "x", rows)
+            check_inputs("GraphAttention", x=rows)
         if (edge_attr is None) != (self.lin_edge is None):
             expected = "None without edge_dim" if self.lin_edge is None else f"[E {self.edge_dim}]"
             fail("GraphAttention", "edge_attr", expected, "None" if edge_attr is None else "a tensor")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memkernels._checks import check_tensor
 from memkernels.nn._arguments import check_integers, check_probability, check_sizes, refuse_script
 from memkernels.ops.attention import attention
 
@@ -91,6 +92,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         Gradients: to query, key, value, float masks and all parameters; twice differentiable.
         Raises: AssertionError, RuntimeError as torch.nn.MultiheadAttention does.
         """
+        for name, got in (("query", query), ("key", key), ("value", value)):
+            check_tensor("MultiheadAttention", name, got)
         if query.is_nested or key.is_nested or value.is_nested:
             return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         batched = _check_shapes(query, key, value, key_padding_mask, attn_mask, self.num_heads)
