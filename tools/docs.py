@@ -119,28 +119,56 @@ def extra(row: dict[str, Any]) -> str:
 
 
 def speed() -> str:
-    """What README shows: one line per target and peer, the lost ones included, where the best kernels ran."""
-    environment, rows = next(iter(latest()), ({}, []))
-    lines = [measured_on(environment)]
-    against = [row for row in rows if row["bar"] != "read" and not row["at_most"] and row["ratio"] is not None]
-    if against:
-        lines += ["", "| op | size | dtype | pass | ms | peer | peer ms | times faster | extra MB | peer's |", "|---|" + "---|" * 9]
-    for row in against:
+    """What README shows of the newest run: one line per target and peer, the lost ones included."""
+    environment, rows = max(latest(), key=lambda found: found[0]["date"], default=({}, []))
+    parts = [measured_on(environment), against_peers(rows), costs(rows), of_the_store(rows), tiny(rows)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def table(title: str, heads: str, lines: list[str]) -> str:
+    """A table under its title ("" for none); nothing where there are no lines."""
+    if not lines:
+        return ""
+    head = [f"| {heads} |", "|---|" + "---|" * heads.count("|")]
+    return "\n".join([*([title, ""] if title else []), *head, *lines])
+
+
+def against_peers(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        if row["bar"] == "read" or row["at_most"] or row["ratio"] is None:
+            continue
         faster = f"**{row['ratio']:.2f}**" if row["ratio"] >= 1 else f"{row['ratio']:.2f}"
         what = f"| {row['op']} | {row['size']} | {row['dtype']} | {row['mode']} "
         lines.append(f"{what}| {row['ms']:.3g} | {peer(row, row['peer'])} | {row['peer_ms']:.3g} | {faster} | {extra(row)} |")
-    shares = [f"{row['target']} {row['measured']:.2g}x {peer(row, row['bar'])}" for row in rows if row["at_most"] and row["bar"] in PEERS]
-    if shares:
-        lines += ["", f"Costs, lower is better: {'; '.join(shares)}."]
-    plain = [f"{row['target']}: {row['measured']:.3g} {row['bar']}" for row in rows if row["backend"] == "store" and row["ratio"] is None]
-    if plain:
-        lines += ["", f"Of the key-value store: {'; '.join(plain)}."]
-    calls = [row for row in rows if row["bar"] == "us"]
-    if calls:
-        shown = ", ".join(f"{r['op']} {r['measured']:.0f}" for r in calls if r["mode"] == "forward")
-        trained = ", ".join(f"{r['op']} {r['measured']:.0f}" for r in calls if r["mode"] != "forward")
-        lines += ["", f"Microseconds a call on tiny inputs, inference_mode: {shown}; forward and backward: {trained}."]
-    return "\n".join(lines)
+    return table("", "op | size | dtype | pass | ms | peer | peer ms | times faster | extra MB | peer's", lines)
+
+
+def costs(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        f"| {row['target']} | {peer(row, row['bar'])} | {row['measured']:.2g} |"
+        for row in rows
+        if row["at_most"] and row["bar"] in PEERS and row["bar"] != "us"
+    ]
+    return table("Costs, as a share (lower is better):", "what | of | share", lines)
+
+
+def of_the_store(rows: list[dict[str, Any]]) -> str:
+    mine = [row for row in rows if row["backend"] == "store" and row["ratio"] is None and row["measured"] is not None]
+    lines = [f"| {row['target'].removeprefix('store ')} | {row['measured']:.3g} | {row['bar']} |" for row in mine]
+    return table("The key-value store:", "what | measured | unit, or times what", lines)
+
+
+def tiny(rows: list[dict[str, Any]]) -> str:
+    """Microseconds a call, a line per op."""
+    calls: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["bar"] == "us":
+            calls.setdefault(row["op"], {})[row["mode"]] = row["measured"]
+    modes = ("forward", "training forward", "fwd+bwd")
+    lines = [f"| {op} | " + " | ".join(f"{found[mode]:.0f}" if mode in found else "-" for mode in modes) + " |" for op, found in calls.items()]
+    title = "Microseconds a call on tiny inputs; forward in inference_mode, the training forward saves what backward needs:"
+    return table(title, "op | forward | training forward | fwd+bwd", lines)
 
 
 def targets() -> str:
@@ -152,18 +180,19 @@ def target_table(environment: dict[str, Any], rows: list[dict[str, Any]]) -> str
     lines = [f"### Kernels at level `{environment['cpu_level']}`", "", measured_on(environment)]
     ceilings = ", ".join(f"{name} {value:.0f}" for name, value in environment["ceilings"].items())
     lines += ["", f"Ceilings measured in the same process: {ceilings}.", ""]
-    lines += ["| target | against | ms | GB/s | of floor | needed | measured | | extra MB | peer's | checked |", "|---|" + "---|" * 10]
+    heads = "target | against | ms | GB/s | of floor | needed | measured | | extra MB | peer's | checked"
+    found = []
     for row in rows:
         needed = ("at most " if row["at_most"] else "at least ") + format(row["needed"], ".3g")
         got = "-" if row["measured"] is None else format(row["measured"], ".3g")
         verdict = "reached" if row["reached"] else "missed"
         floor = "-" if row["bar"] == "us" or row["floor"] is None else f"{row['floor']:.0%}"
         rate = "-" if row["gb_s"] is None else f"{row['gb_s']:.1f}"
-        lines.append(
+        found.append(
             f"| {row['target']} | {peer(row, row['bar'])} | {row['ms']:.3g} | {rate} | {floor} | {needed} | {got} "
             f"| {verdict} | {extra(row)} | {row['checked']} |"
         )
-    lines += ["", f"{sum(row['reached'] for row in rows)} of {len(rows)} reached."]
+    lines += [table("", heads, found), "", f"{sum(row['reached'] for row in rows)} of {len(rows)} reached."]
     return "\n".join(lines)
 
 
