@@ -101,6 +101,15 @@ def test_what_is_no_tensor(name, bad):
         {**MODULES, **CELLS}[name][0]()(bad)
 
 
+@pytest.mark.parametrize("bad", [3, STEPS, (STEPS,), (STEPS,) * 3], ids=["number", "tensor", "one", "three"])
+@pytest.mark.parametrize("name", ["LSTM", "LSTMCell"])
+def test_what_is_no_pair_of_states(name, bad):
+    with pytest.raises(TypeError, match=rf"^{name}: hx: expected a tuple of two tensors \(h, c\), got "):
+        getattr(nn, name)(6, 5)(STEPS, bad)
+    with pytest.raises(TypeError, match=rf"^{name}: hx(\[1\])?: expected a tensor, got NoneType"):
+        getattr(nn, name)(6, 5)(STEPS[0], (torch.zeros(4, 5), None))
+
+
 @pytest.mark.parametrize("bad", [None, 3, "x", [1.0]], ids=repr)
 def test_what_is_no_tensor_of_attention(bad):
     with pytest.raises(TypeError, match=r"^MultiheadAttention: key: expected a tensor, got "):

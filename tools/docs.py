@@ -166,7 +166,7 @@ def tiny(rows: list[dict[str, Any]]) -> str:
         if row["bar"] == "us":
             calls.setdefault(row["op"], {})[row["mode"]] = row["measured"]
     modes = ("forward", "training forward", "fwd+bwd")
-    lines = [f"| {op} | " + " | ".join(f"{found[mode]:.0f}" if mode in found else "-" for mode in modes) + " |" for op, found in calls.items()]
+    lines = [f"| {op} | {' | '.join(f'{found[mode]:.0f}' if mode in found else '-' for mode in modes)} |" for op, found in calls.items()]
     title = "Microseconds a call on tiny inputs; forward in inference_mode, the training forward saves what backward needs:"
     return table(title, "op | forward | training forward | fwd+bwd", lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from numbers import Integral, Real
 from typing import Any
 
@@ -33,12 +34,22 @@ def check_probability(owner: str, argument: str, got: Any) -> None:
         fail(owner, argument, "a number in [0, 1]", got)
 
 
-def check_inputs(owner: str, **inputs: Any) -> None:
-    """Dense tensors; None is skipped, but for `input`."""
+def check_inputs(owner: str, optional: Container[str] = (), **inputs: Any) -> None:
+    """Dense tensors; those named in `optional` may be None."""
     for name, got in inputs.items():
-        if got is not None or name == "input":
+        if got is not None or name not in optional:
             check_tensor(owner, name, got)
             check_dense(owner, name, got)
+
+
+def state_pair(owner: str, hx: Any) -> tuple[Any, Any] | None:
+    """(h, c) of an LSTM, or None."""
+    if hx is None:
+        return None
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+        got = f"{len(hx)} of them" if isinstance(hx, (tuple, list)) else type(hx).__name__
+        fail(owner, "hx", "a tuple of two tensors (h, c)", got, TypeError)
+    return hx[0], hx[1]
 
 
 def plain_like(parameter: torch.Tensor) -> torch.Tensor:

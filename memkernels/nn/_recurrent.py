@@ -120,7 +120,7 @@ class Recurrent(torch.nn.RNNBase):
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, segments, cells)
         name = self.mode.partition("_")[0]
-        check_inputs(name, input=input, reset=segments.reset)
+        check_inputs(name, ("reset",), input=input, reset=segments.reset)
         for part in hx or ():
             check_inputs(name, hx=part)
         self._check_ranks(input, hx)

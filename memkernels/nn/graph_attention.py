@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memkernels._checks import as_index, check_tensor, fail
+from memkernels._checks import as_index, fail
 from memkernels._compat import jit_tracing, plain_call
 from memkernels.nn._arguments import check_inputs, check_sizes, refuse_script
 from memkernels.ops.segment_attention import segment_attention
@@ -124,7 +124,6 @@ class GraphAttention(nn.Module):
             fail("GraphAttention", "x", "the nodes, or a pair of (sources, nodes that attend)", f"{len(x)} of them")
         sources, nodes = x if isinstance(x, (tuple, list)) else (x, x)
         for rows in (sources, nodes):
-            check_tensor("GraphAttention", "x", rows)
             check_inputs("GraphAttention", x=rows)
         if (edge_attr is None) != (self.lin_edge is None):
             expected = "None without edge_dim" if self.lin_edge is None else f"[E {self.edge_dim}]"

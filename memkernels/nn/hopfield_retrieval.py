@@ -125,7 +125,7 @@ class HopfieldRetrieval(nn.Module):
         return t.unflatten(1, (batch, steps)).transpose(0, 1) if shared else t.unflatten(0, (batch, self.num_heads))
 
     def _check(self, input: Tensor, stored: Tensor | None, mask: Tensor | None) -> None:
-        check_inputs("HopfieldRetrieval", input=input, stored=stored, mask=mask, parameters=self.query.weight)
+        check_inputs("HopfieldRetrieval", ("stored", "mask"), input=input, stored=stored, mask=mask, parameters=self.query.weight)
         if input.dim() != 3 or input.shape[-1] != self.input_size:
             fail("HopfieldRetrieval", "input", f"[B T I] with I={self.input_size}", f"shape {tuple(input.shape)}")
         if (stored is None) != (self.patterns is not None):

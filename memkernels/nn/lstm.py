@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memkernels._checks import check_choice, fail
-from memkernels.nn._arguments import check_probability
+from memkernels.nn._arguments import check_probability, state_pair
 from memkernels.nn._recurrent import Recurrent, Segments, States
 from memkernels.ops.lstm import OUTPUT_GATES, lstm
 
@@ -131,7 +131,7 @@ class LSTM(Recurrent):
         Gradients: to the input, all states and all parameters; twice differentiable. Gradients do not cross a reset.
         Raises: ValueError, RuntimeError as torch.nn.LSTM does for a wrong rank, size or dtype.
         """
-        state = None if hx is None else (hx[0], hx[1])
+        state = state_pair("LSTM", hx)
         starts = None if reset_state is None else _two("reset_state", reset_state)
         output, last, cells = self._forward(input, state, Segments(reset, starts, lengths), return_cells)
         return (output, last, cells) if return_cells else (output, last)

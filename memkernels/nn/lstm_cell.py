@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memkernels.nn._arguments import check_sizes, refuse_script
+from memkernels.nn._arguments import check_sizes, refuse_script, state_pair
 from memkernels.nn._cell import entering
 from memkernels.ops.lstm_gates import lstm_gates
 
@@ -48,7 +48,7 @@ class LSTMCell(torch.nn.LSTMCell):
         Gradients: to the input, the state and all parameters; twice differentiable.
         Raises: ValueError for a wrong rank, RuntimeError for a wrong size, as torch.nn.LSTMCell.
         """
-        x, (h, c) = entering(self, input, None if hx is None else tuple(hx), 2)
+        x, (h, c) = entering(self, input, state_pair("LSTMCell", hx), 2)
         gates = F.linear(x, self.weight_ih, self.bias_ih) + F.linear(h, self.weight_hh, self.bias_hh)
         h, c = lstm_gates(gates, c.to(gates.dtype))
         return (h, c) if input.dim() == 2 else (h.squeeze(0), c.squeeze(0))
