@@ -15,6 +15,9 @@ namespace {
 
 constexpr int64_t kShort = 16;      // rows that are summed in registers at a time
 constexpr int64_t kAheadRows = 12;  // less does not hide the memory, more does not fit the queue of the L2 cache
+// Where a row lies in memory is looked up by a fetch of its first line, or the fetches of all its lines would wait for
+// that: 5.8 ms with kAheadRows alone, 5.1 with both (131,072 rows of 1 KB out of 268 MB in small pages).
+constexpr int64_t kFarRows = 24;
 #if defined(__AVX512F__)
 constexpr int kStrip = 16;  // vectors of columns in registers
 #else
@@ -59,6 +62,7 @@ MK_INLINE void add_gathered(const Gathered<S>& g, int64_t first, int64_t j, Part
   const int64_t last = first + kShort < g.count ? first + kShort : g.count;
   for (int l = 0; l < N; l++) sum[l] = V::zero();
   for (int64_t i = first; i < last; i++) {
+    if (!j && i + kFarRows < g.ahead) __builtin_prefetch(g.row[i + kFarRows], 0, 2);
     if (i + kAheadRows < g.ahead) fetch_row(g.row[i + kAheadRows], j, j + N * L);
     const V w = V::set1(g.weight[i]);
     for (int l = 0; l < N; l++) sum[l] = fma(w, load<V>(g.row[i] + j + l * L, part), sum[l]);
