@@ -42,8 +42,9 @@ int64_t retrieval_scratch(const RetrievalArgs& r) {
 template <class T>
 struct Retrieved {
   const T *keys, *values;
-  const int64_t* next;  // indices of the next query; null: there is none
-  int64_t count;        // of w.slot and w.row
+  const int64_t* next;   // indices of the next query; null: there is none
+  const int64_t* later;  // and of the one after that
+  int64_t count;         // of w.slot and w.row
 
   template <class A>
   Retrieved(const RetrievalArgs& r, const RetrievalScratch<A>& w, int64_t b, int64_t h, int64_t query, int64_t end)
@@ -52,11 +53,14 @@ struct Retrieved {
     keys = row_at<T>(r.memory_key, b, shared, 0), values = row_at<T>(r.memory_value, b, shared, 0);
     const int64_t* index = row_at<int64_t>(r.index, b, h, query);
     next = query + 1 < end ? index + r.index.row : nullptr;
+    later = query + 2 < end ? index + 2 * r.index.row : nullptr;
     for (int64_t i = 0; i < r.slots; i++)
       if (uint64_t(index[i]) < uint64_t(r.rows)) w.slot[count] = i, w.row[count] = index[i], count++;
   }
-  // The row that slot i of the next query names, into the L2 cache.
+  // The row that slot i of the next query names, into the L2 cache; and the first line of the one that the query after
+  // it does, whose page must be looked up.
   MK_INLINE void fetch(const RetrievalArgs& r, int64_t i, const T* rows, int64_t stride, int64_t width) const {
+    if (later && uint64_t(later[i]) < uint64_t(r.rows)) __builtin_prefetch(rows + later[i] * stride, 0, 2);
     if (!next || uint64_t(next[i]) >= uint64_t(r.rows)) return;
     const char* row = reinterpret_cast<const char*>(rows + next[i] * stride);
     for (int64_t byte = 0; byte < width * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(row + byte, 0, 2);
