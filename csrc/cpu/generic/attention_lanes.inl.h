@@ -48,7 +48,10 @@ struct LaneTile {
       : rows{rows_of<T>(t, b, h, first), t.row, index, smaller(kTile, stop - first), width, nullptr, true},
         at(operand<A, T>(t, b, h, first, rows.count, width, room)) {
     // Between rows that lie apart are those of other heads, which nobody here reads.
-    if (t.row == width && first + (kAhead + 1) * kTile <= stop) ahead = rows.base + kAhead * kTile * t.row;
+    if (t.row == width && first + (kAhead + 1) * kTile <= stop) {
+      ahead = rows.base + kAhead * kTile * t.row;
+      if (sizeof(T) == sizeof(A)) touch_pages(ahead + kTile * t.row, bytes());  // else the work takes longer
+    }
   }
   int64_t bytes() const { return rows.count * rows.width * int64_t(sizeof(T)); }
 };
