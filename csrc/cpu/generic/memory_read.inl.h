@@ -26,7 +26,9 @@ struct ReadScratch {
 template <class S>
 MK_INLINE Rows<S> read_tile(const MemoryReadArgs& a, int64_t b, int64_t n, int64_t end, const int32_t* index) {
   const S* rows = static_cast<const S*>(a.memory) + b * a.memory_b + n * a.memory_n;
-  return {rows, a.memory_n, index, end - n < kTile ? end - n : kTile, a.width};
+  const bool more = n + (kAhead + 1) * kTile <= a.rows;  // of the next task too: it mostly follows on this thread
+  const int64_t count = end - n < kTile ? end - n : kTile;
+  return {rows, a.memory_n, index, count, a.width, more ? rows + kAhead * kTile * a.memory_n : nullptr, true};
 }
 
 template <class S>
