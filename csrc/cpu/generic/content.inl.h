@@ -148,12 +148,14 @@ void content_forward(const ContentArgs& a, int64_t b, int64_t begin, int64_t end
   const S* memory = static_cast<const S*>(a.memory) + b * a.memory_b;
   const S* value = a.value ? static_cast<const S*>(a.value) + b * a.value_b : memory;
   const int64_t value_n = a.value ? a.value_n : a.memory_n;
+  const bool once = a.value || !a.reads;  // a tile of the memory, and one of the values, is passed over once
   for (int64_t n = begin; n < end; n += a.tile) {
     const int64_t rows = end - n < a.tile ? end - n : a.tile, count = list_rows(a, b, n, rows, t.index);
     const bool more = n + (kAhead + 1) * a.tile <= a.rows;  // of the next task too: it mostly follows on this thread
     const int64_t coming = n + kAhead * a.tile;
     const S *next = memory + coming * a.memory_n, *next_value = value + coming * value_n;
-    similarities(a, Rows<S>{memory + n * a.memory_n, a.memory_n, t.index, count, a.width, more ? next : nullptr}, t);
+    similarities(a, Rows<S>{memory + n * a.memory_n, a.memory_n, t.index, count, a.width, more ? next : nullptr, once},
+                 t);
     for (int64_t r = 0; r < a.heads; r++) {
       if (a.logits) {
         A* kept = static_cast<A*>(a.logits) + (b * a.heads + r) * a.rows + n;
@@ -163,7 +165,7 @@ void content_forward(const ContentArgs& a, int64_t b, int64_t begin, int64_t end
       soften(t.strength[r], count, t.logit + r * kTile, largest[r], sum[r], read + r * out_width, out_width);
     }
     if (!a.reads) continue;
-    const Rows<S> values{value + n * value_n, value_n, t.index, count, out_width, more ? next_value : nullptr};
+    const Rows<S> values{value + n * value_n, value_n, t.index, count, out_width, more ? next_value : nullptr, once};
     add_rows(values, a.heads, t.logit, read);
   }
 }

@@ -169,8 +169,8 @@ void content_backward(const ContentArgs& a, int64_t b, int64_t begin, int64_t en
     const bool more = n + (kAhead + 1) * a.tile <= a.rows;
     const S* next = more ? memory + (n + kAhead * a.tile) * a.memory_n : nullptr;
     const S* next_value = more && a.value ? value + (n + kAhead * a.tile) * value_n : nullptr;
-    const Rows<S> tile{memory + n * a.memory_n, a.memory_n, t.index, count, a.width, next};
-    const Rows<S> values{value + n * value_n, value_n, t.index, count, a.value_width, next_value};
+    const Rows<S> tile{memory + n * a.memory_n, a.memory_n, t.index, count, a.width, next, !a.dkey};
+    const Rows<S> values{value + n * value_n, value_n, t.index, count, a.value_width, next_value, true};
     similarities(a, tile, t);
     if (a.dread) dot_rows<S, Dot::plain>(values, a.heads, t.dread, t.gradient);
     for (int64_t i = 0; i < kTile; i += V::kLanes) V::zero().store(t.shrink + i);
