@@ -150,7 +150,7 @@ def test_train_without_a_name_for_the_checkpoint(run, tmp_path, monkeypatch, tex
     assert f"saved to memkernels-{name}.safetensors" in shown
     assert MemoryLM.load(f"memkernels-{name}.safetensors").config.model == name
     usage, _ = run("train", "--help")
-    assert "[OPTIONS] [FILE]..." in usage and "[required]" not in usage
+    assert "[OPTIONS] [FILE]" in usage and "[required]" not in usage
 
 
 @pytest.mark.parametrize("steps", [1, 3])

@@ -119,6 +119,15 @@ def test_output_that_is_an_input_is_caught():
             checks.check_outputs_fresh(case)
 
 
+def opcheck_compares_strides() -> bool:
+    """False where torch's opcheck compares strides on a GPU alone, as that of 2.11 does: there our own check is the one that finds them."""
+    try:
+        torch._prims_common.compare_tensor_meta(torch.empty(2, 3), torch.empty(3, 2).mT, check_strides=True)
+    except (RuntimeError, AssertionError):
+        return True
+    return False
+
+
 def test_wrong_strides_are_caught():
     case = case_of()
     with planted.planted(Sound(OP)):
@@ -126,7 +135,7 @@ def test_wrong_strides_are_caught():
         with planted.wrong_strides(OP):
             with pytest.raises(AssertionError):
                 checks.check_outputs_fresh(case)
-            with pytest.raises(Exception, match="test_faketensor"):
+            with pytest.raises(Exception, match="test_faketensor") if opcheck_compares_strides() else nullcontext():
                 test_ops_autograd.check_opcheck(case, "test_faketensor")
 
 

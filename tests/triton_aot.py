@@ -15,6 +15,8 @@ from triton.compiler import ASTSource
 from memkernels.backends.triton._common import OPTIONS
 
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes a program may have on an A100, H100/H200, B200
+# Bytes of stack that ptxas of CUDA 12.8, which Triton 3.6 and 3.7 bring, may use: it parks more values than that of 12.9 (docs/gpu.md).
+OLD_PTXAS_STACK = 136 if tuple(map(int, triton.knobs.nvidia.ptxas.version.split("."))) <= (12, 8) else 0
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 MARKS = {
     "wgmma": r"wgmma\.mma_async",
@@ -60,7 +62,7 @@ def report(module, name, capability):
         "sm": capability,
         "registers": registers,
         "stack": stack,
-        "stack_limit": entry.stack,
+        "stack_limit": max(entry.stack, OLD_PTXAS_STACK),
         "shared": made.metadata.shared,
         "shared_limit": SHARED_LIMIT[capability],
         "found": found,

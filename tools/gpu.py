@@ -60,6 +60,7 @@ class Run:
     def __init__(self, results: Path, limit: float | None = None):
         self.results, self.limit, self.begin = results, limit, time.monotonic()
         self.outcomes: list[Outcome] = []
+        self.trouble = ""  # the last line of the latest query that failed
         results.mkdir(parents=True, exist_ok=True)
         self.others = {"gpu.json", "logs.tar.gz", *(path.name for path in results.iterdir())}  # not ours to pack
         self.environment = {
@@ -70,10 +71,14 @@ class Run:
         }
         self.environment.pop("TRITON_INTERPRET", None)
         self.device = self.query("import torch; print(torch.cuda.get_device_name(), '%d.%d' % torch.cuda.get_device_capability(), sep='|')")
+        self.no_device = f"no GPU that torch can use ({self.trouble})"
 
     def query(self, code: str) -> list[str]:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=self.environment)
-        return done.stdout.strip().split("|") if done.returncode == 0 else []
+        if done.returncode:
+            self.trouble = next(reversed(done.stderr.strip().splitlines()), f"exit code {done.returncode}")[:200]
+            return []
+        return done.stdout.strip().split("|")
 
     def left(self) -> float:
         return max(BUDGET, self.limit or 0) - (time.monotonic() - self.begin)
@@ -102,7 +107,7 @@ class Run:
         begin = time.monotonic()
         try:
             if needs_gpu and not self.device:
-                raise NotRun("no GPU that torch can use")
+                raise NotRun(self.no_device)
             outcome = Outcome(name, "PASSED", reason=action())
         except NotRun as reason:
             outcome = Outcome(name, "NOT RUN", reason=str(reason))
@@ -207,7 +212,7 @@ class Run:
         device = "'cuda' if torch.cuda.is_available() else 'cpu'"
         code = f"import json, torch; from memkernels.bench import environment; print(json.dumps(environment({device})))"
         found = self.query(code)
-        return json.loads("|".join(found)) if found else {}
+        return json.loads("|".join(found)) if found else {"error": self.trouble}
 
     def write(self) -> Path:
         """gpu.json: the stages, the environment, and every row that the stages wrote."""

@@ -170,7 +170,7 @@ def _causal_bias(bias, sizes, is_causal, window, lengths_k):
         fail("attention", "attn_mask", "a mask of values with is_causal, window or lengths_k", type(bias).__name__)
     if (bias.seq_len_q, bias.seq_len_kv) != sizes:
         fail("attention", "attn_mask", f"a {type(bias).__name__} of {sizes}", (bias.seq_len_q, bias.seq_len_kv))
-    return CORNERS[bias.variant.name != "UPPER_LEFT"]
+    return CORNERS[0] if bias.variant.name == "UPPER_LEFT" else CORNERS[1]
 
 
 def _mask(mask, query, shape):

@@ -139,7 +139,8 @@ def _last(weights: Tensor, old: DNCState) -> tuple[Tensor, Tensor]:
 def interface_size(readers: int, writers: int, width: int, key_mask: bool, sharpen_links: bool) -> int:
     """The length of an interface vector: the sum of what `interface_shapes` lists, without making the list for every call."""
     found = readers * (width + 2 * writers + 3) + 3 * writers * (width + 1)
-    return found + (readers + writers) * width * key_mask + 2 * readers * sharpen_links
+    found += (readers + writers) * width if key_mask else 0  # torch 2.11 cannot multiply a symbol by a bool
+    return found + (2 * readers if sharpen_links else 0)
 
 
 def interface_shapes(readers: int, writers: int, width: int, key_mask: bool, sharpen_links: bool) -> dict[str, tuple[int, ...]]:
@@ -189,7 +190,7 @@ def _products(
     readers, writers = read.shape[1], write.shape[1]
     weights = dict(weight_ih=weight_ih, weight_rh=weight_rh, weight_hh=weight_hh, weight_interface=interface)
     controller = (Product(steps * w.numel(), "input" if name == "weight_ih" else "*", name) for name, w in weights.items() if w is not None)
-    norms = (readers + writers) * key_mask  # a key mask makes the norms of the rows a product too
+    norms = readers + writers if key_mask else 0  # a key mask makes the norms of the rows a product too
     memory_products = Product(steps * (2 * (readers + writers) + norms) * rows * width)  # similarities, what is written, reads
     return *controller, memory_products, Product(steps * 2 * readers * writers * rows * rows)
 
