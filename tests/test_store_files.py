@@ -234,7 +234,7 @@ def test_a_flipped_bit_anywhere_is_found(in_memory, engine):
                 assert not report.ok and path.name in report.problems[0]
                 with pytest.raises(StoreFormatError, match="checksum"):
                     log.snapshot(in_memory / "copy")
-                shutil.rmtree(in_memory / "copy")
+                assert not (in_memory / "copy").exists()
         else:
             with pytest.raises(StoreFormatError):
                 Log.open(in_memory / "s")
@@ -294,7 +294,7 @@ def test_readers_in_other_processes_see_whole_commits(in_memory, engine):
     def reader(into):
         with Log.open(path) as view:
             rows, seen, until = apply({}, view.replay()), set(), time.monotonic() + 0.7
-            while time.monotonic() < until:
+            while (now := time.monotonic()) < until or (len(seen) < 6 and now < until + 30):  # longer on a busy machine
                 changes = view.refresh()
                 rows = apply({} if changes.restart else rows, changes)
                 found = look(view, rows)

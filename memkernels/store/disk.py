@@ -114,6 +114,21 @@ def forget_cached(path: Path) -> None:
 
 def lock(path: Path, exclusive: bool) -> int | None:
     """A descriptor that holds the lock of a file until it is closed, or None while another one holds it."""
+    while True:
+        fd = _lock(path, exclusive)
+        if fd is None or _names(path, fd):
+            return fd
+        os.close(fd)  # it was removed, and perhaps made anew, before it was locked: that lock keeps nobody out
+
+
+def _names(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(path: Path, exclusive: bool) -> int | None:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
