@@ -20,6 +20,7 @@ from store_logs import (
     contents,
     ints,
     look,
+    needs_lmdb,
     new,
     put,
     stored,
@@ -240,6 +241,31 @@ def test_a_flipped_bit_anywhere_is_found(in_memory, engine):
                 Log.open(in_memory / "s")
         path.write_bytes(whole)
     assert stored(in_memory / "s") == dict.fromkeys(range(100), 1)
+
+
+@needs_lmdb
+def test_a_flipped_bit_in_the_number_of_the_newest_commit(in_memory):
+    """LMDB would take the commit before for the newest; only a bit that makes both numbers follow each other again is not found."""
+    log = new(in_memory / "s", "lmdb", durability="none")
+    for stamp in range(8):
+        put(log, range(20), stamp)
+        log.commit()
+    log.close()
+    path = next((in_memory / "s").glob("*.lmdb"))
+    whole = path.read_bytes()
+    numbers = [struct.unpack_from("<Q", whole, page + 144)[0] for page in (0, 4096)]
+    assert abs(numbers[0] - numbers[1]) == 1 and max(numbers) > 7
+    at, newest = (0, 4096)[numbers.index(max(numbers))] + 144, max(numbers)
+    unseen = 0
+    for bit in range(48):
+        changed = newest ^ 1 << bit
+        path.write_bytes(whole[:at] + struct.pack("<Q", changed) + whole[at + 8 :])
+        if abs(changed - min(numbers)) == 1:
+            unseen += 1
+            continue
+        with pytest.raises(StoreFormatError, match="meta pages"):
+            Log.open(in_memory / "s")
+    assert unseen <= 1
 
 
 def test_a_newer_format_version_is_named(in_memory, monkeypatch):
