@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import resource
@@ -241,6 +242,27 @@ def test_a_flipped_bit_anywhere_is_found(in_memory, engine):
                 Log.open(in_memory / "s")
         path.write_bytes(whole)
     assert stored(in_memory / "s") == dict.fromkeys(range(100), 1)
+
+
+@needs_lmdb
+def test_the_lock_file_of_lmdb_has_no_holes(in_memory, monkeypatch):
+    """LMDB writes it through a mapping: on a full disk a hole in it was the end of the process (SIGBUS)."""
+    new(in_memory / "s", "lmdb").close()
+    (lock,) = (in_memory / "s").glob("*-lock")
+    assert lock.stat().st_blocks * 512 >= lock.stat().st_size == 8192
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"No space left.*-lock"):
+        new(in_memory / "t", "lmdb")
+    assert not (in_memory / "t").exists()
+    lock.unlink()
+    with pytest.raises(OSError, match=r"No space left.*-lock"):
+        Log.open(in_memory / "s")
+    monkeypatch.undo()
+    assert stored(in_memory / "s") == {}
 
 
 @needs_lmdb

@@ -59,7 +59,10 @@ def resize(fd: int, size: int) -> None:
 def allocate(path: Path, size: int) -> None:
     """Gives a file, made if it is not there, blocks of its own on the disk: a hole that is written to through a mapping ends the process
     where the disk is full. Raises OSError."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except IsADirectoryError:
+        raise StoreFormatError(_DIRECTORY.format(path)) from None
     try:
         if os.fstat(fd).st_blocks * 512 < size:
             os.posix_fallocate(fd, 0, size)
