@@ -82,11 +82,80 @@ def test_verify_prints_a_table_and_a_json(run, tmp_path):
         (["train", "--mode", "dream"], "--mode: expected one of content, ntm"),
         (["generate", "--checkpoint", "none", "--top-p", "0"], "--top-p: expected a number above 0 and at most 1, got 0.0"),
         (["demo", "--model", "dream"], "--model: expected one of attention, memory"),
+        (["generate", "--checkpoint", "none", "--seed", 2**63], "--seed"),
+        (["train", "--text", "none", "--hidden", 10**30], "--hidden"),
+        (["verify", "--threads", 10**6], "--threads"),
     ],
 )
 def test_an_option_with_a_value_it_cannot_have(run, arguments, message):
     shown, error = run(*arguments, code=2)
-    assert error.startswith("memkernels: ") and message in error and error.count("\n") == 1 and not shown
+    assert message in error and "Traceback" not in error and not shown
+    assert error.startswith("Usage: ") or (error.startswith("memkernels: ") and error.count("\n") == 1)
+
+
+def _one_line(error, message):
+    assert error.startswith("memkernels: ") and message in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("command", [["info"], ["verify"], ["bench"], ["train-task", "copy"]])
+def test_a_bad_name_for_the_result_shows_before_the_work(run, tmp_path, command):
+    for path in (tmp_path, tmp_path / "file" / "x.json"):
+        (tmp_path / "file").touch()
+        begin = time.monotonic()
+        _one_line(run(*command, "--json", path, code=1)[1], str(path.parent if path != tmp_path else path))
+        assert time.monotonic() - begin < 10
+
+
+def test_what_is_not_on_this_machine(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for command in ("verify", "bench"):
+        _one_line(run(command, "memory_read", "--device", "cuda", code=1)[1], "torch finds no CUDA device")
+    _one_line(run("verify", "memory_read", "--backend", "cuda", code=1)[1], "nothing was verified")
+    _one_line(run("bench", "memory_read", "--peer", "dream", code=1)[1], "peers: expected attention, compile, eager")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried\nto"),
+            "not enough memory: ",
+        ),
+        (MemoryError(), "not enough memory: MemoryError"),
+    ],
+)
+def test_a_first_step_that_needs_more_memory_than_there_is(run, tmp_path, text, monkeypatch, error, message):
+    out = tmp_path / "model"
+    arguments = ["train", "--text", text, "--out", out, *SMALL, "--steps", 1]
+
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryLM, "train_step", fail)
+        _one_line(run(*arguments, code=1)[1], message)
+        assert not out.exists()  # its sizes are not those to go on with
+    run(*arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryLM, "train_step", fail)
+        _one_line(run(*arguments[:-1], 2, code=1)[1], message)
+    assert _step(out) == 1
+
+
+def test_an_error_of_our_own_is_not_called_a_lack_of_memory(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(MemoryLM, "train_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        app(["train", "--text", str(text), "--out", str(tmp_path / "model"), *SMALL])
+
+
+@pytest.mark.parametrize("task", ["copy", "mqar"])
+def test_a_task_that_diverges_says_so_at_once(run, task):
+    _one_line(run("train-task", task, "--rate", 1e30, "--batch", 2, "--seconds", 120, code=1)[1], "training has diverged: a loss of")
+
+
+@pytest.mark.parametrize("seed", [2**63 - 1, -(2**63)])
+def test_train_with_any_seed(run, tmp_path, text, seed):
+    run("train", "--text", text, "--out", tmp_path / "model", "--seed", seed, "--steps", 1, *SMALL)
 
 
 def test_verify_fails_when_an_op_is_wrong(run, monkeypatch):
@@ -164,6 +233,14 @@ def test_a_run_that_diverges_keeps_the_last_good_checkpoint(run, tmp_path, text,
     assert "smaller --rate" in error and [p.name for p in tmp_path.iterdir() if p != text] == [out.name]
     assert _step(out) == 0 and len(out.read_bytes()) == len(before)
     assert MemoryLM.load(out).generate("fox", 3, seed=0)
+
+
+def test_a_first_run_that_diverges_leaves_nothing_to_go_on_from(run, tmp_path, text):
+    """Else the next one, at a smaller rate, would be told that it was trained with another."""
+    out = tmp_path / "model"
+    error = run("train", "--text", text, "--out", out, "--rate", 1e30, "--steps", 3, *SMALL, code=1)[1]
+    assert "smaller --rate" in error and "kept" not in error and not out.exists()
+    run("train", "--text", text, "--out", out, "--rate", 1e-3, "--steps", 1, *SMALL)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -201,3 +201,19 @@ def test_what_fails_leaves_an_empty_folder_empty_and_the_store_of_another_proces
     assert "a store has one writer" in run("put", tmp_path / "other", "1", "2", *column, code=1)[1]
     made[0].close()
     assert run("get", tmp_path / "other", "1")[0] == "1.0\n"
+
+
+def test_a_store_that_cannot_be_made_leaves_nothing(run, tmp_path):
+    for column in ("value:float32:99999999999,99999999999", "value:float32:100000000000"):
+        run("put", "new", "1", "1", "--column", column, code=1)
+    run("put", "deep/er/new", "x", "1", "--column", "value:float32", code=1)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "deep").mkdir()
+    run("put", "deep/er/new", "x", "1", "--column", "value:float32", code=1)
+    assert not list((tmp_path / "deep").iterdir())
+
+
+@pytest.mark.parametrize("column", ["value:float32:2", "value:int64:2"])
+def test_true_is_no_number(run, column):
+    assert "value: expected" in run("put", "new", "1", "[true, 1]", "--column", column, code=1)[1]
+    run("put", "new", "1", "[2, 1]", "--column", column)

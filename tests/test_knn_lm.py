@@ -1,5 +1,6 @@
 """models.KnnLM: its formula, the datastore and how it is built, the choice of its numbers, errors."""
 
+import math
 import runpy
 import sys
 from pathlib import Path
@@ -63,6 +64,24 @@ def test_evaluates_tunes_and_without_weight_is_the_model(tokens):
     assert lm.evaluate(tokens[:50], window=16) == pytest.approx(lm.model.evaluate(tokens[:50], window=16))
     torch.testing.assert_close(lm(tokens[None, :9])[0], lm.model(tokens[None, :9])[0].log_softmax(-1))
     assert lm.evaluate(tokens[:1].expand(3), window=1) > 0 and lm.model.training
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("sure", [0, 500])
+def test_a_token_of_no_row_or_of_hardly_any_probability(tokens, weight, sure):
+    """Its gradient is 0, not NaN; that of the model alone does not underflow."""
+    lm = make(weight=weight, k=2)
+    lm.build(tokens, window=16)
+    with torch.no_grad():
+        lm.model.dense.bias[3] += sure
+    log_p, _ = lm(tokens[None, :20])
+    exact = plain(lm, tokens, tokens[:20]).log().float()
+    torch.testing.assert_close(log_p[0], exact, rtol=1e-4, atol=1e-3)
+    seen = log_p[0].detach().isfinite()
+    assert seen.all() == (weight < 1)
+    log_p[0][seen].sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in lm.model.parameters())
+    assert (lm.evaluate(tokens[:50], window=16) < math.inf) or weight == 1
 
 
 class Stopped(Exception):

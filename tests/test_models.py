@@ -88,6 +88,7 @@ def test_generate(kwargs):
     assert text != model.generate("abc", 30, seed=2)
     assert "\ufffd" not in model.generate("字 unseen", 50, temperature=5.0, seed=0)
     assert model.generate("abc", 5, temperature=0) == model.generate("abc", 5, top_p=1e-9)
+    assert model.generate("abc", 5, temperature=0) == model.generate("abc", 5, temperature=5e-324)
     assert model.generate("", 3, seed=0) and model.generate("a", 0) == ""
     for bad in (dict(temperature=-1), dict(top_p=0), dict(top_p=1.5), dict(length=-1)):
         with pytest.raises(ValueError, match="generate: expected temperature"):

@@ -1,5 +1,7 @@
 """A memory written in place, against the same steps on copies that plain autograd differentiates."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -174,8 +176,20 @@ def test_a_step_saves_its_rows_alone():
     word = torch.ones(1, 1, 8)
     for t in range(100):
         mk.sparse_write(memory, torch.arange(t, t + 4).view(1, 1, 4), weights, word)
-    kept = sum(e.rows.numel() for e in memory._log)
+    kept = sum(e.rows.numel() for e in memory._history.log)
     assert kept == 100 * 4 * 8
     read, _ = mk.sparse_read(memory, word, torch.ones(1, 1), torch.tensor([[[50]]]))
     read.sum().backward()
     assert torch.equal(weights.grad, torch.full((1, 1, 4), 8.0)), "each of the four places wrote into row 50 once"
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_memory_that_is_dropped_gives_back_its_rows_at_once(backward):
+    """No circle through the graph: the garbage collector cannot see one, and each call would lose a whole memory."""
+    rows, steps = drawn(3)
+    memory, reads = in_place(rows, steps)
+    if backward:
+        sum(read.sum() for read, _ in reads).backward()
+    gone = weakref.ref(memory.rows), weakref.ref(memory)
+    del memory, reads
+    assert [ref() for ref in gone] == [None, None]

@@ -351,6 +351,7 @@ ERRORS = [
     (lambda s: s.store(torch.ones(1, device="meta").long(), torch.zeros(1, 2)), ValueError, "store: keys: expected keys on a device that"),
     (lambda s: s.store([1], torch.zeros(1, 2, device="meta")), ValueError, "store: values: expected values on a device that holds data"),
     (lambda s: s.snapshot(b"x"), TypeError, "snapshot: path: expected a str or a pathlib.Path, got bytes"),
+    (lambda s: s.retrieve([1], columns=5), TypeError, "retrieve: columns: expected names of columns, or None, got int"),
     (lambda s: s.retrieve([1], columns="score"), ValueError, "retrieve: columns: expected one of 'value', got 'score'"),
     (lambda s: s.rollback(), ValueError, "rollback: store: expected a store with a path, got one in memory"),
     (lambda s: s.as_parameter(capacity=2), ValueError, "as_parameter: capacity: expected at least the 10 rows in use, got 2"),

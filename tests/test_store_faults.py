@@ -287,6 +287,53 @@ def test_every_call_that_can_fail(in_memory, engine, code, monkeypatch):
     assert refused > 5
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("there", [False, True])
+def test_a_creation_that_fails_leaves_nothing(in_memory, engine, there, monkeypatch):
+    source = new(in_memory / "source", engine)
+    put(source, [1], 1)
+    source.commit()
+    source.verify()  # takes the commit out of the journal
+    for make in (lambda path: new(path, engine), source.snapshot):
+        for n in range(1, 100):
+            path = in_memory / "new"
+            if there:
+                path.mkdir()
+            monkeypatch.setattr(disk, "system", Failing(n, errno.ENOSPC))
+            try:
+                made = make(path)
+            except OSError:
+                assert path.exists() == there or Log.exists(path)
+                assert Log.exists(path) or not there or set(os.listdir(path)) <= {"LOCK", "READERS"}
+                shutil.rmtree(path, ignore_errors=True)
+                continue
+            finally:
+                disk.system = os
+            if made is not None:
+                made.close()
+            assert n > 5 and stored(path) == ({} if made is not None else {1: 1})
+            shutil.rmtree(path)
+            break
+    source.close()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_log_whose_writing_failed_is_not_called_damaged(in_memory, engine, monkeypatch):
+    log = new(in_memory / "s", engine)
+    put(log, [1], 1)
+    log.commit()  # to the journal
+    monkeypatch.setattr(disk, "system", Failing(1, errno.ENOSPC))
+    with pytest.raises(OSError):
+        log.verify()
+    disk.system = os
+    for look in (log.verify, lambda: log.snapshot(in_memory / "copy")):
+        with pytest.raises(StoreError, match=r"writing failed.*open it again") as stop:
+            look()
+        assert not isinstance(stop.value, StoreFormatError)
+    log.close()
+    assert stored(in_memory / "s") == {1: 1}
+
+
 def engine_errors(engine):
     """What the engine's own library raises when the disk fails, is full, or somebody else holds the file."""
     if engine == "sqlite":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 
-from memkernels.testing.spec import OpSpec
+from memkernels.testing.spec import OpSpec, specs
 
 Invoke = Callable[[dict[str, Any], dict[str, Any]], Any]  # (inputs, options) -> outputs
 
@@ -19,6 +19,14 @@ NOT_COMPILED = ("attention_varlen", "dnc_sequence", "gru", "lstm", "ntm_sequence
 def invoke(spec: OpSpec) -> Invoke:
     """The op itself."""
     return partial(spec.call, spec.function)
+
+
+def check_peers(names: Iterable[str]) -> None:
+    """Raises ValueError for a name that no op has a peer of; one that only some have is left out for the others."""
+    known = {"compile", *(name for spec in specs().values() for name in spec.peers)}
+    for name in names:
+        if name not in known and not name.startswith(("without ", "sdpa:")):
+            raise ValueError(f'bench: peers: expected {", ".join(sorted(known))}, "without INPUT" or "sdpa:BACKEND", got {name!r}')
 
 
 def peer(spec: OpSpec, name: str) -> Invoke | None:

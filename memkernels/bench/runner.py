@@ -16,7 +16,7 @@ import torch
 import memkernels
 from memkernels.bench import memory
 from memkernels.bench.environment import floor_seconds, synchronize
-from memkernels.bench.peers import Invoke, invoke, peer
+from memkernels.bench.peers import Invoke, check_peers, invoke, peer
 from memkernels.bench.row import Row
 from memkernels.testing import compare
 from memkernels.testing.inputs import differentiable, draw, tensors_of, upstream
@@ -58,12 +58,13 @@ def run(
         One `Row` per op, size, dtype, mode and peer.
 
     Raises:
-        ValueError: an unknown op or mode. AssertionError: a result is wrong, so its time would mean nothing.
+        ValueError: an unknown op, mode or peer. AssertionError: a result is wrong, so its time would mean nothing.
     """
     found = specs()
     for name in ops or ():
         if name not in found:
             raise ValueError(f"bench: ops: expected one of {', '.join(found)}, got {name!r}")
+    check_peers(peers)
     for mode in modes:
         if mode not in MODES:
             raise ValueError(f"bench: modes: expected one of {', '.join(MODES)}, got {mode!r}")

@@ -12,6 +12,10 @@ def main() -> None:
         import typer  # noqa: F401
     except ImportError as error:
         sys.exit(f"memkernels: the command line needs the packages typer and rich ({error}); install them with: pip install typer rich")
-    from memkernels.cli.app import app
+    try:
+        from memkernels.cli.app import app
 
-    app(prog_name="memkernels")
+        app(prog_name="memkernels")
+    except KeyboardInterrupt:  # before a command has begun
+        print("memkernels: stopped", file=sys.stderr)
+        sys.exit(130)

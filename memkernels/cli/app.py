@@ -10,6 +10,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from memkernels.cli.command import console, one_line_errors
+from memkernels.cli.errors import UserError
 from memkernels.cli.store_app import store_app
 
 app = typer.Typer(
@@ -23,7 +24,10 @@ app.add_typer(store_app, name="store")
 
 Texts = Annotated[Optional[list[Path]], typer.Option("--text", help="UTF-8 text file; may be given several times.")]  # noqa: UP045 (typer on 3.10)
 MoreTexts = Annotated[Optional[list[Path]], typer.Argument(metavar="FILE", help="More text files, as in --text *.txt.", show_default=False)]  # noqa: UP045
-Threads = Annotated[Optional[int], typer.Option(min=1, help="Threads; default: torch's own.")]  # noqa: UP045
+MOST = 2**31 - 1  # of a size; what is larger than memory says so when it is asked for
+Threads = Annotated[Optional[int], typer.Option(min=1, max=1024, help="Threads; default: torch's own.")]  # noqa: UP045
+Size = Annotated[Optional[int], typer.Option(min=1, max=MOST)]  # noqa: UP045
+Seed = Annotated[Optional[int], typer.Option(min=-(2**63), max=2**63 - 1)]  # noqa: UP045
 Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the result here.")]  # noqa: UP045
 
 
@@ -41,8 +45,9 @@ def info(json_path: Json = None) -> None:
     import json
 
     from memkernels.cli import info
-    from memkernels.cli.files import write_text
+    from memkernels.cli.files import check_output, write_text
 
+    check_output(json_path)
     found = info.show(console)
     if json_path is not None:
         write_text(json_path, json.dumps(found, indent=1) + "\n")
@@ -60,14 +65,18 @@ def verify(
 ) -> int:
     """Every op x backend x dtype against float64 on this machine; exit code 1 if one is wrong."""
     from memkernels.cli import verify
-    from memkernels.cli.errors import check_option
+    from memkernels.cli.errors import check_device, check_option
+    from memkernels.cli.files import check_output
 
     check_option("--backend", backend or (), verify.backends())
     check_option("--dtype", dtype or (), verify.dtypes())
-    check_option("--device", [device], ("cpu", "cuda"))
+    check_device(device)
+    check_output(json_path)
     _threads(threads)
     summaries = verify.run(console, ops, backend, dtype, device, json_path)
-    return int(any(s.status == "FAIL" for s in summaries) or all(s.status == "not run" for s in summaries))
+    if all(s.status == "not run" for s in summaries):
+        raise UserError("nothing was verified: no backend that was asked for runs here (see above)")
+    return int(any(s.status == "FAIL" for s in summaries))
 
 
 @app.command()
@@ -89,17 +98,17 @@ def bench(
     from memkernels import bench
     from memkernels._backends import NAMES as BACKENDS
     from memkernels.bench.environment import binding_note
-    from memkernels.cli.errors import check_option
-    from memkernels.cli.files import writable_folder
+    from memkernels.cli.errors import check_device, check_option
+    from memkernels.cli.files import check_output, writable_folder
     from memkernels.cli.speed import measure
     from memkernels.cli.verify import dtypes
 
     check_option("--backend", [backend], BACKENDS)
     check_option("--dtype", dtype, dtypes())
-    check_option("--device", [device], ("cpu", "cuda"))
-    for folder in (plot, json_path and json_path.parent):
-        if folder is not None:
-            writable_folder(folder)
+    check_device(device)
+    check_output(json_path)
+    if plot is not None:
+        writable_folder(plot)
     options = dict(
         quick=not full, dtypes=[getattr(torch, name) for name in dtype], peers=peer, backend=backend, device=device, threads=threads
     )
@@ -124,17 +133,17 @@ def train(
     model: Annotated[Optional[str], typer.Option(help="attention or memory (default).")] = None,  # noqa: UP045
     out: Annotated[Optional[Path], typer.Option(help="Checkpoint, resumed if it is there; default: memkernels-MODEL.safetensors.")] = None,  # noqa: UP045
     minutes: Annotated[Optional[float], typer.Option(min=0, help="Minutes of training, resumed ones included.")] = None,  # noqa: UP045
-    steps: Annotated[Optional[int], typer.Option(min=0, help="Steps, resumed ones included; default 1000 without --minutes.")] = None,  # noqa: UP045
-    window: Annotated[Optional[int], typer.Option(min=1, help="Steps of back-propagation.")] = None,  # noqa: UP045
-    batch: Annotated[Optional[int], typer.Option(min=1)] = None,  # noqa: UP045
+    steps: Annotated[Optional[int], typer.Option(min=0, max=MOST, help="Steps, in all; default 1000 without --minutes.")] = None,  # noqa: UP045
+    window: Annotated[Optional[int], typer.Option(min=1, max=MOST, help="Steps of back-propagation.")] = None,  # noqa: UP045
+    batch: Size = None,
     rate: Annotated[Optional[float], typer.Option(min=0, help="Learning rate at its highest.")] = None,  # noqa: UP045
-    seed: Annotated[Optional[int], typer.Option()] = None,  # noqa: UP045
-    embedding: Annotated[Optional[int], typer.Option(min=1)] = None,  # noqa: UP045
-    hidden: Annotated[Optional[int], typer.Option(min=1)] = None,  # noqa: UP045
-    heads: Annotated[Optional[int], typer.Option(min=1, help="Attention heads.")] = None,  # noqa: UP045
-    slots: Annotated[Optional[int], typer.Option(min=1, help="Rows of the external memory.")] = None,  # noqa: UP045
-    width: Annotated[Optional[int], typer.Option(min=1, help="Columns of the external memory.")] = None,  # noqa: UP045
-    read_heads: Annotated[Optional[int], typer.Option(min=1)] = None,  # noqa: UP045
+    seed: Seed = None,
+    embedding: Size = None,
+    hidden: Size = None,
+    heads: Annotated[Optional[int], typer.Option(min=1, max=MOST, help="Attention heads.")] = None,  # noqa: UP045
+    slots: Annotated[Optional[int], typer.Option(min=1, max=MOST, help="Rows of the external memory.")] = None,  # noqa: UP045
+    width: Annotated[Optional[int], typer.Option(min=1, max=MOST, help="Columns of the external memory.")] = None,  # noqa: UP045
+    read_heads: Size = None,
     mode: Annotated[Optional[str], typer.Option(help="Its addressing: content, ntm, dnc, topk, product or store.")] = None,  # noqa: UP045
     dropout: Annotated[Optional[float], typer.Option(min=0, max=1)] = None,  # noqa: UP045
     save_every: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 30.0,
@@ -142,7 +151,7 @@ def train(
 ) -> None:
     """Trains a character language model; the last tenth of the text is held out and scored. Stop it any time, run it again to go on."""
     from memkernels.cli import train as training
-    from memkernels.cli.errors import UserError, check_option
+    from memkernels.cli.errors import check_option
     from memkernels.cli.texts import read_texts
     from memkernels.cli.trainer import Limit
     from memkernels.models.memory_lm import MODELS, MemoryLMConfig
@@ -167,6 +176,10 @@ def train(
     except KeyboardInterrupt:
         print(f"stopped at step {trainer.step}, saved to {out}; run the same command to go on")
         raise
+    except Exception:
+        if trainer.fresh:  # a first step that fails leaves nothing to go on from, and its settings are not to be used again
+            out.unlink(missing_ok=True)
+        raise
     last = points[-1]
     print(f"step {last.step}: {last.train:.3f} bits per character, held out {last.held_out:.3f}; saved to {out}")
 
@@ -177,8 +190,8 @@ def train_task(
     task: Annotated[str, typer.Argument(help="copy, repeat-copy, associative-recall or mqar.")],
     model: Annotated[Optional[str], typer.Option(help="ntm (default) or dnc; of mqar attention (default) or topk.")] = None,  # noqa: UP045
     seconds: Annotated[float, typer.Option(min=0, help="The longest to train.")] = 300.0,
-    seed: Annotated[int, typer.Option()] = 0,
-    batch: Annotated[Optional[int], typer.Option(min=1, help="Sequences a step; default 16, of mqar 128.")] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1)] = 0,
+    batch: Annotated[Optional[int], typer.Option(min=1, max=MOST, help="Sequences a step; default 16, of mqar 128.")] = None,  # noqa: UP045
     rate: Annotated[Optional[float], typer.Option(min=0, help="Learning rate; default: the task's own.")] = None,  # noqa: UP045
     threads: Threads = None,
     json_path: Json = None,
@@ -186,8 +199,9 @@ def train_task(
     """Trains a memory machine on a task of the papers and says whether it is solved. Exit code 1: not solved within the time."""
     from memkernels.cli import mqar, tasks
     from memkernels.cli.errors import check_option
-    from memkernels.cli.files import write_text
+    from memkernels.cli.files import check_output, write_text
 
+    check_output(json_path)
     check_option("TASK", [task], (*tasks.TASKS, "mqar"))
     models = mqar.MODELS if task == "mqar" else tasks.MODELS
     model = models[0] if model is None else model
@@ -211,10 +225,10 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 def generate(
     checkpoint: Annotated[Path, typer.Option(help="What `train` wrote.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
-    length: Annotated[int, typer.Option(min=0)] = 400,
+    length: Annotated[int, typer.Option(min=0, max=MOST)] = 400,
     temperature: Annotated[float, typer.Option(min=0)] = 0.8,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
-    seed: Annotated[Optional[int], typer.Option()] = None,  # noqa: UP045
+    seed: Seed = None,
     threads: Threads = None,
 ) -> None:
     """Continues a prompt, one character at a time."""

@@ -28,9 +28,21 @@ def one_line_errors(command: Callable[..., int | None]) -> Callable[..., None]:
             message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
             print(f"memkernels: {' '.join(message.split())}", file=sys.stderr)
             code = error.code if isinstance(error, UserError) else 1
+        except (MemoryError, RuntimeError) as error:
+            if not _is_memory(error):
+                raise
+            print(f"memkernels: not enough memory: {' '.join(str(error).split()) or 'MemoryError'}", file=sys.stderr)
+            code = 1
         except KeyboardInterrupt:
             print("memkernels: stopped", file=sys.stderr)
             code = 130
         raise typer.Exit(code or 0)
 
     return wrapped
+
+
+def _is_memory(error: BaseException) -> bool:
+    """torch has no class of its own for what a CPU cannot allocate."""
+    return isinstance(error, MemoryError) or any(
+        text in str(error) for text in ("allocate memory", "out of memory", "size calculation overflowed")
+    )

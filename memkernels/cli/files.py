@@ -20,6 +20,15 @@ def write_text(path: Path, text: str) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
+def check_output(path: Path | None) -> None:
+    """Before hours of work: a file of this name can be written. Makes its folder. Raises UserError if not."""
+    if path is None:
+        return
+    if not path.name or path.is_dir():
+        raise UserError(f"{path}: expected the name of a file to write, got a folder")
+    writable_folder(path.parent)
+
+
 def writable_folder(path: Path) -> Path:
     """Makes the folder. Raises UserError if it cannot be made or written to."""
     try:

@@ -8,6 +8,7 @@ queries alone: with one layer no other place's read is asked for.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memkernels.cli.errors import diverged
 from memkernels.ops.attention import attention
 from memkernels.ops.topk_read import topk_read
 
@@ -102,6 +104,8 @@ def run(console: Console, memory: str, seconds: float, seed: int, batch: int, ra
         loss.backward()
         optimizer.step()
         step += 1
+        if not math.isfinite(loss.item()):
+            raise diverged(step, f"a loss of {loss.item()}")
         if step % 100 == 0:
             right = accuracy(model, unseen, 500)
             history.append((step, round(time.monotonic() - begin, 1), right))

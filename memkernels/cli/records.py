@@ -76,8 +76,7 @@ class Codec(NamedTuple):
             return self._text(column, got, shape[0])
         try:
             plain = json.loads(got.lower() if got in ("True", "False") else got) if isinstance(got, str) else got
-            if not dtype.is_floating_point:
-                _whole(plain, dtype)
+            _fits(plain, dtype)
             value = torch.tensor(plain, dtype=dtype)
             if dtype.is_floating_point and bool((torch.tensor(plain, dtype=torch.float64).isfinite() & ~value.double().isfinite()).any()):
                 raise OverflowError  # 1e39 becomes infinite in float32
@@ -173,14 +172,14 @@ def check_suffix(path: Path) -> None:
         raise OptionError(f"FILE: expected a name that ends in {' or '.join(FORMATS)}, got {path.name!r}")
 
 
-def _whole(got: Any, dtype: torch.dtype) -> None:
+def _fits(got: Any, dtype: torch.dtype) -> None:
     """torch.tensor cuts 1.5 to 1, and True counts as 1: here neither fits."""
     if isinstance(got, list):
         for item in got:
-            _whole(item, dtype)
-    elif not isinstance(got, int) or isinstance(got, bool) != (dtype == torch.bool):
+            _fits(item, dtype)
+    elif isinstance(got, bool) != (dtype == torch.bool) or not isinstance(got, (int, float) if dtype.is_floating_point else int):
         raise ValueError
-    elif dtype != torch.bool and not torch.iinfo(dtype).min <= got <= torch.iinfo(dtype).max:
+    elif not dtype.is_floating_point and dtype != torch.bool and not torch.iinfo(dtype).min <= got <= torch.iinfo(dtype).max:
         raise ValueError
 
 

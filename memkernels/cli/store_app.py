@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -244,7 +244,7 @@ def _writing(folder: Path, key_type: str | None, columns: list[str] | None) -> I
                 raise UserError(f"{folder}: is a store of other columns or keys than --column and --key-type say")
             yield store
         return
-    there = folder.exists()
+    there, missing = folder.exists(), [parent for parent in folder.parents if not parent.exists()]
     if not wanted:
         raise OptionError(f"--column: expected what a new store holds, e.g. value:float32:64; there is none at {folder} yet")
     with KeyValueStore(columns=wanted, key_type=key_type or "int64", path=folder) as store:
@@ -254,6 +254,9 @@ def _writing(folder: Path, key_type: str | None, columns: list[str] | None) -> I
         except BaseException:
             if empty:  # removed while it is locked
                 _remove(folder, there)
+                for parent in missing:
+                    with suppress(OSError):  # somebody else uses it by now
+                        parent.rmdir()
             raise
 
 

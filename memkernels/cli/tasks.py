@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memkernels import nn as memories
+from memkernels.cli.errors import diverged
 
 # (input "T B I", target "L B O"): the answer is due in the last L steps.
 Batch = tuple[Tensor, Tensor]
@@ -126,6 +128,8 @@ def run(console: Console, name: str, model_name: str, seconds: float, seed: int,
     while time.monotonic() - begin < seconds and not wrong < task.target:
         loss = _step(task, model, optimizer, task.draw(batch, False, generator))
         step += 1
+        if not math.isfinite(loss):
+            raise diverged(step, f"a loss of {loss}")
         if step % 200 == 0:
             few = wrong_bits(task, model, unseen, 200)
             history.append((step, round(time.monotonic() - begin, 1), few))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memkernels.cli.errors import UserError
+from memkernels.cli.errors import UserError, diverged
 from memkernels.models.memory_lm import MemoryLM
 from memkernels.models.vocabulary import Vocabulary
 
@@ -50,11 +50,6 @@ class Limit:
         return min(1.0, max(parts, default=0.0))
 
 
-def diverged(step: int, loss: float) -> UserError:
-    found = f"{loss} bits per character at step {step}"
-    return UserError(f"training has diverged: {found}; the last good checkpoint is kept, try a smaller --rate")
-
-
 class Trainer:
     """A model, its optimizer, the text, and where training stands.
 
@@ -64,6 +59,7 @@ class Trainer:
 
     def __init__(self, model: MemoryLM, text: str, settings: Settings) -> None:
         self.model, self.settings, self.step, self.seconds = model, settings, 0, 0.0
+        self.fresh = True  # no file holds more than the start
         self.digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
         tokens = model.vocabulary.encode(text)
         held = max(2, round(len(tokens) * settings.held_out))
@@ -105,7 +101,7 @@ class Trainer:
         trainer = cls(model, text, Settings(**state["settings"]))
         if trainer.digest != state["text"]:
             raise UserError(f"{path}: was trained on another text; choose another --out")
-        trainer.step, trainer.seconds = state["step"], state["seconds"]
+        trainer.step, trainer.seconds, trainer.fresh = state["step"], state["seconds"], False
         trainer._load_optimizer(path, extra)
         return trainer
 
@@ -116,13 +112,17 @@ class Trainer:
         """
         score = self.model.evaluate(self.held_out[: self.settings.window + 1], self.settings.window)
         if not math.isfinite(score):
-            raise diverged(self.step, score)
+            raise self._diverged(score)
         extra = {"random": torch.get_rng_state()}
         for name, parameter in self.model.named_parameters():
             state = self.optimizer.state.get(parameter, {})
             extra |= {f"optimizer.{name}.{moment}": state[moment] for moment in MOMENTS if moment in state}
         position = {"settings": asdict(self.settings), "text": self.digest, "step": self.step, "seconds": self.seconds}
         self.model.save(path, extra, position)
+        self.fresh = self.fresh and self.step == 0
+
+    def _diverged(self, loss: float) -> UserError:
+        return diverged(self.step, f"{loss} bits per character", kept=not self.fresh)
 
     def _load_optimizer(self, path: str | os.PathLike[str], extra: dict[str, Tensor]) -> None:
         for name, parameter in self.model.named_parameters():
@@ -138,7 +138,7 @@ class Trainer:
     def batch(self) -> Tensor:
         """The windows "B T+1" of the current step, drawn anywhere in the training part."""
         s = self.settings
-        generator = torch.Generator().manual_seed(s.seed * 1_000_003 + self.step)
+        generator = torch.Generator().manual_seed((s.seed * 1_000_003 + self.step) % 2**63)
         starts = torch.randint(len(self.train_tokens) - s.window, (s.batch, 1), generator=generator)
         return self.train_tokens[starts + torch.arange(s.window + 1)]
 
@@ -163,7 +163,7 @@ class Trainer:
             loss = self.model.train_step(self.batch(), self.optimizer)
             self.step += 1
             if not math.isfinite(loss):
-                raise diverged(self.step, loss)
+                raise self._diverged(loss)
             self.seconds += time.perf_counter() - begin
             yield loss
 

@@ -138,7 +138,7 @@ class KnnLM(nn.Module):
             return log_lm, state
         weights, found = self.neighbours(hidden.flatten(0, 1), self.k, self.temperature)
         p = torch.zeros_like(log_lm).flatten(0, 1).scatter_add(1, found, weights).view_as(log_lm)
-        return (self.weight * p + (1 - self.weight) * log_lm.exp()).log(), state
+        return _mixed(log_lm, p, self.weight), state
 
     def neighbours(self, hidden: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
         """Of the k rows nearest to each of "Q H", nearest first: shares "Q k" of p_kNN, float32, and tokens "Q k".
@@ -256,8 +256,17 @@ def _temperature(got: Any) -> float:
     return value
 
 
+def _mixed(log_lm: Tensor, p: Tensor, weight: float) -> Tensor:
+    """log(weight p + (1 - weight) exp(log_lm)): neither part underflows, and a token that no row has takes no gradient, not NaN."""
+    if not weight:
+        return log_lm
+    there = p > 0
+    log_p = (torch.where(there, p, 1.0).log() + math.log(weight)).masked_fill(~there, -math.inf)
+    return log_p if weight == 1 else torch.logaddexp(log_p, log_lm + math.log1p(-weight))
+
+
 def _bits(log_lm: Tensor, p: Tensor, weight: float) -> float:
-    return -(weight * p + (1 - weight) * log_lm.exp()).double().log2().mean().item()
+    return -_mixed(log_lm.double(), p.double(), weight).mean().item() / math.log(2)
 
 
 @contextmanager

@@ -284,7 +284,7 @@ def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gen
     logits[UNKNOWN] = -math.inf
     if temperature == 0:
         return int(logits.argmax())
-    probabilities, order = torch.softmax(logits / temperature, -1).sort(descending=True, stable=True)
+    probabilities, order = torch.softmax((logits - logits.max()) / temperature, -1).sort(descending=True, stable=True)
     before = probabilities.cumsum(-1) - probabilities
     probabilities = probabilities.masked_fill(before >= top_p, 0)
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,15 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from memkernels._checks import Signature, check_tensor, fail
 from memkernels._compat import no_autocast
+from memkernels.ops._sparse_history import History, put, take
 
 EPSILON = 1e-6  # inside both square roots of the cosine
-
-
-class _Entry(NamedTuple):
-    """One write: the rows it touched, "B M", and what they hold where the memory is not now: before it, or, undone, after it."""
-
-    places: Tensor
-    rows: Tensor
 
 
 class SparseMemory:
@@ -56,25 +50,24 @@ class SparseMemory:
             fail("SparseMemory", "rows", "B N W", tuple(rows.shape))
         if rows.dtype not in (torch.float32, torch.float64):
             fail("SparseMemory", "rows", "float64 or float32", rows.dtype, TypeError)
-        self.rows = rows.detach().clone(memory_format=torch.contiguous_format)
+        self._history = History(rows.detach().clone(memory_format=torch.contiguous_format))
         batch, count, _ = rows.shape
         self.accessed = torch.arange(-count, 0, device=rows.device).expand(batch, -1).contiguous()
         self._clock = 0
-        self._log: list[_Entry | None] = []  # None: a write that was not logged
-        self._undone: list[_Entry] = []
-        self._gradient: Tensor | None = None
-        self._token = _Begin.apply(rows, self)  # type: ignore[no-untyped-call]
+        self._token = _Begin.apply(rows, self._history)  # type: ignore[no-untyped-call]
+
+    @property
+    def rows(self) -> Tensor:
+        return self._history.rows
 
     def __repr__(self) -> str:
         batch, count, width = self.rows.shape
-        return f"SparseMemory(B={batch}, N={count}, W={width}, writes that can be undone: {len(self._log)})"
+        return f"SparseMemory(B={batch}, N={count}, W={width}, writes that can be undone: {len(self._history.log)})"
 
     def detach_(self) -> SparseMemory:
         """The last state again, without its history: after backward, or between the windows of truncated back-propagation."""
-        while self._undone:
-            entry = self._undone.pop()
-            _put(self.rows, entry.places, entry.rows)
-        self._log, self._gradient, self._token = [], None, self._token.detach()
+        self._history.restore()
+        self._token = self._token.detach()
         return self
 
     def least_accessed(self, count: int = 1) -> Tensor:
@@ -95,30 +88,6 @@ class SparseMemory:
             now = self._clock + torch.arange(index.shape[1], device=index.device)
             self.accessed.scatter_reduce_(1, index, now.expand_as(index), "amax")
             self._clock += index.shape[1]
-
-    def _check_step(self, op: str) -> None:
-        if self._gradient is not None or self._undone:
-            raise RuntimeError(f"{op}: memory: backward has undone its steps, expected detach_() before the next one")
-
-    def _write(self, index: Tensor, weights: Tensor, add: Tensor, clear: Tensor, logged: bool) -> None:
-        touched = torch.cat([index.flatten(1), clear], 1)
-        self._log.append(_Entry(touched, _take(self.rows, touched)) if logged else None)
-        _put(self.rows, clear, self.rows.new_zeros(()).expand(*clear.shape, self.rows.shape[2]))
-        _put(self.rows, index.flatten(1), (weights[..., None] * add[:, :, None]).flatten(1, 2), accumulate=True)
-
-    def _rewind(self, op: str, time: int) -> Tensor:
-        """The memory as it was after that many writes; returns the buffer of its gradient."""
-        if len(self._log) < time:
-            raise RuntimeError(f"{op}: backward ran before and has undone these steps; it can run once")
-        while len(self._log) > time:
-            entry = self._log.pop()
-            if entry is None:
-                raise RuntimeError(f"{op}: backward needs the memory before a step that ran under torch.no_grad and kept no log")
-            self._undone.append(_Entry(entry.places, _take(self.rows, entry.places)))
-            _put(self.rows, entry.places, entry.rows)
-        if self._gradient is None:
-            self._gradient = torch.zeros_like(self.rows)  # pages are touched where rows are
-        return self._gradient
 
 
 def sparse_read(memory: SparseMemory, query: Tensor, strength: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,11 +114,11 @@ def sparse_read(memory: SparseMemory, query: Tensor, strength: Tensor, index: Te
     """
     READ(query, strength, index)
     _check_sizes("sparse_read", memory, query, index)
-    memory._check_step("sparse_read")
+    memory._history.check_step("sparse_read")
     with no_autocast(memory.rows.device.type):
         if not _recorded(memory._token, query, strength):  # the history of the memory goes on past a read that is not part of it
-            return _attend(_take(memory.rows, index), query, strength)
-        memory._token, read, weights = _Read.apply(memory._token, query, strength, index, memory)  # type: ignore[no-untyped-call]
+            return _attend(take(memory.rows, index), query, strength)
+        memory._token, read, weights = _Read.apply(memory._token, query, strength, index, memory._history)  # type: ignore[no-untyped-call]
     return read, weights
 
 
@@ -173,11 +142,11 @@ def sparse_write(memory: SparseMemory, index: Tensor, weights: Tensor, add: Tens
         clear = index.new_zeros(*index.shape[:1], 0)
     WRITE(index, weights, add, clear)
     _check_sizes("sparse_write", memory, add, index, clear)
-    memory._check_step("sparse_write")
+    memory._history.check_step("sparse_write")
     if _recorded(memory._token, weights, add):
-        memory._token = _Write.apply(memory._token, weights, add, index, clear, memory)  # type: ignore[no-untyped-call]
+        memory._token = _Write.apply(memory._token, weights, add, index, clear, memory._history)  # type: ignore[no-untyped-call]
     else:
-        memory._write(index, weights, add, clear, logged=False)
+        memory._history.write(index, weights, add, clear, logged=False)
 
 
 def _recorded(*tensors: Tensor) -> bool:
@@ -211,18 +180,6 @@ ACCESS = Signature("SparseMemory", rows="B N W", index=("B J", torch.int64))
 WRITE = Signature("sparse_write", index=("B H J", torch.int64), weights="B H J", add="B H W", clear=("B C", torch.int64))
 
 
-def _take(rows: Tensor, index: Tensor) -> Tensor:
-    """Rows of "B N W" that an index "B ..." names."""
-    flat = index.flatten(1)
-    return rows.gather(1, flat[..., None].expand(-1, -1, rows.shape[2])).unflatten(1, index.shape[1:])
-
-
-def _put(rows: Tensor, index: Tensor, values: Tensor, accumulate: bool = False) -> None:
-    """Overwrites, or adds to, rows "B M"; equal places are added up in their order."""
-    entry = torch.arange(rows.shape[0], device=rows.device)[:, None].expand_as(index)
-    rows.index_put_((entry, index), values, accumulate)
-
-
 def _attend(rows: Tensor, query: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
     """rows "B R J W" -> read "B R W", weights "B R J"."""
     norms = ((query * query).sum(-1, keepdim=True) + EPSILON) * ((rows * rows).sum(-1) + EPSILON)
@@ -235,51 +192,51 @@ class _Begin(torch.autograd.Function):
     """The first of a chain of scalars that makes backward visit the steps in reverse."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, memory: SparseMemory) -> Tensor:
-        ctx.memory = memory
+    def forward(ctx: Any, rows: Tensor, history: History) -> Tensor:
+        ctx.history = history
         return rows.new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dtoken: Tensor) -> tuple[Tensor, None]:
-        return ctx.memory._rewind("SparseMemory", 0).clone(), None
+        return ctx.history.rewind("SparseMemory", 0).clone(), None
 
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, token: Tensor, query: Tensor, strength: Tensor, index: Tensor, memory: SparseMemory) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, token: Tensor, query: Tensor, strength: Tensor, index: Tensor, history: History) -> tuple[Tensor, ...]:
         ctx.save_for_backward(query, strength, index)
-        ctx.memory, ctx.time = memory, len(memory._log)
-        return token.clone(), *_attend(_take(memory.rows, index), query, strength)
+        ctx.history, ctx.time = history, len(history.log)
+        return token.clone(), *_attend(take(history.rows, index), query, strength)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dtoken: Tensor, dread: Tensor, dweights: Tensor) -> tuple[Tensor | None, ...]:
         query, strength, index = ctx.saved_tensors
-        gradient = ctx.memory._rewind("sparse_read", ctx.time)
-        leaves = [t.detach().requires_grad_() for t in (_take(ctx.memory.rows, index), query, strength)]
+        gradient = ctx.history.rewind("sparse_read", ctx.time)
+        leaves = [t.detach().requires_grad_() for t in (take(ctx.history.rows, index), query, strength)]
         with torch.enable_grad():
             outputs = _attend(*leaves)
         drows, dquery, dstrength = torch.autograd.grad(outputs, leaves, (dread, dweights))
-        _put(gradient, index.flatten(1), drows.flatten(1, 2), accumulate=True)
+        put(gradient, index.flatten(1), drows.flatten(1, 2), accumulate=True)
         return dtoken, dquery, dstrength, None, None
 
 
 class _Write(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, token: Tensor, weights: Tensor, add: Tensor, index: Tensor, clear: Tensor, memory: SparseMemory) -> Tensor:
+    def forward(ctx: Any, token: Tensor, weights: Tensor, add: Tensor, index: Tensor, clear: Tensor, history: History) -> Tensor:
         ctx.save_for_backward(weights, add, index, clear)
-        ctx.memory, ctx.time = memory, len(memory._log)
-        memory._write(index, weights, add, clear, logged=True)
+        ctx.history, ctx.time = history, len(history.log)
+        history.write(index, weights, add, clear, logged=True)
         return token.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dtoken: Tensor) -> tuple[Tensor | None, ...]:
         weights, add, index, clear = ctx.saved_tensors
-        gradient = ctx.memory._rewind("sparse_write", ctx.time)
-        drows = _take(gradient, index)
+        gradient = ctx.history.rewind("sparse_write", ctx.time)
+        drows = take(gradient, index)
         dweights = (drows @ add[..., None]).squeeze(-1)
         dadd = (weights[..., None, :] @ drows).squeeze(-2)
-        _put(gradient, clear, gradient.new_zeros(()).expand(*clear.shape, gradient.shape[2]))
+        put(gradient, clear, gradient.new_zeros(()).expand(*clear.shape, gradient.shape[2]))
         return dtoken, dweights, dadd, None, None, None

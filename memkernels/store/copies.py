@@ -130,39 +130,36 @@ def _switch(log: Log, erase: bool) -> None:
 
 def snapshot(log: View, transaction: Transaction, path: Path) -> None:
     """See Log.snapshot. `transaction` is on log._state."""
-    folder.make(path)
-    disk.refuse_network(path)
-    folder.check_new(path)  # before anything is put there
-    lock = folder.lock_writer(path)
+    lock = None
     try:
-        folder.prepare_new(path)
-        state = dataclasses.replace(log._state, first_segment=1, store=os.urandom(16))
-        source, target = log._segments, Segments(path, log.schema, state)
+        with folder.creating(path) as lock:
+            state = dataclasses.replace(log._state, first_segment=1, store=os.urandom(16))
+            source, target = log._segments, Segments(path, log.schema, state)
 
-        def fill(out: Transaction) -> State:
-            row = 0
-            for what, run, key, data in runs(transaction, log.schema, state, log._records):
-                end = follows(what, run, row)
-                for count, crc in run.blocks:
-                    block = source.read(row, count)
-                    if crc32c(block) != crc:
-                        name = source.path(row // state.capacity).name
-                        raise damaged(name, f"wrong checksum of rows {row} to {row + count}")
-                    target.write_block(row, block)
-                    row += count
-                row = end
-                out.put(key, data)
-            if row != state.rows:
-                raise damaged("the index", f"checksums of {row} rows of {state.rows}")
-            target.sync()
-            return state
+            def fill(out: Transaction) -> State:
+                row = 0
+                for what, run, key, data in runs(transaction, log.schema, state, log._records):
+                    end = follows(what, run, row)
+                    for count, crc in run.blocks:
+                        block = source.read(row, count)
+                        if crc32c(block) != crc:
+                            name = source.path(row // state.capacity).name
+                            raise damaged(name, f"wrong checksum of rows {row} to {row + count}")
+                        target.write_block(row, block)
+                        row += count
+                    row = end
+                    out.put(key, data)
+                if row != state.rows:
+                    raise damaged("the index", f"checksums of {row} rows of {state.rows}")
+                target.sync()
+                return state
 
-        try:
-            new_engine(path, Marker(log.engine, 1), log.schema, True, fill)
-        finally:
-            target.close()
-        folder.write_marker(path, Marker(log.engine, 1), True)
-        folder.created(path)
+            try:
+                new_engine(path, Marker(log.engine, 1), log.schema, True, fill)
+            finally:
+                target.close()
+            folder.write_marker(path, Marker(log.engine, 1), True)
         disk.sync_directory(path.absolute().parent)
     finally:
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -53,6 +54,23 @@ def read_into(fd: int, buffer: memoryview, offset: int) -> int:
 
 def resize(fd: int, size: int) -> None:
     system.ftruncate(fd, size)
+
+
+def allocate(path: Path, size: int) -> None:
+    """Gives a file, made if it is not there, blocks of its own on the disk: a hole that is written to through a mapping ends the process
+    where the disk is full. Raises OSError."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except IsADirectoryError:
+        raise StoreFormatError(_DIRECTORY.format(path)) from None
+    try:
+        if os.fstat(fd).st_blocks * 512 < size:
+            os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error.errno, error.strerror, str(path)) from None  # other file systems may not know the call
+    finally:
+        os.close(fd)
 
 
 def sync_data(fd: int) -> None:
@@ -114,6 +132,21 @@ def forget_cached(path: Path) -> None:
 
 def lock(path: Path, exclusive: bool) -> int | None:
     """A descriptor that holds the lock of a file until it is closed, or None while another one holds it."""
+    while True:
+        fd = _lock(path, exclusive)
+        if fd is None or _names(path, fd):
+            return fd
+        os.close(fd)  # it was removed, and perhaps made anew, before it was locked: that lock keeps nobody out
+
+
+def _names(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(path: Path, exclusive: bool) -> int | None:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:

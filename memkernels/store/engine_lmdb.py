@@ -11,10 +11,11 @@ from typing import Any
 
 import lmdb
 
-from memkernels.store import lmdb_pages
+from memkernels.store import disk, lmdb_pages
 from memkernels.store.errors import StoreError, StoreFormatError
 
 _MAP = 1 << 40  # bytes of address space; the file is as long as its pages
+_LOCK = 8192  # of the lock file: 126 readers of 64 bytes, and 128
 _shared: dict[tuple[int, int, int], Shared] = {}
 _left: list[Shared] = []  # of a parent process
 _lock = threading.RLock()
@@ -41,6 +42,8 @@ class Shared:
 
     def _open(self) -> Any:
         writable = os.access(self.path.parent, os.W_OK)
+        if writable:
+            disk.allocate(self.path.with_name(f"{self.path.name}-lock"), _LOCK)
         with _errors(self.path):
             return lmdb.open(
                 str(self.path),

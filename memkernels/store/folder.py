@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from memkernels.store import disk
@@ -36,8 +37,8 @@ def write_marker(folder: Path, marker: Marker, durable: bool) -> None:
     disk.replace_file(folder / "ENGINE", marker.encode(), durable)
 
 
-def lock_writer(folder: Path) -> int:
-    """The descriptor that makes this the one writer."""
+def lock_writer(folder: Path, new: bool = False) -> int:
+    """The descriptor that makes this the one writer; of a new store a failure leaves no file."""
     path = folder / "LOCK"
     fd = disk.lock(path, exclusive=True)
     if fd is None:
@@ -49,6 +50,8 @@ def lock_writer(folder: Path) -> int:
         disk.resize(fd, 0)
         disk.write_at(fd, str(os.getpid()).encode(), 0)
     except BaseException:
+        if new:
+            path.unlink()
         os.close(fd)
         raise
     return fd
@@ -72,18 +75,46 @@ def lock_out_readers(folder: Path) -> int:
     return fd
 
 
-def prepare_new(folder: Path) -> None:
-    """For a store about to be created, locked: removes what a creation that was cut off left. `created` ends it."""
-    check_new(folder)
-    os.close(disk.open_file(folder / UNFINISHED, os.O_CREAT | os.O_WRONLY))
-    for name in sorted(os.listdir(folder)):
-        if name not in ("LOCK", "READERS", UNFINISHED):
-            disk.remove(folder / name)
+@contextlib.contextmanager
+def creating(folder: Path) -> Iterator[int]:
+    """Around the creation of a store: gives the lock of its writer, which the caller closes. One that fails leaves nothing behind."""
+    there = folder.exists()
+    make(folder)
+    try:
+        disk.refuse_network(folder)
+        check_new(folder)  # before anything is put there
+        fd = lock_writer(folder, new=True)
+    except BaseException:
+        if not there:
+            with contextlib.suppress(OSError):  # not empty: it is somebody else's
+                folder.rmdir()
+        raise
+    try:
+        check_new(folder)
+    except BaseException:
+        os.close(fd)
+        raise
+    try:
+        os.close(disk.open_file(folder / UNFINISHED, os.O_CREAT | os.O_WRONLY))
+        for name in sorted(os.listdir(folder)):  # of a creation that was cut off
+            if name not in ("LOCK", "READERS", UNFINISHED):
+                disk.remove(folder / name)
+        yield fd
+        disk.remove(folder / UNFINISHED)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the error that is on its way says more
+            _discard(folder, there)
+        raise
 
 
-def created(folder: Path) -> None:
-    """The store is whole."""
-    disk.remove(folder / UNFINISHED)
+def _discard(folder: Path, there: bool) -> None:
+    names = [name for name in os.listdir(folder) if _OWN.fullmatch(name) and name not in ("LOCK", "READERS", UNFINISHED)]
+    for name in ("ENGINE", *names, UNFINISHED):  # what makes it a store first, what says that it is none last
+        (folder / name).unlink(missing_ok=True)
+    if not there:
+        for name in ("READERS", "LOCK"):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def check_new(folder: Path) -> None:

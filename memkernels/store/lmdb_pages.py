@@ -90,6 +90,9 @@ class _Check:
             self.need(meta.trees[1][1] == 0 and meta.map_bytes <= 1 << 46, "unknown flags")
         newest = max(metas, key=lambda meta: meta.transaction)
         self.need(newest.transaction < 1 << 62 and metas[newest.transaction & 1].transaction == newest.transaction, "meta pages exchanged")
+        # Each commit overwrites the older one: else the newest is lost, and an earlier one would be taken for it.
+        follows = abs(metas[0].transaction - metas[1].transaction) == 1 or not newest.transaction
+        self.need(follows, "meta pages of commits that do not follow each other")
         self.last = newest.last
         self.need(self.last <= newest.map_bytes // self.size, "more pages than its map")
         free, main = newest.trees

@@ -69,17 +69,12 @@ class Log(View):
         installed) or "sqlite"."""
         self = cls(Path(path), "w", durability)
         name = engine or default_engine()
-        folder.make(self.path)
-        disk.refuse_network(self.path)
-        folder.check_new(self.path)  # before anything is put there
-        self._lock_fd = folder.lock_writer(self.path)
+        capacity = max(1, (segment_bytes - HEADER) // Layout.of(schema).stride)
         try:
-            folder.prepare_new(self.path)
-            capacity = max(1, (segment_bytes - HEADER) // Layout.of(schema).stride)
-            state = State(0, 0, 0, capacity, 1, os.urandom(16))
-            copies.new_engine(self.path, Marker(name, 1), schema, self._syncs(), lambda _: state)
-            folder.write_marker(self.path, Marker(name, 1), self._syncs())
-            folder.created(self.path)
+            with folder.creating(self.path) as self._lock_fd:
+                state = State(0, 0, 0, capacity, 1, os.urandom(16))
+                copies.new_engine(self.path, Marker(name, 1), schema, self._syncs(), lambda _: state)
+                folder.write_marker(self.path, Marker(name, 1), self._syncs())
             if self._syncs():
                 disk.sync_directory(self.path.absolute().parent)
             self._start()
@@ -223,7 +218,8 @@ class Log(View):
     def _settle(self) -> None:
         """The engine has every commit."""
         self.wait()
-        if self._waiting and self._writes() and self._failed is None:
+        if self._waiting and self._writes():
+            self._check_failed()
             self._write(self._waiting)
 
     def wait(self) -> None:

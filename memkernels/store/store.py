@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -214,6 +214,8 @@ class KeyValueStore:
         return (values[ONE] if list(self._columns) == [ONE] else values), rows >= 0
 
     def _wanted(self, op: str, columns: Any) -> list[str]:
+        if columns is not None and not isinstance(columns, (str, Iterable)):
+            fail(op, "columns", "names of columns, or None", type(columns).__name__, TypeError)
         names = list(self._columns) if columns is None else [columns] if isinstance(columns, str) else list(columns)
         for name in names:
             check_choice(op, "columns", name, self._columns)
