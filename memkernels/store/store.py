@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from memkernels._checks import check_choice, check_flag, fail
 from memkernels.store import exchange
 from memkernels.store.arguments import as_device, as_folder
-from memkernels.store.columns import ONE, as_columns, as_default, as_values
+from memkernels.store.columns import ONE, as_columns, as_default, as_names, as_values
 from memkernels.store.errors import StoreError, StoreFormatError
 from memkernels.store.inmemory import InMemory
 from memkernels.store.keys import KEY_TYPES, KeyBatch, as_batch
@@ -207,19 +207,11 @@ class KeyValueStore:
         """
         op = "retrieve"
         with self._opened(op):
-            wanted = self._wanted(op, columns)
+            wanted = as_names(op, columns, self._columns)
             defaults = {name: as_default(op, name, self._columns[name], default, self._device) for name in wanted}
             rows = self._data.rows(as_batch(op, self._key_type, keys), True)
             values = {name: self._read(name, rows, defaults[name]) for name in wanted}
         return (values[ONE] if list(self._columns) == [ONE] else values), rows >= 0
-
-    def _wanted(self, op: str, columns: Any) -> list[str]:
-        if columns is not None and not isinstance(columns, (str, Iterable)):
-            fail(op, "columns", "names of columns, or None", type(columns).__name__, TypeError)
-        names = list(self._columns) if columns is None else [columns] if isinstance(columns, str) else list(columns)
-        for name in names:
-            check_choice(op, "columns", name, self._columns)
-        return names
 
     def _read(self, name: str, rows: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
         if self._parameters is None or name not in self._parameters or not torch.is_grad_enabled():
