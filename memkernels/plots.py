@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from memkernels._checks import check_tensor, fail
+from memkernels._checks import check_flag, check_tensor, fail
 from memkernels.nn._arguments import check_integers
 
 
@@ -20,12 +21,14 @@ def memory_trace(
     title: str = "",
     rows: tuple[int, int] | None = None,
     index: torch.Tensor | None = None,
+    batch_first: bool = False,
 ) -> Path:
     """Draws where a memory was read and written over time, as in the figures of the Neural Turing Machine's paper.
 
     Args:
         path: the PNG file to write.
         read: "T B R N", read weights of R heads over N rows at T steps, e.g. `Trace.read` of `nn.ExternalMemory`; "T R N" is one sequence.
+        batch_first: the tensors are "B T ...", as the layers give them that are made with ``batch_first=True``, their default.
         write: "T B H N" or "T H N", write weights likewise; None: no such panels.
         index: int64 "T B R k" or "T R k": `read` holds the weights of these rows alone (`Trace.rows`; -1 is absent); None: of all rows.
         sample: which sequence of the batch. title: over the figure. rows: (first, last + 1) of the rows to show; all if None.
@@ -44,9 +47,13 @@ def memory_trace(
         'trace.png'
     """
     check_integers("memory_trace", sample=sample)
-    given = {"read": _heads("read", read, sample)} | ({} if write is None else {"write": _heads("write", write, sample)})
+    check_flag("memory_trace", "batch_first", batch_first)
+    if not isinstance(path, (str, os.PathLike)):
+        fail("memory_trace", "path", "the name of a file", type(path).__name__, TypeError)
+    tensors = {"read": read, "write": write, "index": index}
+    given = {kind: _heads(kind, t, sample, batch_first) for kind, t in tensors.items() if t is not None or kind == "read"}
     if index is not None:
-        given["read"] = _dense(given["read"], _heads("index", index, sample), given["write"].shape[2] if write is not None else 0)
+        given["read"] = _dense(given["read"], given.pop("index"), given["write"].shape[2] if write is not None else 0)
     steps, _, count = given["read"].shape
     if write is not None and given["write"].shape[::2] != (steps, count):
         wanted = f"T={steps} steps and N={count} rows, as in read"
@@ -94,12 +101,13 @@ def _dense(weights: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tenso
     return found.scatter_add(2, index.masked_fill(absent, 0), weights.masked_fill(absent, 0))
 
 
-def _heads(kind: str, weights: torch.Tensor, sample: int) -> torch.Tensor:
+def _heads(kind: str, weights: Any, sample: int, batch_first: bool) -> torch.Tensor:
     """Weights "T R N" of one sequence."""
     check_tensor("memory_trace", kind, weights)
     if weights.dim() not in (3, 4):
         fail("memory_trace", kind, "[T B R N] or [T R N]", f"shape {tuple(weights.shape)}")
     if weights.dim() == 4:
+        weights = weights.transpose(0, 1) if batch_first else weights
         if not 0 <= sample < weights.shape[1]:
             fail("memory_trace", "sample", f"a sequence of the batch, 0..{weights.shape[1] - 1}", sample)
         weights = weights[:, sample]

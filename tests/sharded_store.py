@@ -119,6 +119,8 @@ def check_errors(rank, size):
         store.retrieve(["a"] if last else [1])
     with _raises(*(ValueError, "ShardedStore: values: expected shape") if last else other):
         store.store([1], torch.zeros(1, 3 if last else 2))
+    with _raises(*(TypeError, "ShardedStore: columns: expected names of columns, or None, got int") if last else other):
+        store.retrieve([1], columns=5 if last else None)
     with pytest.raises(ValueError, match="ShardedStore: keys: expected the same if_absent on all ranks"):
         store.store([1], torch.zeros(1, 2), if_absent=last)
     with pytest.raises(ValueError, match="ShardedStore: keys: expected the same call on all ranks"):

@@ -40,12 +40,32 @@ def test_png(tmp_path):
     assert mk.plots.memory_trace(str(tmp_path / "one.png"), weights[:, 0]).stat().st_size > 1000
 
 
-def test_weights_of_a_few_rows(tmp_path, monkeypatch):
-    """What a top-k memory read is drawn on the rows it came from."""
+@pytest.fixture
+def drawn(monkeypatch):
+    """The images that are drawn."""
     pyplot = pytest.importorskip("matplotlib.pyplot")
     drawn = []
     real = pyplot.Axes.imshow
     monkeypatch.setattr(pyplot.Axes, "imshow", lambda self, image, **kw: drawn.append(torch.tensor(image)) or real(self, image, **kw))
+    return drawn
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("mode", ["ntm", "topk"])
+def test_what_a_layer_traced_is_drawn_as_it_is(tmp_path, drawn, mode, batch_first):
+    layer = mk.nn.ExternalMemory(4, 6, 3, 2, mode, batch_first=batch_first)
+    x = torch.randn(5, 3, 4)
+    trace = layer(x.transpose(0, 1) if batch_first else x, return_trace=True)[-1]
+    mk.plots.memory_trace(tmp_path / "a.png", trace.read, trace.write, index=trace.rows, sample=1, batch_first=batch_first)
+    write = trace.write[1, :, 0] if batch_first else trace.write[:, 1, 0]
+    assert len(drawn) == 3 and torch.equal(drawn[2].T, write.detach())
+    assert drawn[0].shape == (6, 5)
+    with pytest.raises(TypeError, match="memory_trace: path: expected the name of a file, got NoneType"):
+        mk.plots.memory_trace(None, trace.read)
+
+
+def test_weights_of_a_few_rows(tmp_path, drawn):
+    """What a top-k memory read is drawn on the rows it came from."""
     read = torch.tensor([[[0.75, 0.25, 0.0]], [[1.0, 0.0, 0.0]]])
     index = torch.tensor([[[4, 0, -1]], [[2, 3, 1]]])
     mk.plots.memory_trace(tmp_path / "rows.png", read, torch.ones(2, 1, 6), index=index)

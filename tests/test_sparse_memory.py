@@ -193,3 +193,10 @@ def test_a_memory_that_is_dropped_gives_back_its_rows_at_once(backward):
     gone = weakref.ref(memory.rows), weakref.ref(memory)
     del memory, reads
     assert [ref() for ref in gone] == [None, None]
+
+
+def test_not_under_a_transform():
+    sam = mk.nn.SAM(3, 4, 2, slots=6, width=3)
+    parameters = {name: p.detach() for name, p in sam.named_parameters()}
+    with pytest.raises(RuntimeError, match=r"SparseMemory: expected a call outside torch\.func transforms"):
+        torch.func.grad(lambda p: torch.func.functional_call(sam, p, (torch.randn(1, 2, 3),))[0].sum())(parameters)

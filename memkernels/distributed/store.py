@@ -15,7 +15,7 @@ from memkernels.distributed import _shards
 from memkernels.distributed._collectives import agree, check_group, tell, tell_text, together
 from memkernels.distributed._routing import Route
 from memkernels.store import KeyValueStore
-from memkernels.store.columns import Columns, as_default, as_values
+from memkernels.store.columns import Columns, as_default, as_names, as_values
 from memkernels.store.keys import as_batch
 
 NAME = "ShardedStore"
@@ -181,12 +181,11 @@ class ShardedStore:
 
     def retrieve(self, keys: Any, *, default: Any = None, columns: Any = None) -> tuple[Any, torch.Tensor]:
         """As `KeyValueStore.retrieve`, of this rank's "n" keys; `columns` must be the same on all ranks. Without gradients."""
-        names = list(self.columns) if columns is None else [columns] if isinstance(columns, str) else list(columns)
+        names: list[str] = []
         defaults: dict[str, torch.Tensor] = {}
 
         def plan(count: int) -> dict[str, float]:
-            for name in names:
-                check_choice(NAME, "columns", name, self.columns)
+            names.extend(as_names(NAME, columns, self.columns))
             defaults.update({name: as_default(NAME, name, self.columns[name], default, self.device) for name in names})
             return {"columns": float(sum(1 << i for i, name in enumerate(self.columns) if name in names))}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from memkernels._checks import Signature, check_tensor, fail
-from memkernels._compat import no_autocast
+from memkernels._compat import functorch_active, no_autocast
 from memkernels.ops._sparse_history import History, put, take
 
 EPSILON = 1e-6  # inside both square roots of the cosine
@@ -32,7 +32,7 @@ class SparseMemory:
     Gradients: first order only. `backward` can run once for a graph, not with `retain_graph` a second time; afterwards `detach_` comes
         before the next step.
     Raises: RuntimeError for a second backward, for a step after backward without `detach_`, and for a backward past steps that ran under
-        `torch.no_grad`. ValueError or TypeError for `rows` of another rank or dtype.
+        `torch.no_grad`, and under torch.func transforms. ValueError or TypeError for `rows` of another rank or dtype.
     Source: Rae et al., Scaling Memory-Augmented Neural Networks with Sparse Reads and Writes (2016, arXiv 1610.09027), section 3.4.
 
     Example:
@@ -50,6 +50,8 @@ class SparseMemory:
             fail("SparseMemory", "rows", "B N W", tuple(rows.shape))
         if rows.dtype not in (torch.float32, torch.float64):
             fail("SparseMemory", "rows", "float64 or float32", rows.dtype, TypeError)
+        if functorch_active():
+            raise RuntimeError("SparseMemory: expected a call outside torch.func transforms: its rows are written in place")
         self._history = History(rows.detach().clone(memory_format=torch.contiguous_format))
         batch, count, _ = rows.shape
         self.accessed = torch.arange(-count, 0, device=rows.device).expand(batch, -1).contiguous()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from memkernels._checks import check_dense, check_tensor, fail
+from memkernels._checks import check_choice, check_dense, check_tensor, fail
 
 Columns = dict[str, tuple[tuple[int, ...], torch.dtype]]
 ONE = "value"  # the column of a store that has one
@@ -75,6 +75,16 @@ def _values(op: str, argument: str, column: Any, got: Any, count: int, device: t
     if tuple(got.shape) != (count, *shape):
         fail(op, argument, f"shape {(count, *shape)}, one value for each key", f"shape {tuple(got.shape)}")
     return got.detach().to(device).resolve_conj().resolve_neg()
+
+
+def as_names(op: str, names: Any, columns: Columns) -> list[str]:
+    """The columns that were asked for by name, or by names; all for None."""
+    if names is not None and not isinstance(names, Iterable):
+        fail(op, "columns", "names of columns, or None", type(names).__name__, TypeError)
+    found = list(columns) if names is None else [names] if isinstance(names, str) else list(names)
+    for name in found:
+        check_choice(op, "columns", name, columns)
+    return found
 
 
 def as_default(op: str, name: str, column: Any, default: Any, device: torch.device) -> torch.Tensor:

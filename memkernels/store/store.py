@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from memkernels._checks import check_choice, check_flag, fail
 from memkernels.store import exchange
 from memkernels.store.arguments import as_device, as_folder
-from memkernels.store.columns import ONE, as_columns, as_default, as_values
+from memkernels.store.columns import ONE, as_columns, as_default, as_names, as_values
 from memkernels.store.errors import StoreError, StoreFormatError
 from memkernels.store.inmemory import InMemory
 from memkernels.store.keys import KEY_TYPES, KeyBatch, as_batch
@@ -30,8 +30,7 @@ class KeyValueStore:
     """A map from keys to tensors, exact: what was stored under a key is what it gives back, and an absent key is reported as absent.
 
     Keys are int64 (the full range), bytes or str; values have one shape and dtype, or several named columns of their own. Batches in,
-    batches
-    out. In a batch with equal keys the last one wins, on every run and backend.
+    batches out. In a batch with equal keys the last one wins, on every run and backend.
 
     Args:
         value_shape: shape of one value; () is a number. dtype: of the values.
@@ -39,11 +38,10 @@ class KeyValueStore:
         columns: {name: (shape, dtype)} in place of `value_shape` and `dtype`, which are short for one column named "value".
         path: a directory to keep the store in (created); None: memory alone.
         capacity: the most keys; None: as many as memory holds. on_full: what a store with a capacity does when it is full: "error"
-            refuses the
-            batch and stays as it was; "lru" and "lfu" take out the keys used longest ago or least often (uses are `store`, `retrieve` and
-            `get`), none that the same batch names; "grow" goes beyond the capacity, which then is only the room made at the start. With a
-            path uses count while it is open to write; a store that is opened again begins with one use of each key, in the order written.
-            A batch of more different keys than the capacity goes in slices, one call after the other.
+            refuses the batch and stays as it was; "lru" and "lfu" take out the keys used longest ago or least often (uses are `store`,
+            `retrieve` and `get`), none that the same batch names; "grow" goes beyond the capacity, which then is only the room made at the
+            start. With a path uses count while it is open to write; a store that is opened again begins with one use of each key, in the
+            order written. A batch of more different keys than the capacity goes in slices, one call after the other.
         device: where values and the table of int64 keys live. durability: of commits to a path: "none", "async" or "commit".
 
     Growth: no call waits for the whole table. A call that finds the table 85% full begins one 1.5 times as large; it and those after it
@@ -166,8 +164,7 @@ class KeyValueStore:
             keys: "n": a tensor or sequence of ints, or a sequence of bytes or str.
             values: "n ...", a tensor of the store's dtype; with several columns a dict of them.
             if_absent: leave keys that are there as they are. accumulate: add to the value that is there (an absent key begins at zero);
-                in the
-                order of the batch, floats of 16 and 8 bits in float32 within a batch.
+                in the order of the batch, floats of 16 and 8 bits in float32 within a batch.
             return_evicted: also return what had to go, `Evicted(keys, values)` or None.
 
         Returns:
@@ -207,19 +204,11 @@ class KeyValueStore:
         """
         op = "retrieve"
         with self._opened(op):
-            wanted = self._wanted(op, columns)
+            wanted = as_names(op, columns, self._columns)
             defaults = {name: as_default(op, name, self._columns[name], default, self._device) for name in wanted}
             rows = self._data.rows(as_batch(op, self._key_type, keys), True)
             values = {name: self._read(name, rows, defaults[name]) for name in wanted}
         return (values[ONE] if list(self._columns) == [ONE] else values), rows >= 0
-
-    def _wanted(self, op: str, columns: Any) -> list[str]:
-        if columns is not None and not isinstance(columns, (str, Iterable)):
-            fail(op, "columns", "names of columns, or None", type(columns).__name__, TypeError)
-        names = list(self._columns) if columns is None else [columns] if isinstance(columns, str) else list(columns)
-        for name in names:
-            check_choice(op, "columns", name, self._columns)
-        return names
 
     def _read(self, name: str, rows: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
         if self._parameters is None or name not in self._parameters or not torch.is_grad_enabled():
@@ -230,8 +219,10 @@ class KeyValueStore:
         return torch.where(there, bank.index_select(0, rows.clamp(min=0)), default)
 
     def erase(self, keys: Any) -> torch.Tensor:
-        """Take keys out; bool "n": whether the key was there (of equal keys, for the first one). `compact(erase=True)` removes every
-        trace."""
+        """Take keys out; bool "n": whether the key was there (of equal keys, for the first one).
+
+        `compact(erase=True)` removes every trace.
+        """
         with self._opened("erase", True):
             return self._data.erase(as_batch("erase", self._key_type, keys))
 
@@ -312,20 +303,17 @@ class KeyValueStore:
 
         Args:
             erase: also leave no trace: the bytes of erased and overwritten keys and values are overwritten with zeros, in memory and on
-                disk.
-                Tensors that were given out are the caller's.
+                disk. Tensors that were given out are the caller's.
         """
         check_flag("compact", "erase", erase)
         with self._opened("compact", True):
             self._data.compact(erase)
 
     def as_parameter(self, capacity: int | None = None) -> Any:
-        """The stored values as an `nn.Parameter` "rows ..." (a ParameterDict with several columns): `retrieve` is then differentiable in
-        them.
+        """The stored values as an `nn.Parameter` "rows ..." (a ParameterDict with several columns), in which `retrieve` is differentiable.
 
         The values move into one tensor of a fixed number of rows: those in use, or `capacity`. Keys may still be stored, erased and
-        replaced
-        as long as they fit; what an optimizer changes is what `retrieve` gives. Only floating columns take part.
+        replaced as long as they fit; what an optimizer changes is what `retrieve` gives. Only floating columns take part.
 
         Example:
             >>> import memkernels as mk
@@ -373,8 +361,10 @@ class KeyValueStore:
     # --- life
 
     def commit(self) -> int:
-        """Make what was stored and erased since the last commit durable (as `durability` says) and visible to others; its number. In
-        memory: 0."""
+        """Make what was stored and erased since the last commit durable (as `durability` says) and visible to others.
+
+        Returns: the number of the commit; 0 in memory.
+        """
         with self._opened("commit"):
             return self._data.commit() if self._path is not None else 0
 
