@@ -23,8 +23,9 @@ SHORT = INTERPRETED and os.environ.get("MEMKERNELS_INTERPRET_ALL") != "1"
 # Their programs are many and small, one a query, row, page or tap, or scan, which the interpreter does element by element: a short run of
 # the interpreter checks their accuracy alone.
 MANY_PROGRAMS = (
-    "allocation", "attention_varlen", "hopfield_retrieve", "link_read", "link_step", "location_address", "ntm_sequence", "paged_attention",
-    "product_key_search", "quantized_attention", "retrieval_attention", "segment_attention", "topk_read", "usage", "weighted_bag",
+    "allocation", "attention_varlen", "dnc_sequence", "hopfield_retrieve", "link_read", "link_step", "location_address", "ntm_sequence",
+    "paged_attention", "product_key_search", "quantized_attention", "retrieval_attention", "segment_attention", "topk_read", "usage",
+    "weighted_bag",
 )  # fmt: skip
 # Their references are hundreds of calls of torch, whose truths take seconds: the usual run sees half as many of their samples.
 LONG_REFERENCES = ("dnc_sequence", "ntm_sequence")

@@ -215,21 +215,81 @@ def test_refusals_name_their_reason():
             memkernels.content_read(*(t.float().to(DEVICE) for t in draw((1, 2, 600), (1, 1, 600), (1, 1))))
 
 
+def is_the_reference(op, dims, options, present=()):
+    """Outputs and gradients of one call, against the reference in float64."""
+    from memkernels.testing import compare, inputs, specs
+    from memkernels.testing.spec import Sample
+
+    spec, sample = specs()[op], Sample("given", dims, options, present=present)
+    given = inputs.draw(spec, sample, torch.float32, 0, DEVICE)
+    found = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        given = {name: None if t is None else t.to(dtype) for name, t in given.items()}
+        with compare.using(backend):
+            found.append(compare.evaluate(spec, given, dict(options), lambda outputs, dtype=dtype: upstream(outputs, dtype)))
+    for name, wanted in found[1].items():
+        torch.testing.assert_close(found[0][name].double(), wanted, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def upstream(outputs, dtype):
+    from memkernels.testing import inputs
+
+    return [None if d is None else d.to(dtype) for d in inputs.upstream(outputs, torch.float32)]
+
+
 @interpreted
 @pytest.mark.parametrize("form", ["graves", pytest.param("pytorch-ntm", marks=pytest.mark.slow)])
 def test_ntm_sequence_in_blocks(form):
     """More rows, columns and units than a block; taps that reach around the circle are among the generated samples."""
-    from memkernels.testing import compare, inputs, specs
-    from memkernels.testing.spec import Sample
+    is_the_reference("ntm_sequence", dict(T=2, B=1, I=2, H=70, N=260, W=5, R=1, U=2, S=1), dict(form=form))
 
-    spec, sample = specs()["ntm_sequence"], Sample("blocks", dict(T=2, B=1, I=2, H=70, N=260, W=5, R=1, U=2, S=1), dict(form=form))
-    given = inputs.draw(spec, sample, torch.float32, 0, DEVICE)
+
+CONTROLLED = memkernels.DNCController._fields
+EXTRA = dict(key_mask=True, sharpen_links=True, deallocate=True, write_gradient=True)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "options, dims",
+    [
+        (dict(EXTRA, cosine="product", bounded=True, strength="softplus", clip=0.3), dict(T=5, N=5, U=2)),  # segments of 3 and 2 steps
+        pytest.param(EXTRA, dict(T=2, N=260, H=70), marks=pytest.mark.slow),  # more of everything than a block
+        *(
+            pytest.param(dict(dict(write_gradient=True, cosine=cosine), **option), dict(T=3, N=6), marks=pytest.mark.slow)
+            for cosine in ("roots", "roots_and_product", "product")
+            for option in ({}, *({name: True} for name in (*EXTRA, "bounded")), dict(key_mask=True, bounded=True))
+        ),
+    ],
+    ids="-".join,
+)
+def test_dnc_sequence(options, dims):
+    is_the_reference("dnc_sequence", dict(dict(B=1, I=2, H=3, P=20, W=3, R=2, U=1), **dims), options, CONTROLLED)
+
+
+@interpreted
+def test_dnc_runs_in_one_op():
+    torch.manual_seed(0)
+    layer = memkernels.nn.DNC(3, 5, slots=6, width=4, read_heads=2).to(DEVICE)
+    x = torch.randn(2, 3, 3, device=DEVICE, requires_grad=True)
     found = []
     for backend in ("triton", "reference"):
-        with compare.using(backend):
-            found.append(compare.evaluate(spec, given, dict(sample.options), lambda outputs: inputs.upstream(outputs, torch.float32)))
-    for name, wanted in found[1].items():
-        torch.testing.assert_close(found[0][name], wanted, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        with memkernels.backend(backend):
+            output, state = layer(x)
+            found.append((output, *state.memory, *torch.autograd.grad(output.square().sum(), (x, *layer.parameters()))))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_dnc_knows_what_its_op_has_no_kernel_for():
+    from memkernels.backends.triton import dnc_sequence as module
+    from memkernels.nn import _dnc_interface
+
+    limits = (module.MAX_ROWS, _launch.MAX_WIDTH, module.MAX_READERS)
+    assert limits == (_dnc_interface.MAX_SLOTS, _dnc_interface.MAX_WIDTH, _dnc_interface.MAX_READ_HEADS)
+    with torch.device("meta"):
+        for sizes, reason in (((1025, 4, 1), "1025 rows"), ((4, 513, 1), "513 elements"), ((4, 4, 33), "33 read heads")):
+            rows, width, readers = sizes
+            call = [torch.empty(1, 1, 1), torch.empty(1, rows, width), *[None] * 4, torch.empty(1, readers, rows)]
+            assert reason in module.supports(*call)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")

@@ -17,7 +17,7 @@ MODULES = (
     "memory_read", "memory_write", "content_address", "content_read", "lstm_gates", "lstm", "gru_gates", "gru", "rnn", "attention",
     "segment_attention", "merge_attention", "attention_varlen", "paged_attention", "retrieval_attention", "quantized_attention",
     "location_address", "usage", "allocation", "link_step", "link_read", "weighted_bag", "hopfield_retrieve", "topk_read",
-    "product_key_search", "ntm_sequence",
+    "product_key_search", "ntm_sequence", "dnc_sequence",
 )  # fmt: skip
 QUICK = {
     "memory_read_bwd_fp32",
@@ -66,6 +66,7 @@ QUICK = {
     "product_key_search_bf16",
     "ntm_sequence_graves_fwd_fp32",
     "ntm_sequence_pytorch-ntm_bwd_bf16",
+    "dnc_sequence_plain_fwd_fp32",
 }
 
 

@@ -13,6 +13,9 @@ from memkernels.nn._trace import stacked
 from memkernels.ops.dnc_sequence import dnc_sequence, interface_shapes
 from memkernels.ops.dnc_step import DNCInterface, DNCState, dnc_step
 
+# On a GPU one program of `dnc_sequence` has a row of the batch through all steps: of larger sizes it has none.
+MAX_SLOTS, MAX_WIDTH, MAX_READ_HEADS = 1024, 512, 32
+
 
 def oneplus(x: Tensor) -> Tensor:
     return 1 + F.softplus(x)
@@ -56,9 +59,9 @@ class Interface(NamedTuple):
 
     def run(self, vectors: Tensor, state: DNCState, **options: Any) -> tuple[Tensor, DNCState, Tensor]:
         """Reads "T B R W", the state after all steps of "T B features", and the weights "T B R+U N"; options of `dnc_step`."""
-        if not vectors.is_cuda:
+        if self.in_one_op(vectors):
             return dnc_sequence(vectors, state, **self.sequence_options(), **options, return_weights=True)  # type: ignore[return-value]
-        found, weights = [], []  # `dnc_sequence` has no kernel there, the ops of a step have
+        found, weights = [], []
         for ask in self.steps(vectors):
             read, state = dnc_step(state, ask, **options)
             found.append(read)
@@ -69,6 +72,11 @@ class Interface(NamedTuple):
             state,
             stacked(weights, vectors.new_zeros(steps, batch, self.read_heads + self.write_heads, self.slots)),
         )
+
+    def in_one_op(self, x: Tensor) -> bool:
+        """Whether `dnc_sequence` has a kernel for an input: else, on a GPU, the ops of a step have."""
+        fits = self.slots <= MAX_SLOTS and self.width <= MAX_WIDTH and self.read_heads <= MAX_READ_HEADS
+        return not x.is_cuda or (fits and x.dtype != torch.float64)
 
     def sequence_options(self) -> dict[str, Any]:
         """What `dnc_sequence` has to know of the interface."""

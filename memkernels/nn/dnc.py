@@ -203,7 +203,7 @@ class DNC(nn.Module):
         return x if self.clip is None else x.clamp(-self.clip, self.clip)
 
     def _fits(self, x: Tensor, state: DNCLayerState) -> bool:
-        """Whether `dnc_sequence` computes this call: one layer, whose h no clip reaches, all in one dtype, on a CPU, and any step.
+        """Whether `dnc_sequence` computes this call: one layer, whose h no clip reaches, all in one dtype, any step, a kernel.
 
         Parts with hooks (pruning, spectral_norm, FSDP) or of other classes (parametrizations) must be called as modules.
         """
@@ -211,7 +211,7 @@ class DNC(nn.Module):
         plain = plain and not has_hooks(self.controller) and not has_hooks(self.interface)
         clipped = self.clip is not None and self.clip < 1  # |h| < 1
         same = all(t.dtype == x.dtype for t in (*state.memory, *state[1:], self.interface.weight, self.controller.weight_hh_l0))
-        return plain and same and not clipped and not x.is_cuda and len(x) > 0
+        return plain and same and not clipped and self.layout.in_one_op(x) and len(x) > 0
 
     def _in_one_call(self, x: Tensor, state: DNCLayerState) -> tuple[Tensor, Tensor, DNCLayerState, Tensor]:
         lstm: Any = self.controller

@@ -15,18 +15,24 @@ import triton
 import triton.language as tl
 
 from memkernels.backends.triton import _launch
-from memkernels.backends.triton._common import AOT_DTYPES, aot, dot, lanes, precision, refuse, run, store, strides, sum_splits
+from memkernels.backends.triton._common import AOT_DTYPES, aot, device, dot, lanes, precision, refuse, run, store, strides, sum_splits
 
 
-@triton.jit
-def _heads(ptr, stride_r, stride_n, r, n, R, N):
+@device
+def heads_tile(ptr, stride_r, stride_n, r, n, R, N):
     """A tile of weights or gradients of the read heads, as float32; r and n say which way it lies."""
     return tl.load(ptr + r * stride_r + n * stride_n, mask=(r < R) & (n < N), other=0.0).to(tl.float32)
 
 
-@triton.jit
+@device
 def _row(ptr, stride_n, n, N):
     return tl.load(ptr + n * stride_n, mask=n < N, other=0.0).to(tl.float32)
+
+
+@device
+def updated(link, w_rows, w, p, off):
+    """The new links of a tile; off: not on the diagonal."""
+    return tl.where(off, (1 - w_rows[:, None] - w[None, :]) * link + w_rows[:, None] * p[None, :], 0.0)
 
 
 @triton.jit
@@ -41,7 +47,7 @@ def _link_fwd_kernel(
     b, h, m, r = at // H, at % H, block * BLOCK_M + lanes(BLOCK_M), lanes(BLOCK_R)
     link_ptr += b * link_stride_b + h * link_stride_h
     read_ptr += b * read_stride_b
-    q_rows = _heads(read_ptr, read_stride_r, read_stride_n, r[:, None], m[None, :], R, N)
+    q_rows = heads_tile(read_ptr, read_stride_r, read_stride_n, r[:, None], m[None, :], R, N)
     forward, written = tl.zeros([BLOCK_M, BLOCK_R], tl.float32), tl.zeros([BLOCK_N], tl.float32)
     if UPDATE:
         precedence_ptr += b * precedence_stride_b + h * precedence_stride_h
@@ -53,11 +59,10 @@ def _link_fwd_kernel(
         new = tl.load(link_ptr + m[:, None] * link_stride_m + n[None, :] * link_stride_n, mask=tile, other=0.0).to(tl.float32)
         if UPDATE:
             w, p = _row(write_ptr, write_stride_n, n, N), _row(precedence_ptr, precedence_stride_n, n, N)
-            new = (1 - w_rows[:, None] - w[None, :]) * new + w_rows[:, None] * p[None, :]
-            new = tl.where(m[:, None] == n[None, :], 0.0, new)
+            new = updated(new, w_rows, w, p, m[:, None] != n[None, :])
             store(new_ptr + (at * N + m[:, None]) * N + n[None, :], new, mask=tile)
             written += w
-        forward = dot(new, _heads(read_ptr, read_stride_r, read_stride_n, r[None, :], n[:, None], R, N), forward, PRECISION)
+        forward = dot(new, heads_tile(read_ptr, read_stride_r, read_stride_n, r[None, :], n[:, None], R, N), forward, PRECISION)
         columns = dot(q_rows, new, tl.zeros([BLOCK_R, BLOCK_N], tl.float32), PRECISION)
         place = ((block * B + b) * R + r[:, None]) * H + h
         store(part_ptr + place * N + n[None, :], columns, mask=(r < R)[:, None] & (n < N)[None, :])
@@ -84,11 +89,11 @@ def _link_bwd_kernel(
     b, h, m, r = at // H, at % H, block * BLOCK_M + lanes(BLOCK_M), lanes(BLOCK_R)
     link_ptr += b * link_stride_b + h * link_stride_h
     read_ptr += b * read_stride_b
-    q_rows = _heads(read_ptr, read_stride_r, read_stride_n, r[None, :], m[:, None], R, N)
+    q_rows = heads_tile(read_ptr, read_stride_r, read_stride_n, r[None, :], m[:, None], R, N)
     if dforward_ptr is not None:
         dforward_ptr += b * dforward_stride_b + h * dforward_stride_h
-        df_rows = _heads(dforward_ptr, dforward_stride_r, dforward_stride_n, r[None, :], m[:, None], R, N)
-        df_columns = _heads(dforward_ptr, dforward_stride_r, dforward_stride_n, r[:, None], m[None, :], R, N)
+        df_rows = heads_tile(dforward_ptr, dforward_stride_r, dforward_stride_n, r[None, :], m[:, None], R, N)
+        df_columns = heads_tile(dforward_ptr, dforward_stride_r, dforward_stride_n, r[:, None], m[None, :], R, N)
     if dbackward_ptr is not None:
         dbackward_ptr += b * dbackward_stride_b + h * dbackward_stride_h
     if UPDATE:
@@ -108,9 +113,9 @@ def _link_bwd_kernel(
             place = b * dnew_stride_b + h * dnew_stride_h + m[:, None] * dnew_stride_m + n[None, :] * dnew_stride_n
             g = tl.load(dnew_ptr + place, mask=tile, other=0.0).to(tl.float32)
         if dforward_ptr is not None:
-            g = dot(df_rows, _heads(read_ptr, read_stride_r, read_stride_n, r[:, None], n[None, :], R, N), g, PRECISION)
+            g = dot(df_rows, heads_tile(read_ptr, read_stride_r, read_stride_n, r[:, None], n[None, :], R, N), g, PRECISION)
         if dbackward_ptr is not None:
-            g = dot(q_rows, _heads(dbackward_ptr, dbackward_stride_r, dbackward_stride_n, r[:, None], n[None, :], R, N), g, PRECISION)
+            g = dot(q_rows, heads_tile(dbackward_ptr, dbackward_stride_r, dbackward_stride_n, r[:, None], n[None, :], R, N), g, PRECISION)
         if UPDATE:
             w, p = _row(write_ptr, write_stride_n, n, N), _row(precedence_ptr, precedence_stride_n, n, N)
             off = tile & (m[:, None] != n[None, :])
@@ -133,7 +138,7 @@ def _link_bwd_kernel(
             if dforward_ptr is not None:
                 columns = dot(df_columns, new, columns, PRECISION)
             if dbackward_ptr is not None:
-                db = _heads(dbackward_ptr, dbackward_stride_r, dbackward_stride_n, r[None, :], n[:, None], R, N)
+                db = heads_tile(dbackward_ptr, dbackward_stride_r, dbackward_stride_n, r[None, :], n[:, None], R, N)
                 dread = dot(new, db, dread, PRECISION)
             place = ((block * H + h) * B + b) * R + r[:, None]
             store(dread_part_ptr + place * N + n[None, :], columns, mask=(r < R)[:, None] & (n < N)[None, :])

@@ -17,7 +17,7 @@ from memkernels.backends.triton.location_address import address_inputs, address_
 
 
 @device
-def _arrived(carried_ptr, upstream_ptr, offset, n, N):
+def arrived(carried_ptr, upstream_ptr, offset, n, N):
     """A gradient from the step after and, if there is one, from outside."""
     d = vector_of(carried_ptr, n, N)
     if upstream_ptr is not None:
@@ -26,12 +26,12 @@ def _arrived(carried_ptr, upstream_ptr, offset, n, N):
 
 
 @device
-def _store_tile(ptr, value, n, w, N, W):
+def store_tile(ptr, value, n, w, N, W):
     tl.store(ptr + n[:, None] * W + w[None, :], value, mask=(n < N)[:, None] & (w < W)[None, :])
 
 
 @device
-def _read_backward(
+def read_backward(
     dmemory_ptr, dweights_ptr, dstate_ptr, dreads_ptr, dreads_at, upstream_ptr, upstream_at, memory_ptr, weights_ptr, N, W, R,
     BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
@@ -42,11 +42,11 @@ def _read_backward(
         d, memory = tile_of(dmemory_ptr, n, w, N, W), tile_of(memory_ptr, n, w, N, W)
         for r in range(R):
             head = tl.cast(r, tl.int64)
-            dread = _arrived(dstate_ptr + head * W, dreads_ptr, dreads_at + head * W, w, W)[None, :]
+            dread = arrived(dstate_ptr + head * W, dreads_ptr, dreads_at + head * W, w, W)[None, :]
             d += vector_of(weights_ptr + head * N, n, N)[:, None] * dread
-            found = tl.sum(memory * dread, 1) + _arrived(dweights_ptr + head * N, upstream_ptr, upstream_at + head * N, n, N)
+            found = tl.sum(memory * dread, 1) + arrived(dweights_ptr + head * N, upstream_ptr, upstream_at + head * N, n, N)
             tl.store(dweights_ptr + head * N + n, found, mask=n < N)
-        _store_tile(dmemory_ptr, d, n, w, N, W)
+        store_tile(dmemory_ptr, d, n, w, N, W)
     tl.debug_barrier()
 
 
@@ -62,7 +62,7 @@ def _others(weights_ptr, erase_ptr, u, n, w, N, W, U, BLOCK_N: tl.constexpr, BLO
 
 
 @device
-def _write_backward(
+def write_backward(
     dmemory_ptr, dweights_ptr, draw_ptr, upstream_ptr, upstream_at, memory_ptr, weights_ptr, erase_ptr, N, W, U,
     GRAVES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
@@ -80,7 +80,7 @@ def _write_backward(
             derase -= dkept * weights
             dadd += d * weights
             found = tl.sum(d * add[None, :] - dkept * erase[None, :], 1)
-            found += _arrived(dweights_ptr + head * N, upstream_ptr, upstream_at + head * N, n, N)
+            found += arrived(dweights_ptr + head * N, upstream_ptr, upstream_at + head * N, n, N)
             tl.store(dweights_ptr + head * N + n, found, mask=n < N)
         tl.store(draw_ptr + head * W + w, tl.sum(derase, 0) * erase * (1 - erase), mask=w < W)
         slope = 1 - add * add if GRAVES else tl.full([BLOCK_W], 1.0, tl.float32)
@@ -89,12 +89,12 @@ def _write_backward(
     for first in range(0, N, BLOCK_N):
         n = first + lanes(BLOCK_N)
         kept, _ = kept_and_added(weights_ptr, erase_ptr, n, w, N, W, U, BLOCK_N, BLOCK_W)
-        _store_tile(dmemory_ptr, tile_of(dmemory_ptr, n, w, N, W) * kept, n, w, N, W)
+        store_tile(dmemory_ptr, tile_of(dmemory_ptr, n, w, N, W) * kept, n, w, N, W)
     tl.debug_barrier()
 
 
 @device
-def _attend_backward(dlogit_ptr, content_ptr, similar_ptr, N, BLOCK_V: tl.constexpr):
+def attend_backward(dlogit_ptr, content_ptr, similar_ptr, N, BLOCK_V: tl.constexpr):
     """The gradient of content becomes that of strength * similar; returns that of strength."""
     centre, dstrength = tl.cast(0.0, tl.float32), tl.cast(0.0, tl.float32)
     for first in range(0, N, BLOCK_V):
@@ -129,7 +129,7 @@ def _cosine_backward(
         scaled = (d / (tl.sqrt(key_square) * tl.sqrt(square)))[:, None]
         dkey += scaled * memory
         found = tile_of(dmemory_ptr, n, w, N, W) + (scaled * key[None, :] - memory * along[:, None])
-        _store_tile(dmemory_ptr, found, n, w, N, W)
+        store_tile(dmemory_ptr, found, n, w, N, W)
     tl.store(dkey_ptr + w, tl.sum(dkey, 0) - key * (strength * dstrength / key_square), mask=w < W)
 
 
@@ -152,7 +152,7 @@ def _head_backward(
         dlogit_ptr, dweights_ptr, dshift_ptr, slope_ptr, content_ptr, previous_ptr, shift_ptr, gate, N, taps, 1, 1, 1, BLOCK_V
     )
     tl.debug_barrier()
-    dstrength = _attend_backward(dlogit_ptr, content_ptr, similar_ptr, N, BLOCK_V)
+    dstrength = attend_backward(dlogit_ptr, content_ptr, similar_ptr, N, BLOCK_V)
     _cosine_backward(
         dmemory_ptr, dkey_ptr, dlogit_ptr, similar_ptr, memory_ptr, key_ptr, strength, dstrength, N, W, GRAVES, BLOCK_N, BLOCK_W
     )
@@ -167,7 +167,7 @@ def _head_backward(
 
 
 @device
-def _columns(d_ptr, matrix_ptr, k, K, P, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr):
+def columns(d_ptr, matrix_ptr, k, K, P, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr):
     """Columns k of d "P" @ matrix "P K"."""
     total = tl.zeros([BLOCK_J, BLOCK_K], tl.float32)
     for first in range(0, P, BLOCK_J):
@@ -179,14 +179,14 @@ def _columns(d_ptr, matrix_ptr, k, K, P, BLOCK_J: tl.constexpr, BLOCK_K: tl.cons
 
 
 @device
-def _control_backward(
+def control_backward(
     dgates_ptr, dcell_ptr, dh_ptr, dhidden_ptr, dhidden_at, draw_ptr, gates_ptr, c_ptr, c_before_ptr, matrix_ptr, H, P,
     BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the gates' sums, and of the cell before."""
     for first in range(0, H, BLOCK_K):
         j = first + lanes(BLOCK_K)
-        dh = _columns(draw_ptr, matrix_ptr, j, H, P, BLOCK_J, BLOCK_K) + _arrived(dh_ptr, dhidden_ptr, dhidden_at, j, H)
+        dh = columns(draw_ptr, matrix_ptr, j, H, P, BLOCK_J, BLOCK_K) + arrived(dh_ptr, dhidden_ptr, dhidden_at, j, H)
         i, f = vector_of(gates_ptr, j, H), vector_of(gates_ptr + H, j, H)
         g, o = vector_of(gates_ptr + 2 * H, j, H), vector_of(gates_ptr + 3 * H, j, H)
         bounded = tanh(vector_of(c_ptr, j, H))
@@ -253,16 +253,16 @@ def ntm_bwd_kernel(
             heads, weights, draw = heads_ptr + place * Q, weights_ptr + place * each, draws_ptr + place * P
             reads_at = place * readers * width
             if GRAVES:
-                _read_backward(
+                read_backward(
                     dmemory_ptr, dweights_ptr, dstate_ptr, dreads_ptr, reads_at, upstream_ptr, place * each, after, weights,
                     count, width, readers, BLOCK_N, BLOCK_W,
                 )  # fmt: skip
-            _write_backward(
+            write_backward(
                 dmemory_ptr, dweights_ptr + readers * count, draw + erase, upstream_ptr, place * each + readers * count, before,
                 weights + readers * count, heads + erase, count, width, writers, GRAVES, BLOCK_N, BLOCK_W,
             )  # fmt: skip
             if not GRAVES:
-                _read_backward(
+                read_backward(
                     dmemory_ptr, dweights_ptr, dstate_ptr, dreads_ptr, reads_at, upstream_ptr, place * each, before, weights,
                     count, width, readers, BLOCK_N, BLOCK_W,
                 )  # fmt: skip
@@ -278,13 +278,13 @@ def ntm_bwd_kernel(
                     heads + P + 2 * head, previous + own, raw_ptr + (place * every + head) * share, N, W, taps,
                     GRAVES, BLOCK_N, BLOCK_W, BLOCK_V, BLOCK_S,
                 )  # fmt: skip
-            _control_backward(
+            control_backward(
                 dgates_ptr + place * 4 * hidden, dcell_ptr, dstate_ptr + readers * width, dhidden_ptr, place * hidden, draw,
                 gates_ptr + place * 4 * hidden, cells_ptr + place * hidden, c_before, matrix_ptr, hidden, P,
                 BLOCK_J, BLOCK_K,
             )  # fmt: skip
             for first in range(0, K, BLOCK_K):
                 column = first + lanes(BLOCK_K)
-                found = _columns(dgates_ptr + place * 4 * hidden, controller_ptr, column, K, 4 * hidden, BLOCK_J, BLOCK_K)
+                found = columns(dgates_ptr + place * 4 * hidden, controller_ptr, column, K, 4 * hidden, BLOCK_J, BLOCK_K)
                 tl.store(dstate_ptr + column, found, mask=column < K)
             tl.debug_barrier()

@@ -108,7 +108,7 @@ def write(out_ptr, memory_ptr, weights_ptr, erase_ptr, N, W, U, BLOCK_N: tl.cons
 
 
 @device
-def _read(reads_ptr, memory_ptr, weights_ptr, N, W, R, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):
+def read(reads_ptr, memory_ptr, weights_ptr, N, W, R, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):
     w = lanes(BLOCK_W)
     for r in range(R):
         head = tl.cast(r, tl.int64)
@@ -121,7 +121,7 @@ def _read(reads_ptr, memory_ptr, weights_ptr, N, W, R, BLOCK_N: tl.constexpr, BL
 
 
 @device
-def _control(
+def control(
     h_ptr, c_ptr, gates_ptr, row_ptr, c_before_ptr, projected_ptr, controller_ptr, H, K,
     BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -168,6 +168,26 @@ def _activated(raw, p, scalars, erase, add, share, GRAVES: tl.constexpr):
 
 
 @device
+def linear(h_ptr, matrix_ptr, bias_ptr, p, H, P, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Rows p of matrix "P H" @ h + bias."""
+    total = tl.zeros([BLOCK_J, BLOCK_K], tl.float32)
+    for start in range(0, H, BLOCK_K):
+        k = start + lanes(BLOCK_K)
+        tile = (p < P)[:, None] & (k < H)[None, :]
+        weight = tl.load(matrix_ptr + p[:, None] * H + k[None, :], mask=tile, other=0.0).to(tl.float32)
+        total += vector_of(h_ptr, k, H)[None, :] * weight
+    return tl.sum(total, 1) + vector_of(bias_ptr, p, P)
+
+
+@device
+def softmax_in_place(ptr, s, count):
+    raw = tl.load(ptr + s, mask=s < count, other=float("-inf"))
+    tl.debug_barrier()
+    power = tl.exp(raw - tl.max(raw, 0))
+    tl.store(ptr + s, power / tl.sum(power, 0), mask=s < count)
+
+
+@device
 def _steer(
     heads_ptr, h_ptr, matrix_ptr, bias_ptr, H, W, every, U, share,
     GRAVES: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -178,22 +198,12 @@ def _steer(
     P = erase + 2 * U * W
     for first in range(0, P, BLOCK_J):
         p = first + lanes(BLOCK_J)
-        total = tl.zeros([BLOCK_J, BLOCK_K], tl.float32)
-        for start in range(0, H, BLOCK_K):
-            k = start + lanes(BLOCK_K)
-            tile = (p < P)[:, None] & (k < H)[None, :]
-            weight = tl.load(matrix_ptr + p[:, None] * H + k[None, :], mask=tile, other=0.0).to(tl.float32)
-            total += vector_of(h_ptr, k, H)[None, :] * weight
-        raw = tl.sum(total, 1) + vector_of(bias_ptr, p, P)
+        raw = linear(h_ptr, matrix_ptr, bias_ptr, p, H, P, BLOCK_J, BLOCK_K)
         tl.store(heads_ptr + p, _activated(raw, p, scalars, erase, erase + U * W, share, GRAVES), mask=p < P)
     tl.debug_barrier()
     s = lanes(BLOCK_S)
     for h in range(every):
-        place = heads_ptr + (scalars + tl.cast(h, tl.int64) * share + 3) + s
-        raw = tl.load(place, mask=s < share - 3, other=float("-inf"))
-        tl.debug_barrier()
-        power = tl.exp(raw - tl.max(raw, 0))
-        tl.store(place, power / tl.sum(power, 0), mask=s < share - 3)
+        softmax_in_place(heads_ptr + (scalars + tl.cast(h, tl.int64) * share + 3), s, share - 3)
     tl.debug_barrier()
 
 
@@ -223,7 +233,7 @@ def ntm_fwd_kernel(
         previous, c_before = first_ptr + b * every * count, c0_ptr + b * hidden
         if t > 0:
             previous, c_before = weights - batch * every * count, cells_ptr + (place - batch) * hidden
-        _control(
+        control(
             after + readers * width, cells_ptr + place * hidden, gates_ptr + place * 4 * hidden, row, c_before,
             projected_ptr + place * 4 * hidden, controller_ptr, hidden, K, BLOCK_J, BLOCK_K,
         )  # fmt: skip
@@ -243,7 +253,7 @@ def ntm_fwd_kernel(
             )  # fmt: skip
         tl.debug_barrier()
         if not GRAVES:
-            _read(after, memory_ptr, weights, count, width, readers, BLOCK_N, BLOCK_W)
+            read(after, memory_ptr, weights, count, width, readers, BLOCK_N, BLOCK_W)
         write(memory_ptr, memory_ptr, weights + readers * count, heads + erase, count, width, writers, BLOCK_N, BLOCK_W)
         if GRAVES:
-            _read(after, memory_ptr, weights, count, width, readers, BLOCK_N, BLOCK_W)
+            read(after, memory_ptr, weights, count, width, readers, BLOCK_N, BLOCK_W)

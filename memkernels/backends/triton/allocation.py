@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from memkernels.backends.triton import _launch
-from memkernels.backends.triton._common import AOT_DTYPES, aot, lanes, refuse, run, store
+from memkernels.backends.triton._common import AOT_DTYPES, aot, device, lanes, refuse, run, store
 
 MAX_ROWS = 4096
 
@@ -29,7 +29,7 @@ def _later(s, c, t, q, s_left, c_left, t_left, q_left):
     return s_left * s, c_left + s_left * c, t_left * s, q_left + t_left * c
 
 
-@triton.jit
+@device
 def _order(usage_ptr, stride_n, eps, N, BLOCK_N: tl.constexpr):
     """Row numbers by ascending s, ties lowest first, NaN and then what is no row at the end."""
     n = lanes(BLOCK_N)
@@ -41,22 +41,49 @@ def _order(usage_ptr, stride_n, eps, N, BLOCK_N: tl.constexpr):
     return tl.sort(key.to(tl.int64) * 4294967296 + n) & 0xFFFFFFFF
 
 
+@device
+def by_usage(usage_ptr, stride_n, eps, N, BLOCK_N: tl.constexpr):
+    """Row numbers by ascending s, and in that order their usage, s, and the products of all s before."""
+    row = _order(usage_ptr, stride_n, eps, N, BLOCK_N)
+    usage = tl.load(usage_ptr + row * stride_n, mask=row < N, other=1.0).to(tl.float32)
+    s = eps + (1 - eps) * usage
+    _, before = tl.associative_scan((s, tl.full([BLOCK_N], 1.0, tl.float32)), 0, _exclusive)
+    return row, usage, s, before
+
+
+@device
+def usage_after(usage, gate, found):
+    """What the next head sees."""
+    return usage + (1 - usage) * (gate * found)
+
+
+@device
+def handed_back(d, later, usage, gate, found, rows):
+    """From the gradient of the usage that the next head sees: of this head's allocation, usage and gate."""
+    dgate = tl.sum(tl.where(rows, later * (1 - usage) * found, 0.0), 0)
+    return d + later * (1 - usage) * gate, later * (1 - gate * found), dgate
+
+
+@device
+def usage_slope(d, s, before, eps, BLOCK_N: tl.constexpr):
+    """The gradient of usage from that of the allocation, in the order of the rows."""
+    one = tl.full([BLOCK_N], 1.0, tl.float32)
+    _, _, _, after = tl.associative_scan((s, d * (1 - s), one, 0 * one), 0, _later, reverse=True)
+    return (1 - eps) * before * (after - d)
+
+
 @triton.jit
 def _allocation_fwd_kernel(
     out_ptr, next_ptr, usage_ptr, gates_ptr, eps, N, out_stride_b, usage_stride_b, usage_stride_n, gates_stride_b, BLOCK_N: tl.constexpr
 ):
     b = tl.program_id(0).to(tl.int64)
     usage_ptr += b * usage_stride_b
-    row = _order(usage_ptr, usage_stride_n, eps, N, BLOCK_N)
-    rows = row < N
-    usage = tl.load(usage_ptr + row * usage_stride_n, mask=rows, other=1.0).to(tl.float32)
-    s = eps + (1 - eps) * usage
-    _, before = tl.associative_scan((s, tl.full([BLOCK_N], 1.0, tl.float32)), 0, _exclusive)
-    found = (1 - s) * before
+    row, usage, s, before = by_usage(usage_ptr, usage_stride_n, eps, N, BLOCK_N)
+    rows, found = row < N, (1 - s) * before
     store(out_ptr + b * out_stride_b + row, found, mask=rows)
     if next_ptr is not None:
         gate = tl.load(gates_ptr + b * gates_stride_b).to(tl.float32)
-        store(next_ptr + b * N + row, usage + (1 - usage) * (gate * found), mask=rows)
+        store(next_ptr + b * N + row, usage_after(usage, gate, found), mask=rows)
 
 
 @triton.jit
@@ -67,23 +94,17 @@ def _allocation_bwd_kernel(
     """One head: `later` is the gradient of the usage that the next head saw, None for the last one."""
     b = tl.program_id(0).to(tl.int64)
     usage_ptr += b * usage_stride_b
-    row = _order(usage_ptr, usage_stride_n, eps, N, BLOCK_N)
+    row, usage, s, before = by_usage(usage_ptr, usage_stride_n, eps, N, BLOCK_N)
     rows = row < N
-    usage = tl.load(usage_ptr + row * usage_stride_n, mask=rows, other=1.0).to(tl.float32)
-    one = tl.full([BLOCK_N], 1.0, tl.float32)
-    s = eps + (1 - eps) * usage
-    _, before = tl.associative_scan((s, one), 0, _exclusive)
     d = tl.load(dout_ptr + b * dout_stride_b + row * dout_stride_n, mask=rows, other=0.0).to(tl.float32)
     dusage = tl.zeros([BLOCK_N], tl.float32)
     if later_ptr is not None:
         later = tl.load(later_ptr + b * N + row, mask=rows, other=0.0)
-        gate, found = tl.load(gates_ptr + b * gates_stride_b).to(tl.float32), (1 - s) * before
+        gate = tl.load(gates_ptr + b * gates_stride_b).to(tl.float32)
+        d, dusage, dgate = handed_back(d, later, usage, gate, (1 - s) * before, rows)
         if dgates_ptr is not None:
-            store(dgates_ptr + b * dgates_stride_b, tl.sum(tl.where(rows, later * (1 - usage) * found, 0.0), 0))
-        d += later * (1 - usage) * gate
-        dusage = later * (1 - gate * found)
-    _, _, _, after = tl.associative_scan((s, d * (1 - s), one, 0 * one), 0, _later, reverse=True)
-    store(dusage_ptr + b * N + row, dusage + (1 - eps) * before * (after - d), mask=rows)
+            store(dgates_ptr + b * dgates_stride_b, dgate)
+    store(dusage_ptr + b * N + row, dusage + usage_slope(d, s, before, eps, BLOCK_N), mask=rows)
 
 
 def supports(usage, write_gates, eps):

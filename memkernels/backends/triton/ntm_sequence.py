@@ -134,11 +134,11 @@ def backward(*flat):
     for gradient, value in zip(want[1:7], found, strict=True):
         if gradient is not None:
             gradient.copy_(value)
-    _controller_gradients(made, want, dgates, entered)
+    controller_gradients(made, want, dgates, entered)
     _head_gradients(made, want, draws, h)
 
 
-def _controller_gradients(made, want, dgates, entered):
+def controller_gradients(made, want, dgates, entered):
     if want.input is not None:
         _matmul.matmul(want.input.view(made.rows, made.features), dgates, made.call.weight_ih, made.call.input.dtype)
     first = 0

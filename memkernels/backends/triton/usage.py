@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 
 from memkernels.backends.triton import _launch
-from memkernels.backends.triton._common import AOT_DTYPES, aot, lanes, refuse, run, store, strides, sum_splits
+from memkernels.backends.triton._common import AOT_DTYPES, aot, device, lanes, refuse, run, store, strides, sum_splits
 
 BLOCK = 256
 
 
-@triton.jit
-def _left(weights_ptr, free_ptr, heads, but, n, N, weights_stride_h, weights_stride_n, free_stride_r, BLOCK_N: tl.constexpr):
+@device
+def left(weights_ptr, free_ptr, heads, but, n, N, weights_stride_h, weights_stride_n, free_stride_r, BLOCK_N: tl.constexpr):
     """The product over all heads but one of 1 - weights, or of 1 - free * weights."""
     product = tl.full([BLOCK_N], 1.0, tl.float32)
     for h in range(heads):
@@ -38,11 +38,11 @@ def _usage_fwd_kernel(
 ):  # fmt: skip
     blocks = tl.cdiv(N, BLOCK_N)
     b, n = tl.program_id(0).to(tl.int64) // blocks, tl.program_id(0).to(tl.int64) % blocks * BLOCK_N + lanes(BLOCK_N)
-    kept = _left(write_ptr + b * write_stride_b, None, H, -1, n, N, write_stride_h, write_stride_n, 0, BLOCK_N)
+    kept = left(write_ptr + b * write_stride_b, None, H, -1, n, N, write_stride_h, write_stride_n, 0, BLOCK_N)
     free_ptr += b * free_stride_b
-    left = _left(read_ptr + b * read_stride_b, free_ptr, R, -1, n, N, read_stride_r, read_stride_n, free_stride_r, BLOCK_N)
+    stays = left(read_ptr + b * read_stride_b, free_ptr, R, -1, n, N, read_stride_r, read_stride_n, free_stride_r, BLOCK_N)
     usage = tl.load(usage_ptr + b * usage_stride_b + n * usage_stride_n, mask=n < N, other=0.0).to(tl.float32)
-    store(out_ptr + b * N + n, (usage + (1 - usage) * (1 - kept)) * left, mask=n < N)
+    store(out_ptr + b * N + n, (usage + (1 - usage) * (1 - kept)) * stays, mask=n < N)
 
 
 @triton.jit
@@ -60,18 +60,18 @@ def _usage_bwd_kernel(
     free_ptr += b * free_stride_b
     d = tl.load(dout_ptr + b * dout_stride_b + n * dout_stride_n, mask=rows, other=0.0).to(tl.float32)
     usage = tl.load(usage_ptr + b * usage_stride_b + n * usage_stride_n, mask=rows, other=0.0).to(tl.float32)
-    kept = _left(write_ptr, None, H, -1, n, N, write_stride_h, write_stride_n, 0, BLOCK_N)
-    left = _left(read_ptr, free_ptr, R, -1, n, N, read_stride_r, read_stride_n, free_stride_r, BLOCK_N)
+    kept = left(write_ptr, None, H, -1, n, N, write_stride_h, write_stride_n, 0, BLOCK_N)
+    stays = left(read_ptr, free_ptr, R, -1, n, N, read_stride_r, read_stride_n, free_stride_r, BLOCK_N)
     if dusage_ptr is not None:
-        store(dusage_ptr + b * N + n, d * left * kept, mask=rows)
+        store(dusage_ptr + b * N + n, d * stays * kept, mask=rows)
     if dwrite_ptr is not None:
         for h in range(H):
-            others = _left(write_ptr, None, H, h, n, N, write_stride_h, write_stride_n, 0, BLOCK_N)
-            store(dwrite_ptr + (b * H + h) * N + n, d * left * (1 - usage) * others, mask=rows)
+            others = left(write_ptr, None, H, h, n, N, write_stride_h, write_stride_n, 0, BLOCK_N)
+            store(dwrite_ptr + (b * H + h) * N + n, d * stays * (1 - usage) * others, mask=rows)
     grown = usage + (1 - usage) * (1 - kept)
     for r in range(R):
         head = tl.cast(r, tl.int64)
-        others = _left(read_ptr, free_ptr, R, r, n, N, read_stride_r, read_stride_n, free_stride_r, BLOCK_N)
+        others = left(read_ptr, free_ptr, R, r, n, N, read_stride_r, read_stride_n, free_stride_r, BLOCK_N)
         dleft = -d * grown * others
         if dread_ptr is not None:
             store(dread_ptr + (b * R + head) * N + n, dleft * tl.load(free_ptr + head * free_stride_r).to(tl.float32), mask=rows)
