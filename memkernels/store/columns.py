@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from memkernels._checks import check_choice, check_dense, check_tensor, fail
+from memkernels.ops.store_gather import OP as GATHER
 
 Columns = dict[str, tuple[tuple[int, ...], torch.dtype]]
 ONE = "value"  # the column of a store that has one
@@ -127,3 +128,10 @@ def from_bytes(rows: torch.Tensor, column: Any) -> torch.Tensor:
     if rows.numel() == 0:
         return torch.empty(rows.shape[0], *shape, dtype=dtype, device=rows.device)
     return rows.view(dtype).view(rows.shape[0], *shape)
+
+
+def gather(column: Any, chunks: Sequence[torch.Tensor], firsts: Sequence[int], rows: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
+    """The values of `rows` in a column whose chunks are seen as bytes. They are the store's own and are not checked again at each call,
+    as `store_gather` does: of 39 chunks that takes 30 us, as much as the rest of a retrieve of one key."""
+    (found,) = GATHER([*chunks, as_bytes(default, row_bytes(*column))], firsts, rows)
+    return from_bytes(found, column)

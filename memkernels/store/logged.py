@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from memkernels._checks import fail
-from memkernels.ops import store_gather
-from memkernels.store.columns import Columns, as_bytes, from_bytes, row_bytes
+from memkernels.store.columns import Columns, as_bytes, gather, row_bytes
 from memkernels.store.index import Index
 from memkernels.store.inmemory import ADDED, KEPT, NEW, REPLACED
 from memkernels.store.key_use import KeyUse
@@ -250,7 +249,7 @@ class Logged:
         self._map()
         if self.verify != "never":
             self.log.check(rows)
-        return from_bytes(store_gather(self._chunks[name], self._firsts, rows, as_bytes(default, width)), (shape, dtype))
+        return gather((shape, dtype), self._chunks[name], self._firsts, rows, default)
 
     def _map(self) -> None:
         """The chunks of the log, seen as bytes; asked for again when rows came."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from memkernels._checks import fail
-from memkernels.ops import store_gather, store_scatter_
+from memkernels.ops import store_scatter_
 from memkernels.store.buffers import fresh, wipe
-from memkernels.store.columns import Columns, as_bytes, from_bytes, row_bytes
+from memkernels.store.columns import Columns, as_bytes, gather, row_bytes
 from memkernels.store.numbers import RowNumbers
 
 CHUNK_BYTES = 64 << 20  # of the widest column
@@ -77,7 +77,7 @@ class Pool:
         if not width:
             return torch.empty(rows.shape[0], *shape, dtype=dtype, device=self.device)
         chunks, firsts = self._bytes(name)
-        return from_bytes(store_gather(chunks, firsts, rows, as_bytes(default, width)), (shape, dtype))
+        return gather((shape, dtype), chunks, firsts, rows, default)
 
     def write(self, name: str, rows: torch.Tensor, values: torch.Tensor) -> None:
         """Of equal rows the last one stays; a negative row is left out."""
