@@ -163,23 +163,40 @@ Runs sort_by_part(const Table& table, const uint64_t* keys, int64_t from, int64_
   return out;
 }
 
-// step(item, leave) for every item, runs by several threads; those that answer false once more at the end, in order.
+// step(item, result, leave) for every item, runs by several threads; those that answer false once more at the end, in
+// order. The results lie in the order of the items: threads that write to the places of a batch at random take its
+// cache lines from each other.
 template <class Step>
-std::vector<Item> in_parts(const Table& table, const Runs& runs, const Step& step) {
-  std::vector<std::vector<Item>> later(size_t(runs.count()));
+void in_parts(const Table& table, const Runs& runs, int64_t* results, const Step& step) {
+  std::vector<std::vector<int64_t>> later(size_t(runs.count()));
   run_tasks(runs.count(), double(runs.begin.back()) * 100, 0, [&](int64_t r, char*) {
     const int64_t end = runs.begin[size_t(r) + 1];
-    for (int64_t i = runs.begin[size_t(r)]; i < end; i++) {
-      if (i + kGroup / 2 < end) __builtin_prefetch(table.at(home_of(runs.items[i + kGroup / 2].key, table.buckets)), 1);
-      const Item item = runs.items[i];
-      if (!step(runs.items[i], false)) later[size_t(r)].push_back(item);
+    for (int64_t k = runs.begin[size_t(r)]; k < end; k++) {
+      if (k + kGroup / 2 < end) __builtin_prefetch(table.at(home_of(runs.items[k + kGroup / 2].key, table.buckets)), 1);
+      if (!step(runs.items[k], results[k], false)) later[size_t(r)].push_back(k);
     }
   });
-  std::vector<Item> all;
+  std::vector<int64_t> all;
   for (const auto& some : later) all.insert(all.end(), some.begin(), some.end());
-  std::sort(all.begin(), all.end(), [](const Item& a, const Item& b) { return a.i < b.i; });
-  for (Item& item : all) step(item, true);
-  return all;
+  std::sort(all.begin(), all.end(), [&](int64_t a, int64_t b) { return runs.items[a].i < runs.items[b].i; });
+  for (const int64_t k : all) step(runs.items[k], results[k], true);
+}
+
+// The results of items, in the order of the batch; true: all are -1.
+bool in_order(const Runs& runs, const int64_t* results, int64_t from, int64_t* out) {
+  const int64_t n = runs.begin.back();
+  if (std::all_of(results, results + n, [](int64_t result) { return result == -1; })) {
+    std::fill(out + from, out + from + n, -1);
+    return true;
+  }
+  for (int64_t k = 0; k < n; k++) out[runs.items[k].i] = results[k];
+  return false;
+}
+
+bool consecutive(const int64_t* rows, int64_t n) {
+  bool so = true;
+  for (int64_t i = 1; i < n; i++) so &= rows[i] == rows[0] + i;
+  return so;
 }
 
 // The place of a new key, kept in its item in place of the key until it has its row.
@@ -196,30 +213,45 @@ struct Upsert {
   const int64_t* rows;
   int64_t *now, *old, rank;  // rank: new keys so far
 
-  // One slice of the batch. Assigned rows are pending, by place in the batch, until the order of the new keys is known.
+  // One slice of the batch. Which new key gets which row is known at its end; until then element i has row
+  // `first` + i - from: the one it gets if all keys are new, where rows follow each other, else a pending one.
   template <Mode mode, bool kInts>
   void slice(int64_t from, int64_t to) {
     Scratch scratch;
     const Runs runs = sort_by_part(table, keys, from, to, scratch);
-    const auto later = in_parts(table, runs, [&](Item& item, bool leave) {
-      const int64_t i = item.i, row = mode == Mode::assign ? kPending + i : rows[i];
-      const auto same = [&](int64_t other) { return kInts || text.same(i, other); };
+    int64_t* found = scratch.take<int64_t>(to - from);
+    const bool guessed = mode == Mode::assign && kInts && consecutive(rows + rank, to - from);
+    const int64_t first = guessed ? rows[rank] : kPending + from;
+    in_parts(table, runs, found, [&](Item& item, int64_t& before, bool leave) {
+      const int64_t at = item.i - from, row = mode == Mode::assign ? first + at : rows[item.i];
+      const auto same = [&](int64_t other) { return kInts || text.same(item.i, other); };
       const Upserted done = upsert(table, item.key, row, mode, leave, same);
-      item.key = code(done.place);
       if (done.place.bucket == kOutside) return false;
-      now[i] = done.now, old[i] = done.old;
+      // The row of an earlier element with this key, or one that just looks so: then that element has found it too.
+      const bool twice = guessed && done.old >= first && done.old < row && keys[done.old - first + from] == item.key;
+      before = twice ? done.old - first + from + kPending : done.old;
+      item.key = code(done.place);
       return true;
     });
+    const bool all_new = in_order(runs, found, from, old);
+    if (guessed && all_new) {
+      std::copy_n(rows + rank, to - from, now + from);
+      rank += to - from;
+      return;
+    }
+    for (int64_t i = from; i < to; i++) now[i] = row_now<mode>(i);
     if (mode != Mode::assign) return;
-    for (int64_t i = from; i < to; i++)
-      if (old[i] == -1)
-        now[i] = rows[rank++];
-      else if (old[i] >= kPending)
-        now[i] = old[i] = now[old[i] - kPending];
     run_tasks(runs.count(), double(to - from) * 50, 0, [&](int64_t r, char*) {
       for (int64_t k = runs.begin[size_t(r)]; k < runs.begin[size_t(r) + 1]; k++) give_row(table, runs.items[k], now);
     });
-    for (const Item& item : later) give_row(table, item, now);
+  }
+
+  template <Mode mode>
+  int64_t row_now(int64_t i) {
+    if (old[i] == -2) return -1;
+    if (old[i] == -1) return rows[mode == Mode::assign ? rank++ : i];
+    if (old[i] >= kPending) old[i] = now[old[i] - kPending];  // a key of this slice
+    return mode == Mode::replace ? rows[i] : old[i];
   }
 
   template <Mode mode, bool kInts>
@@ -283,14 +315,16 @@ void erase(const TensorView& removed_view, const TensorView& table_view, const T
   for (int64_t from = 0; from < n; from += kSlice) {
     Scratch scratch;
     const Runs runs = sort_by_part(table, keys, from, std::min(n, from + kSlice), scratch);
-    in_parts(table, runs, [&](const Item& item, bool leave) {
+    int64_t* found = scratch.take<int64_t>(runs.begin.back());
+    in_parts(table, runs, found, [&](const Item& item, int64_t& row, bool leave) {
       const int64_t home = home_of(item.key, table.buckets);
-      const Place found = table.find(item.key, home, leave, [&](int64_t row) { return text.same(item.i, row); });
-      if (found.bucket == kOutside) return false;
-      removed[item.i] = found.bucket < 0 ? -1 : row_at(table.at(found.bucket), found.place);
-      if (found.bucket >= 0) table.take_out(found, home);
+      const Place place = table.find(item.key, home, leave, [&](int64_t other) { return text.same(item.i, other); });
+      if (place.bucket == kOutside) return false;
+      row = place.bucket < 0 ? -1 : row_at(table.at(place.bucket), place.place);
+      if (place.bucket >= 0) table.take_out(place, home);
       return true;
     });
+    in_order(runs, found, from, removed);
   }
 }
 
