@@ -103,16 +103,6 @@ Rows<T> tile_of_rows(const AttentionTensor& t, const FewScratch<A>& w, int64_t b
   return {rows, t.row, w.index, count, width, more ? rows + kAhead * kTile * t.row : nullptr, true};
 }
 
-// The softmax of a query reads nothing from memory: the first rows that the pass over the values will fetch, a few for
-// each query, so that the memory goes on meanwhile (4 queries in float32: 4%).
-template <class T>
-MK_INLINE void fetch_during_softmax(const Rows<T>& values, int64_t query) {
-  constexpr int64_t kRows = 6, kLine = 64 / int64_t(sizeof(T));
-  if (!values.ahead) return;
-  for (int64_t i = query * kRows; i < smaller((query + 1) * kRows, kTile); i++)
-    for (int64_t j = 0; j < values.width; j += kLine) __builtin_prefetch(values.ahead + i * values.stride + j, 0, 2);
-}
-
 template <class A, class T>
 void few_forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t split,
                  void* memory) {
@@ -130,7 +120,7 @@ void few_forward(const AttentionArgs& a, int64_t b, int64_t h, int64_t begin, in
     dot_rows<T, Dot::plain>(tile_of_rows<A, T>(a.key, w, b, shared, first, count, a.width, more), n, w.query, w.scores);
     const Rows<T> values = tile_of_rows<A, T>(a.value, w, b, shared, first, count, width, more);
     for (int64_t i = 0; i < n; i++) {
-      fetch_during_softmax(values, i);
+      values.fetch_early(i);
       A* s = w.scores + i * kTile;
       const A factor = few_scores<A, T>(a, w, b, h, begin + i, first, count, s);
       const A shrink = softmax_row(s, {0, count}, factor, w.base[i], w.total[i], a.seed ? w.kept : nullptr);

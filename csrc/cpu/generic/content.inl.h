@@ -154,9 +154,12 @@ void content_forward(const ContentArgs& a, int64_t b, int64_t begin, int64_t end
     const bool more = n + (kAhead + 1) * a.tile <= a.rows;  // of the next task too: it mostly follows on this thread
     const int64_t coming = n + kAhead * a.tile;
     const S *next = memory + coming * a.memory_n, *next_value = value + coming * value_n;
+    const Rows<S> values{
+        value + n * value_n, value_n, t.index, count, out_width, more && a.reads ? next_value : nullptr, once};
     similarities(a, Rows<S>{memory + n * a.memory_n, a.memory_n, t.index, count, a.width, more ? next : nullptr, once},
                  t);
     for (int64_t r = 0; r < a.heads; r++) {
+      values.fetch_early(r);
       if (a.logits) {
         A* kept = static_cast<A*>(a.logits) + (b * a.heads + r) * a.rows + n;
         for (int64_t i = 0; i < count; i++) t.along[i] = t.strength[r] * t.logit[r * kTile + i];
@@ -165,7 +168,6 @@ void content_forward(const ContentArgs& a, int64_t b, int64_t begin, int64_t end
       soften(t.strength[r], count, t.logit + r * kTile, largest[r], sum[r], read + r * out_width, out_width);
     }
     if (!a.reads) continue;
-    const Rows<S> values{value + n * value_n, value_n, t.index, count, out_width, more ? next_value : nullptr, once};
     add_rows(values, a.heads, t.logit, read);
   }
 }

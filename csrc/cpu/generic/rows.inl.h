@@ -43,6 +43,14 @@ struct Rows {
     for (int64_t j = from; j < to; j += kLine) __builtin_prefetch(row + j, 0, 2);
   }
   MK_INLINE int64_t rows_half() const { return count / 2; }
+  // The softmax of a head reads nothing from memory: some of what one pass alone fetches, so that the memory goes on
+  // meanwhile (attention of 1 and 4 queries over 268 MB: 5% in float32, 10% in bfloat16; content_read with values: 8%).
+  MK_INLINE void fetch_early(int64_t head) const {
+    if (!ahead || !one_pass) return;
+    constexpr int64_t kLine = 64 / int64_t(sizeof(S)), kEach = 6;
+    for (int64_t i = head * kEach; i < count && i < (head + 1) * kEach; i++)
+      for (int64_t j = 0; j < width; j += kLine) __builtin_prefetch(ahead + i * stride + j, 0, 2);
+  }
   // The pages of the tile after the one that is fetched: a tenth of the time of one pass over memory in small pages,
   // and as much lost where two passes share the fetching.
   MK_INLINE void touch() const {
