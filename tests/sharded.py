@@ -78,6 +78,23 @@ def check_topk_read(rank, size):
                 close(got.grad, t.grad.split(s)[rank], dtype, f"{what} d{name}")
 
 
+def check_autocast(rank, size):
+    """Reads are those of the memory's dtype, whichever ranks have autocast on, and whatever it has made of the queries."""
+    torch.manual_seed(rank)
+    rows, query = torch.randn(300, 16, requires_grad=True), torch.randn(3, 16).bfloat16()
+
+    def read(query):
+        found = [memory.content_read(query, torch.ones(3)), *memory.topk_read(query, 5)]
+        return found, torch.autograd.grad(found[0].sum() + found[1].sum(), rows)[0]
+
+    memory = ShardedMemory(rows)
+    wanted, gradient = read(query.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=rank == 0):
+        found, lower = read(query if rank == 0 else query.float())
+    for a, b in zip((*found, lower), (*wanted, gradient)):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
 def check_writes(rank, size):
     """Rows go to their owners; the last rank wins, or all are added up."""
     rows = SIZES[0][:size]
@@ -111,6 +128,18 @@ def check_errors(rank, size):
     refused(ValueError, "expected the same k on all ranks", lambda: memory.topk_read(torch.ones(1, 3), 1 + last))
     refused(
         TypeError, "expected the same dtype on all ranks", lambda: ShardedMemory(torch.ones(1, 3, dtype=torch.float64 if last else None))
+    )
+    refused(
+        *(TypeError, "key: expected a tensor") if last else (RuntimeError, other), lambda: ShardedMemory(None if last else torch.ones(2, 3))
+    )
+    meta = torch.ones(2, 3, device="meta" if last else "cpu")
+    refused(*(ValueError, "got device meta") if last else (RuntimeError, other), lambda: ShardedMemory(meta))
+    refused(
+        *(ValueError, "scale: expected a finite number") if last else (RuntimeError, other),
+        lambda: memory.topk_read(torch.ones(1, 3), 1, scale=torch.nan if last else 1.0),
+    )
+    refused(
+        *(OverflowError, "") if last else (RuntimeError, other), lambda: memory.topk_read(torch.ones(1, 3), 1, scale=10**400 if last else 1)
     )
     wrong = (IndexError, f"index: expected rows 0 to N-1={2 * size - 1}, got 2 to 99") if last else (RuntimeError, other)
     refused(*wrong, lambda: memory.write(torch.tensor([2, 99 if last else 1]), torch.zeros(2, 3)))

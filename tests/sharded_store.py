@@ -131,6 +131,22 @@ def check_errors(rank, size):
         store.local.close()
     with _raises(*(ValueError, "closed") if last else (RuntimeError, f"rank {size - 1}: expected what succeeds here")):
         store.contains([1])
+    with _raises(*(ValueError, "closed") if last else other):
+        len(store)
+    for wrong, error, text in (
+        (dict(device="nowhere"), RuntimeError, "Expected one of cpu"),
+        (dict(device="meta"), ValueError, "ShardedStore: device: expected a device that holds data, got meta"),
+        (dict(path=5), TypeError, "ShardedStore: path: expected a path, got int"),
+        (dict(durability="twice"), ValueError, "durability"),
+    ):
+        with _raises(*(error, text) if last else (RuntimeError, f"ShardedStore: rank {size - 1}: expected ")):
+            ShardedStore(2, **(wrong if last else {}))
+    with _raises(*(TypeError, "path: expected a path, got NoneType") if last else other):
+        ShardedStore.open(None if last else "nothing")
+    with _raises(*(ValueError, "mode: expected one of 'r', 'w', got 'x'") if last else other):
+        ShardedStore.open("nothing", mode="x" if last else "r")
+    with pytest.raises(ValueError, match="ShardedStore: mode: expected the same mode on all ranks"):
+        ShardedStore.open("nothing", mode="r" if last else "w")
     fresh = ShardedStore(2)
     fresh.store([rank], torch.zeros(1, 2))
     assert len(fresh) == size
@@ -197,3 +213,52 @@ def check_damage(path, rank, size):
         with _raises(StoreError, "there is a store at"):
             ShardedStore(2, path=path, group=alone)
     dist.barrier()
+
+
+def check_failures(path, rank, size):
+    """What fails on one rank raises on all, leaves nothing open, and can be tried again."""
+    last, kept = rank == size - 1, []
+
+    def refused(error, text, call):
+        try:
+            call()
+        except error as raised:
+            assert text in str(raised), str(raised)
+            kept.append(raised)  # with its frames, as a program that logs it later would
+        else:
+            raise AssertionError(f"not refused: {text}")
+
+    refused(ValueError, "the same keys and columns", lambda: ShardedStore(3 if last else 2, path=path))
+    with ShardedStore(2, path=path) as store:  # the folders of the failed call are gone
+        store.store(torch.arange(500) + 500 * rank, torch.ones(500, 2))
+        store.commit()
+    shard = path / "generation-000001" / f"rank-{size - 1:05d}-of-{size:05d}"
+    dist.barrier()
+    if last:
+        shard.rename(path / "elsewhere")
+    dist.barrier()
+    refused(*(StoreError, "no store at") if last else (RuntimeError, f"rank {size - 1}:"), lambda: ShardedStore.open(path))
+    dist.barrier()
+    if last:
+        (path / "elsewhere").rename(shard)
+    dist.barrier()
+    with ShardedStore.open(path) as store:  # nobody holds a shard any more
+        assert len(store) == 500 * size
+    pair = dist.new_group([0, 1])  # rank 1 reads the shard of rank 3
+    dist.barrier()
+    if rank > 1:
+        return
+    segment = next(shard.glob("segment-*"))
+    whole = segment.read_bytes()
+    dist.barrier(pair)
+    if rank == 1:
+        segment.write_bytes(whole[:-200] + bytes(200))
+    dist.barrier(pair)
+    damaged = (StoreFormatError, "damaged") if rank == 1 else (RuntimeError, "rank 1: expected what succeeds here")
+    refused(*damaged, lambda: ShardedStore.open(path, group=pair))
+    dist.barrier(pair)
+    if rank == 1:
+        segment.write_bytes(whole)
+    dist.barrier(pair)
+    with ShardedStore.open(path, group=pair) as store:
+        assert len(store) == 500 * size and store.retrieve([1])[0].tolist() == [[1.0, 1.0]]

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from memkernels._checks import FLOATS, Signature, check_choice, check_flag, check_number, fail
-from memkernels.distributed._collectives import agree, check_group, gathered, summed, tell
+from memkernels._checks import FLOATS, Signature, check_choice, check_flag, fail
+from memkernels._compat import no_autocast
+from memkernels.distributed._collectives import agree, check_group, check_held, gathered, speaking, summed, tell
+from memkernels.ops._attention import softmax_scale
 from memkernels.ops.attention import attention
 from memkernels.ops.topk_read import MOST, topk_read
 from memkernels.ops.weighted_bag import weighted_bag
@@ -22,7 +24,7 @@ class ShardedMemory:
     """N rows of a memory over the ranks of a process group, in rank order; reads are exact, as if one process held all of them.
 
     Every rank asks for its own queries; they travel to all shards, and what the shards answer is merged. All ranks of the group must make
-    each call, and its backward, together.
+    each call, and its backward, together. Under autocast too reads are in the memory's dtype, to which queries are brought.
 
     Args:
         key: "n W", this rank's rows (global rows offset to offset + n - 1); float64, float32, bfloat16 or float16. n may differ, and be 0.
@@ -48,6 +50,7 @@ class ShardedMemory:
 
         def plan() -> dict[str, float]:
             dims = SHARD(key, value)
+            check_held(NAME, key=key)
             return {
                 "W": dims["W"],
                 "V": dims.get("V", dims["W"]),
@@ -56,7 +59,7 @@ class ShardedMemory:
                 "n": dims["n"],
             }
 
-        device = key.device if isinstance(key, torch.Tensor) else torch.device("cpu")
+        device = speaking(key.device if isinstance(key, torch.Tensor) else "cpu")
         plans = agree(NAME, "key", ("W", "V", "dtype", "value"), ("n",), plan, device, group)
         self.key, self.value, self.rank = key, value, dist.get_rank(group)
         self.sizes = [int(p["n"]) for p in plans]
@@ -84,7 +87,9 @@ class ShardedMemory:
 
         plans = agree(NAME, "key", ("similarity", "gradients"), ("R",), plan, self.key.device, self.group)
         sizes = [int(p["R"]) for p in plans]
-        return _ContentRead.apply(self.key, key, strength, self.value, mask, similarity, sizes, self.group)
+        with no_autocast(self.key.device.type):
+            key, strength = key.to(self.key.dtype), strength.to(self.key.dtype)
+            return _ContentRead.apply(self.key, key, strength, self.value, mask, similarity, sizes, self.group)
 
     def topk_read(
         self, query: torch.Tensor, k: int, *, scale: float | None = None, mask: torch.Tensor | None = None
@@ -105,16 +110,18 @@ class ShardedMemory:
             dims = TOPK(self.key, query, mask)
             if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= MOST:
                 fail(NAME, "k", f"an integer from 1 to {MOST}", k)
-            factor = max(dims["W"], 1) ** -0.5 if scale is None else float(check_number(NAME, "scale", scale))
+            factor = float(softmax_scale(NAME, scale, dims["W"]))
             wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, self.key, self.value))
             return {"k": k, "scale": factor, "gradients": wants, "Q": dims["Q"]}
 
         plans = agree(NAME, "query", ("k", "scale", "gradients"), ("Q",), plan, self.key.device, self.group)
         sizes = [int(p["Q"]) for p in plans]
-        with torch.no_grad():
-            queries = gathered(query, sizes, self.group)
-            index = self._best(*_local_top(queries, self.key, mask, k), len(plans))
-        return _TopkRead.apply(self.key, query, self.value, index, self.offset, plans[self.rank]["scale"], sizes, self.group)
+        with no_autocast(self.key.device.type):
+            query = query.to(self.key.dtype)
+            with torch.no_grad():
+                queries = gathered(query, sizes, self.group)
+                index = self._best(*_local_top(queries, self.key, mask, k), len(plans))
+            return _TopkRead.apply(self.key, query, self.value, index, self.offset, plans[self.rank]["scale"], sizes, self.group)
 
     def write(self, index: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None = None, *, accumulate: bool = False) -> None:
         """Writes rows in place, wherever they lie: each goes to the rank that owns it. Without a gradient.
