@@ -1,13 +1,16 @@
 """What the processes of tests/test_sharded_store.py run of ShardedStore: random calls against a dict, errors, other numbers of ranks."""
 
+import os
 import random
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from memkernels.distributed import ShardedStore
+from memkernels.distributed import ShardedStore, _shards
 from memkernels.distributed._routing import owners
+from memkernels.store import KeyValueStore
 from memkernels.store.errors import StoreError, StoreFormatError
 from memkernels.store.keys import as_batch
 
@@ -96,7 +99,7 @@ def check_one_column(rank, size):
     """The last rank wins, sums are of all ranks, the keys are spread evenly, and the place of a key never changes."""
     store = ShardedStore(3, dtype=torch.float64)
     store.store([5, 6], torch.full((2, 3), float(rank), dtype=torch.float64))
-    assert store.retrieve([5])[0].tolist() == [[size - 1.0] * 3]
+    assert store.retrieve([5])[0].tolist() == [[size - 1.0] * 3] and store.retrieve([5], columns=[])[0] == {}
     store.store([6], torch.ones(1, 3, dtype=torch.float64), accumulate=True)
     assert store.retrieve([6])[0].tolist() == [[2.0 * size - 1] * 3]
     many = as_batch("test", "int64", torch.arange(40_000))
@@ -260,5 +263,21 @@ def check_failures(path, rank, size):
     if rank == 1:
         segment.write_bytes(whole)
     dist.barrier(pair)
-    with ShardedStore.open(path, group=pair) as store:
-        assert len(store) == 500 * size and store.retrieve([1])[0].tolist() == [[1.0, 1.0]]
+    with pytest.MonkeyPatch.context() as patch:
+        held = _durable_when_named(patch, rank)
+        with ShardedStore.open(path, group=pair, durability="async") as store:
+            assert len(store) == 500 * size and store.retrieve([1])[0].tolist() == [[1.0, 1.0]] and held == [len(store.local)]
+
+
+def _durable_when_named(patch, rank):
+    """Rows that are on disk of this rank's new shard when it takes the old ones' place; a disk that takes its time."""
+    held, name, sync = [], _shards.write_current, os.fdatasync
+
+    def named(root, number, ranks, rank):
+        with KeyValueStore.open(_shards.folder(root, number, rank, ranks)) as store:
+            held.append(len(store))
+        name(root, number, ranks, rank)
+
+    patch.setattr(_shards, "write_current", named)
+    patch.setattr(os, "fdatasync", lambda fd: (time.sleep(0.2), sync(fd)))
+    return held

@@ -137,24 +137,25 @@ class ShardedStore:
         assert root is not None
         number, ranks = _shards.current(root, self.device, group)
         try:
-            if ranks == self.size:
-                own = _shards.folder(root, number, self.rank, ranks)
-                opened = partial(KeyValueStore.open, own, mode, durability=durability)
-                self.local = together(NAME, opened, self.device, group, KeyValueStore.close)
-                if mode == "w":
-                    _shards.remove_others(root, number)
-            elif mode == "r":
-                fail(NAME, "mode", f"'w' to spread the keys of {ranks} ranks over {self.size}", "'r'")
-            else:
-                self._spread(root, number, ranks, durability)
+            if ranks != self.size:
+                if mode == "r":
+                    fail(NAME, "mode", f"'w' to spread the keys of {ranks} ranks over {self.size}", "'r'")
+                self._spread(root, number, ranks)
+                number += 1
+            own = _shards.folder(root, number, self.rank, self.size)
+            opened = partial(KeyValueStore.open, own, mode, durability=durability)
+            self.local = together(NAME, opened, self.device, group, KeyValueStore.close)
+            if mode == "w":
+                _shards.remove_others(root, number)
             self._same_schema()
         except BaseException:
             self._abandon(None)
             raise
         return self
 
-    def _spread(self, root: Path, number: int, ranks: int, durability: str) -> None:
-        """Takes over the shards of `ranks` ranks as a new generation of folders."""
+    def _spread(self, root: Path, number: int, ranks: int) -> None:
+        """Takes over the shards of `ranks` ranks as a new generation of folders, durable before the old ones go: whatever durability the
+        caller wants of later commits, these keys had been committed."""
         mine = _shards.shared_out(root, number, ranks, self.device, self.group)
         with contextlib.ExitStack() as stack:
 
@@ -167,13 +168,14 @@ class ShardedStore:
 
             def make() -> KeyValueStore:
                 folder = _shards.folder(root, number + 1, self.rank, self.size)
-                return KeyValueStore(columns=columns, key_type=key_type, path=folder, durability=durability)
+                return KeyValueStore(columns=columns, key_type=key_type, path=folder, durability="commit")
 
             # All leftovers are gone before a rank makes its folder.
             together(NAME, lambda: _shards.remove_others(root, number), self.device, self.group)
             self.local = together(NAME, make, self.device, self.group, KeyValueStore.close)
             self._take_over(batch for store in old for batch in store.items())
             self.commit()
+            self.close()
         together(NAME, lambda: _shards.write_current(root, number + 1, self.size, self.rank), self.device, self.group)
         together(NAME, lambda: _shards.remove_others(root, number + 1), self.device, self.group)
 
@@ -234,7 +236,7 @@ class ShardedStore:
         for name in names if default is not None else ():
             there = found.view(-1, *[1] * len(wanted[name][0]))
             answers[name] = torch.where(there, answers[name], defaults[name])
-        return (answers["value"] if list(self.columns) == ["value"] else {name: answers[name] for name in names}), found
+        return (answers["value"] if list(self.columns) == ["value"] and names else {name: answers[name] for name in names}), found
 
     def erase(self, keys: Any) -> torch.Tensor:
         """Takes this rank's "n" keys out, wherever they lie; bool "n": which were there (of equal keys the first one, ranks in order)."""
