@@ -78,8 +78,24 @@ def check_topk_read(rank, size):
                 close(got.grad, t.grad.split(s)[rank], dtype, f"{what} d{name}")
 
 
-def check_autocast(rank, size):
-    """Reads are those of the memory's dtype, whichever ranks have autocast on, and whatever it has made of the queries."""
+def check_second_order(rank, size):
+    """A second derivative raises, also where it is one part of a loss, and is not zero."""
+    for with_value in (False, True):
+        key, value = torch.randn(3, 4, requires_grad=True), torch.randn(3, 2, requires_grad=True) if with_value else None
+        memory, query = ShardedMemory(key, value), torch.randn(2, 4, requires_grad=True)
+        for read in (memory.content_read(query, torch.ones(2)), memory.topk_read(query, 2)[0]):
+            gradients = torch.autograd.grad(read.sum(), (query, key), create_graph=True)
+            for gradient in gradients:
+                try:
+                    (gradient.square().sum() + query.sum()).backward(retain_graph=True)
+                except RuntimeError as error:
+                    assert "ShardedMemory: gradients: expected to be taken once" in str(error)
+                else:
+                    raise AssertionError("double backward did not raise")
+
+
+def check_modes(rank, size):
+    """Reads are those of the memory's dtype, whichever ranks have autocast on and whatever it made of queries; without gradients too."""
     torch.manual_seed(rank)
     rows, query = torch.randn(300, 16, requires_grad=True), torch.randn(3, 16).bfloat16()
 
@@ -93,6 +109,10 @@ def check_autocast(rank, size):
         found, lower = read(query if rank == 0 else query.float())
     for a, b in zip((*found, lower), (*wanted, gradient)):
         assert a.dtype == b.dtype and torch.equal(a, b)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found = [memory.content_read(query.float(), torch.ones(3)), *memory.topk_read(query.float(), 5)]
+        assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(found, wanted))
 
 
 def check_writes(rank, size):

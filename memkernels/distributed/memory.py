@@ -10,6 +10,7 @@ import torch.distributed as dist
 from memkernels._checks import FLOATS, Signature, check_choice, check_flag, fail
 from memkernels._compat import no_autocast
 from memkernels.distributed._collectives import agree, check_group, check_held, gathered, speaking, summed, tell
+from memkernels.distributed._first_order import first_order
 from memkernels.ops._attention import softmax_scale
 from memkernels.ops.attention import attention
 from memkernels.ops.topk_read import MOST, topk_read
@@ -89,7 +90,8 @@ class ShardedMemory:
         sizes = [int(p["R"]) for p in plans]
         with no_autocast(self.key.device.type):
             key, strength = key.to(self.key.dtype), strength.to(self.key.dtype)
-            return _ContentRead.apply(self.key, key, strength, self.value, mask, similarity, sizes, self.group)
+            wants = bool(plans[self.rank]["gradients"])
+            return _ContentRead.apply(self.key, key, strength, self.value, mask, similarity, wants, sizes, self.group)
 
     def topk_read(
         self, query: torch.Tensor, k: int, *, scale: float | None = None, mask: torch.Tensor | None = None
@@ -206,23 +208,31 @@ class _ContentRead(torch.autograd.Function):
     reaches its read is w dread, and its log-sum-exp w dread . (its read - read)."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Any, key: Any, strength: Any, value: Any, mask: Any, similarity: str, sizes: list[int], group: Any) -> Any:
+    def forward(
+        ctx: Any, rows: Any, key: Any, strength: Any, value: Any, mask: Any, similarity: str, wants: bool, sizes: list[int], group: Any
+    ) -> Any:
         wide, given = _wide(rows), (rows, gathered(key, sizes, group), gathered(strength, sizes, group), value)
-        with torch.enable_grad():
-            leaves: list[Any] = [t if t is None else t.detach().to(wide).requires_grad_() for t in given]
+        with torch.set_grad_enabled(wants):  # inference mode refuses to record
+            leaves: list[Any] = [t if t is None else t.detach().to(wide).requires_grad_(wants) for t in given]
             part, lse = _part(leaves[0], leaves[1], leaves[2], leaves[3], mask, similarity)
         top = gathered(lse[None], [1] * len(sizes), group).amax(0)
         share = torch.exp(lse.detach() - top.masked_fill(top == -torch.inf, 0))
         total = summed(share, group)
         share = (share / total.masked_fill(total == 0, 1))[:, None]
         read = summed(share * part.detach(), group)
+        ctx.save_for_backward(rows, key, strength, value)
         ctx.part, ctx.lse, ctx.leaves, ctx.share, ctx.read = part, lse, leaves, share, read
         ctx.sizes, ctx.group, ctx.dtypes = sizes, group, [None if t is None else t.dtype for t in given]
         return read.split(sizes)[dist.get_rank(group)].to(key.dtype, copy=True)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dread: Any) -> tuple[Any, ...]:
+        found = _ContentRead.gradients(ctx, dread)
+        return *first_order(NAME, found, (*ctx.saved_tensors, dread)), None, None, None, None, None
+
+    @staticmethod
+    @torch.no_grad()
+    def gradients(ctx: Any, dread: Any) -> tuple[Any, ...]:
         dread = ctx.share * gathered(dread, ctx.sizes, ctx.group).to(ctx.read.dtype)
         upstream = dread, (dread * (ctx.part.detach() - ctx.read)).sum(1)
         given = [t for t in ctx.leaves if t is not None]
@@ -230,7 +240,7 @@ class _ContentRead(torch.autograd.Function):
         mine = dist.get_rank(ctx.group)
         dkey, dstrength = (summed(t, ctx.group).split(ctx.sizes)[mine] for t in (dkeys, dstrengths))
         found = [t.to(kind) for t, kind in zip((drows, dkey, dstrength, *dvalue), ctx.dtypes)]
-        return (*found, *[None] * (8 - len(found)))
+        return tuple(found) if dvalue else (*found, None)
 
 
 def _part(rows: torch.Tensor, key: torch.Tensor, strength: torch.Tensor, value: Any, mask: Any, similarity: str) -> tuple[Any, Any]:
@@ -262,16 +272,21 @@ class _TopkRead(torch.autograd.Function):
         nothing = (index < 0).all(1, keepdim=True)
         weights = torch.softmax(scores.masked_fill(nothing, 0), 1).masked_fill(index < 0, 0)
         read = summed(weighted_bag(values.to(wide), local, weights), group)
-        ctx.save_for_backward(rows, queries, value, local, weights)
+        ctx.save_for_backward(rows, query, value, queries, local, weights)
         ctx.scale, ctx.sizes, ctx.group, ctx.dtype = scale, sizes, group, query.dtype
         found = tuple(t.split(sizes)[mine].clone() for t in (read.to(query.dtype), weights.to(query.dtype), index))
         ctx.mark_non_differentiable(found[2])
         return found
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dread: Any, dweights: Any, _: Any) -> tuple[Any, ...]:
-        rows, queries, value, local, weights = ctx.saved_tensors
+        found = _TopkRead.gradients(ctx, dread, dweights)
+        return *first_order(NAME, found, (*ctx.saved_tensors[:3], dread, dweights)), None, None, None, None, None
+
+    @staticmethod
+    @torch.no_grad()
+    def gradients(ctx: Any, dread: Any, dweights: Any) -> tuple[Any, ...]:
+        rows, _, value, queries, local, weights = ctx.saved_tensors
         wide, values = weights.dtype, rows if value is None else value
         dread, dweights = (gathered(t, ctx.sizes, ctx.group).to(wide) for t in (dread, dweights))
         direct = ((_chosen(values, local).to(wide) * dread[:, None]).sum(-1) + dweights).masked_fill(local < 0, 0)
@@ -281,7 +296,7 @@ class _TopkRead(torch.autograd.Function):
         drows, dvalues = (_spread(t, local, x, y) for t, x, y in ((rows, dscores, queries), (values, weights, dread)))
         dvalue = None if value is None else dvalues.to(value.dtype)
         drows = drows + dvalues if value is None else drows
-        return drows.to(rows.dtype), dquery.to(ctx.dtype), dvalue, None, None, None, None, None
+        return drows.to(rows.dtype), dquery.to(ctx.dtype), dvalue
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:

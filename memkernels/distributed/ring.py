@@ -11,6 +11,7 @@ import torch.distributed as dist
 from memkernels._checks import FLOATS, Signature, check_flag, fail
 from memkernels._compat import autocast_enabled, no_autocast
 from memkernels.distributed._collectives import check_group, check_held, speaking, tell
+from memkernels.distributed._first_order import first_order
 from memkernels.ops._attention import softmax_scale
 from memkernels.ops._attention_parts import Part, part_backward, part_forward
 
@@ -241,21 +242,7 @@ class _RingAttention(torch.autograd.Function):
         saved = ctx.saved_tensors
         with torch.no_grad():
             found = _gradients(ctx.call, saved, dout, dlse)
-        if torch.is_grad_enabled():  # create_graph
-            found = _FirstOrder.apply(*found, *saved[:3], dout, dlse)
-        return *found, None, None, None, None
-
-
-class _FirstOrder(torch.autograd.Function):
-    """Hands gradients on; who differentiates them is told, and not given zero."""
-
-    @staticmethod
-    def forward(ctx: Any, dquery: Any, dkey: Any, dvalue: Any, *of: Any) -> Any:
-        return dquery, dkey, dvalue
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:
-        raise RuntimeError("ring_attention: gradients: expected to be taken once, got a second derivative (first order only)")
+        return *first_order("ring_attention", found, (*saved[:3], dout, dlse)), None, None, None, None
 
 
 def _gradients(call: tuple[Any, ...], saved: tuple[Any, ...], dout: Any, dlse: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
