@@ -1,6 +1,7 @@
 """What the processes of tests/test_distributed.py run of ShardedMemory: reads, gradients and writes against one process with all rows."""
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import memkernels as mk
 from memkernels.distributed import ShardedMemory
@@ -95,7 +96,7 @@ def check_second_order(rank, size):
 
 
 def check_modes(rank, size):
-    """Reads are those of the memory's dtype, whichever ranks have autocast on and whatever it made of queries; without gradients too."""
+    """Reads are those of the memory's dtype under autocast of some ranks; recomputed they are the same, and without gradients."""
     torch.manual_seed(rank)
     rows, query = torch.randn(300, 16, requires_grad=True), torch.randn(3, 16).bfloat16()
 
@@ -109,6 +110,13 @@ def check_modes(rank, size):
         found, lower = read(query if rank == 0 else query.float())
     for a, b in zip((*found, lower), (*wanted, gradient)):
         assert a.dtype == b.dtype and torch.equal(a, b)
+
+    def both(query):
+        return memory.content_read(query, torch.ones(3)) + memory.topk_read(query, 5)[0]
+
+    again = checkpoint(both, query.float().requires_grad_(), use_reentrant=False)
+    for a, b in zip(torch.autograd.grad(again.sum(), rows), torch.autograd.grad(both(query.float()).sum(), rows)):
+        assert torch.equal(a, b)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             found = [memory.content_read(query.float(), torch.ones(3)), *memory.topk_read(query.float(), 5)]

@@ -280,13 +280,14 @@ class _TopkRead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dread: Any, dweights: Any, _: Any) -> tuple[Any, ...]:
-        found = _TopkRead.gradients(ctx, dread, dweights)
-        return *first_order(NAME, found, (*ctx.saved_tensors[:3], dread, dweights)), None, None, None, None, None
+        saved = ctx.saved_tensors  # once: a checkpoint computes them again each time
+        found = _TopkRead.gradients(ctx, saved, dread, dweights)
+        return *first_order(NAME, found, (*saved[:3], dread, dweights)), None, None, None, None, None
 
     @staticmethod
     @torch.no_grad()
-    def gradients(ctx: Any, dread: Any, dweights: Any) -> tuple[Any, ...]:
-        rows, _, value, queries, local, weights = ctx.saved_tensors
+    def gradients(ctx: Any, saved: Any, dread: Any, dweights: Any) -> tuple[Any, ...]:
+        rows, _, value, queries, local, weights = saved
         wide, values = weights.dtype, rows if value is None else value
         dread, dweights = (gathered(t, ctx.sizes, ctx.group).to(wide) for t in (dread, dweights))
         direct = ((_chosen(values, local).to(wide) * dread[:, None]).sum(-1) + dweights).masked_fill(local < 0, 0)
