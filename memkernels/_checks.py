@@ -198,6 +198,14 @@ def check_number(op: str, argument: str, got: Any) -> Any:
     return float(got)
 
 
+def check_finite(op: str, argument: str, got: Any) -> Any:
+    """A number, neither infinite nor NaN."""
+    number = check_number(op, argument, got)
+    if not -float("inf") < number < float("inf"):
+        fail(op, argument, "a finite number", number)
+    return number
+
+
 def check_flag(op: str, argument: str, got: Any) -> None:
     if not isinstance(got, (bool, torch.SymBool)):
         fail(op, argument, "True or False", repr(got), TypeError)

@@ -152,12 +152,17 @@ def check_errors(rank, size):
     refused(ValueError, "the same is_causal on all ranks, got 0", is_causal=last)
     refused(ValueError, "the same scale on all ranks, got 1.0", scale=2.0 if last else 1.0)
     refused(ValueError, "expected a call that needs gradients on all ranks or on none", plain.clone().requires_grad_(last), plain, plain)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=last):
+        refused(TypeError, "the same dtype on all ranks, got float32")
+    refused(ValueError, "ring_attention: scale: expected a finite number", scale=torch.inf)
+    refused(ValueError, "ring_attention: query: expected a tensor on a device that holds data", *[plain.to("meta")] * 3)
     if last:
+        refused(OverflowError, "", scale=10**400)
         refused(ValueError, "ring_attention: key: expected [B NHk K D]", plain, wrong, plain)
         refused(TypeError, "ring_attention: key: expected a tensor, got NoneType", plain, None, plain)
         refused(ValueError, "ring_attention: key: expected a divisor of 2 heads", plain, *[torch.zeros(1, 3, 3, 4)] * 2)
         refused(TypeError, "ring_attention: is_causal: expected True or False", is_causal=1)
     else:
-        for _ in range(4):
+        for _ in range(5):
             refused(RuntimeError, f"ring_attention: rank {size - 1}: expected arguments like here")
     agree(rank, torch.float64, [2] * size, [2] * size)

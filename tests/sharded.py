@@ -1,6 +1,7 @@
 """What the processes of tests/test_distributed.py run of ShardedMemory: reads, gradients and writes against one process with all rows."""
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import memkernels as mk
 from memkernels.distributed import ShardedMemory
@@ -78,6 +79,50 @@ def check_topk_read(rank, size):
                 close(got.grad, t.grad.split(s)[rank], dtype, f"{what} d{name}")
 
 
+def check_second_order(rank, size):
+    """A second derivative raises, also where it is one part of a loss, and is not zero."""
+    for with_value in (False, True):
+        key, value = torch.randn(3, 4, requires_grad=True), torch.randn(3, 2, requires_grad=True) if with_value else None
+        memory, query = ShardedMemory(key, value), torch.randn(2, 4, requires_grad=True)
+        for read in (memory.content_read(query, torch.ones(2)), memory.topk_read(query, 2)[0]):
+            gradients = torch.autograd.grad(read.sum(), (query, key), create_graph=True)
+            for gradient in gradients:
+                try:
+                    (gradient.square().sum() + query.sum()).backward(retain_graph=True)
+                except RuntimeError as error:
+                    assert "ShardedMemory: gradients: expected to be taken once" in str(error)
+                else:
+                    raise AssertionError("double backward did not raise")
+
+
+def check_modes(rank, size):
+    """Reads are those of the memory's dtype under autocast of some ranks; recomputed they are the same, and without gradients."""
+    torch.manual_seed(rank)
+    rows, query = torch.randn(300, 16, requires_grad=True), torch.randn(3, 16).bfloat16()
+
+    def read(query):
+        found = [memory.content_read(query, torch.ones(3)), *memory.topk_read(query, 5)]
+        return found, torch.autograd.grad(found[0].sum() + found[1].sum(), rows)[0]
+
+    memory = ShardedMemory(rows)
+    wanted, gradient = read(query.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=rank == 0):
+        found, lower = read(query if rank == 0 else query.float())
+    for a, b in zip((*found, lower), (*wanted, gradient)):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+    def both(query):
+        return memory.content_read(query, torch.ones(3)) + memory.topk_read(query, 5)[0]
+
+    again = checkpoint(both, query.float().requires_grad_(), use_reentrant=False)
+    for a, b in zip(torch.autograd.grad(again.sum(), rows), torch.autograd.grad(both(query.float()).sum(), rows)):
+        assert torch.equal(a, b)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found = [memory.content_read(query.float(), torch.ones(3)), *memory.topk_read(query.float(), 5)]
+        assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(found, wanted))
+
+
 def check_writes(rank, size):
     """Rows go to their owners; the last rank wins, or all are added up."""
     rows = SIZES[0][:size]
@@ -111,6 +156,18 @@ def check_errors(rank, size):
     refused(ValueError, "expected the same k on all ranks", lambda: memory.topk_read(torch.ones(1, 3), 1 + last))
     refused(
         TypeError, "expected the same dtype on all ranks", lambda: ShardedMemory(torch.ones(1, 3, dtype=torch.float64 if last else None))
+    )
+    refused(
+        *(TypeError, "key: expected a tensor") if last else (RuntimeError, other), lambda: ShardedMemory(None if last else torch.ones(2, 3))
+    )
+    meta = torch.ones(2, 3, device="meta" if last else "cpu")
+    refused(*(ValueError, "got device meta") if last else (RuntimeError, other), lambda: ShardedMemory(meta))
+    refused(
+        *(ValueError, "scale: expected a finite number") if last else (RuntimeError, other),
+        lambda: memory.topk_read(torch.ones(1, 3), 1, scale=torch.nan if last else 1.0),
+    )
+    refused(
+        *(OverflowError, "") if last else (RuntimeError, other), lambda: memory.topk_read(torch.ones(1, 3), 1, scale=10**400 if last else 1)
     )
     wrong = (IndexError, f"index: expected rows 0 to N-1={2 * size - 1}, got 2 to 99") if last else (RuntimeError, other)
     refused(*wrong, lambda: memory.write(torch.tensor([2, 99 if last else 1]), torch.zeros(2, 3)))

@@ -1,13 +1,16 @@
 """What the processes of tests/test_sharded_store.py run of ShardedStore: random calls against a dict, errors, other numbers of ranks."""
 
+import os
 import random
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from memkernels.distributed import ShardedStore
+from memkernels.distributed import ShardedStore, _shards
 from memkernels.distributed._routing import owners
+from memkernels.store import KeyValueStore
 from memkernels.store.errors import StoreError, StoreFormatError
 from memkernels.store.keys import as_batch
 
@@ -96,7 +99,7 @@ def check_one_column(rank, size):
     """The last rank wins, sums are of all ranks, the keys are spread evenly, and the place of a key never changes."""
     store = ShardedStore(3, dtype=torch.float64)
     store.store([5, 6], torch.full((2, 3), float(rank), dtype=torch.float64))
-    assert store.retrieve([5])[0].tolist() == [[size - 1.0] * 3]
+    assert store.retrieve([5])[0].tolist() == [[size - 1.0] * 3] and store.retrieve([5], columns=[])[0] == {}
     store.store([6], torch.ones(1, 3, dtype=torch.float64), accumulate=True)
     assert store.retrieve([6])[0].tolist() == [[2.0 * size - 1] * 3]
     many = as_batch("test", "int64", torch.arange(40_000))
@@ -131,6 +134,22 @@ def check_errors(rank, size):
         store.local.close()
     with _raises(*(ValueError, "closed") if last else (RuntimeError, f"rank {size - 1}: expected what succeeds here")):
         store.contains([1])
+    with _raises(*(ValueError, "closed") if last else other):
+        len(store)
+    for wrong, error, text in (
+        (dict(device="nowhere"), RuntimeError, "Expected one of cpu"),
+        (dict(device="meta"), ValueError, "ShardedStore: device: expected a device that holds data, got meta"),
+        (dict(path=5), TypeError, "ShardedStore: path: expected a path, got int"),
+        (dict(durability="twice"), ValueError, "durability"),
+    ):
+        with _raises(*(error, text) if last else (RuntimeError, f"ShardedStore: rank {size - 1}: expected ")):
+            ShardedStore(2, **(wrong if last else {}))
+    with _raises(*(TypeError, "path: expected a path, got NoneType") if last else other):
+        ShardedStore.open(None if last else "nothing")
+    with _raises(*(ValueError, "mode: expected one of 'r', 'w', got 'x'") if last else other):
+        ShardedStore.open("nothing", mode="x" if last else "r")
+    with pytest.raises(ValueError, match="ShardedStore: mode: expected the same mode on all ranks"):
+        ShardedStore.open("nothing", mode="r" if last else "w")
     fresh = ShardedStore(2)
     fresh.store([rank], torch.zeros(1, 2))
     assert len(fresh) == size
@@ -197,3 +216,68 @@ def check_damage(path, rank, size):
         with _raises(StoreError, "there is a store at"):
             ShardedStore(2, path=path, group=alone)
     dist.barrier()
+
+
+def check_failures(path, rank, size):
+    """What fails on one rank raises on all, leaves nothing open, and can be tried again."""
+    last, kept = rank == size - 1, []
+
+    def refused(error, text, call):
+        try:
+            call()
+        except error as raised:
+            assert text in str(raised), str(raised)
+            kept.append(raised)  # with its frames, as a program that logs it later would
+        else:
+            raise AssertionError(f"not refused: {text}")
+
+    refused(ValueError, "the same keys and columns", lambda: ShardedStore(3 if last else 2, path=path))
+    with ShardedStore(2, path=path) as store:  # the folders of the failed call are gone
+        store.store(torch.arange(500) + 500 * rank, torch.ones(500, 2))
+        store.commit()
+    shard = path / "generation-000001" / f"rank-{size - 1:05d}-of-{size:05d}"
+    dist.barrier()
+    if last:
+        shard.rename(path / "elsewhere")
+    dist.barrier()
+    refused(*(StoreError, "no store at") if last else (RuntimeError, f"rank {size - 1}:"), lambda: ShardedStore.open(path))
+    dist.barrier()
+    if last:
+        (path / "elsewhere").rename(shard)
+    dist.barrier()
+    with ShardedStore.open(path) as store:  # nobody holds a shard any more
+        assert len(store) == 500 * size
+    pair = dist.new_group([0, 1])  # rank 1 reads the shard of rank 3
+    dist.barrier()
+    if rank > 1:
+        return
+    segment = next(shard.glob("segment-*"))
+    whole = segment.read_bytes()
+    dist.barrier(pair)
+    if rank == 1:
+        segment.write_bytes(whole[:-200] + bytes(200))
+    dist.barrier(pair)
+    damaged = (StoreFormatError, "damaged") if rank == 1 else (RuntimeError, "rank 1: expected what succeeds here")
+    refused(*damaged, lambda: ShardedStore.open(path, group=pair))
+    dist.barrier(pair)
+    if rank == 1:
+        segment.write_bytes(whole)
+    dist.barrier(pair)
+    with pytest.MonkeyPatch.context() as patch:
+        held = _durable_when_named(patch, rank)
+        with ShardedStore.open(path, group=pair, durability="async") as store:
+            assert len(store) == 500 * size and store.retrieve([1])[0].tolist() == [[1.0, 1.0]] and held == [len(store.local)]
+
+
+def _durable_when_named(patch, rank):
+    """Rows that are on disk of this rank's new shard when it takes the old ones' place; a disk that takes its time."""
+    held, name, sync = [], _shards.write_current, os.fdatasync
+
+    def named(root, number, ranks, rank):
+        with KeyValueStore.open(_shards.folder(root, number, rank, ranks)) as store:
+            held.append(len(store))
+        name(root, number, ranks, rank)
+
+    patch.setattr(_shards, "write_current", named)
+    patch.setattr(os, "fdatasync", lambda fd: (time.sleep(0.2), sync(fd)))
+    return held

@@ -8,7 +8,14 @@ import torch
 from memkernels.distributed import ShardedMemory, ring_attention
 
 pytestmark = pytest.mark.timeout(120)
-SHARDED = [sharded.check_content_read, sharded.check_topk_read, sharded.check_writes, sharded.check_errors]
+SHARDED = [
+    sharded.check_content_read,
+    sharded.check_topk_read,
+    sharded.check_writes,
+    sharded.check_modes,
+    sharded.check_second_order,
+    sharded.check_errors,
+]
 
 
 @pytest.mark.parametrize(

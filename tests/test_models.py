@@ -63,6 +63,9 @@ def test_training_learns_a_repeated_text(kwargs):
     after = model.evaluate(tokens, window=16)
     assert abs(before - math.log2(10)) < 0.5 and after < 0.5 and losses[-1] < losses[0] / 4
     assert model.training and model.generate("abc", 12, temperature=0) == "defgh\nabcdef"
+    with pytest.raises(ValueError, match="tokens"):
+        model.evaluate(torch.tensor([1, 99]))
+    assert model.training  # drops again, whatever happened
 
 
 def test_evaluate_counts_every_token_once():

@@ -113,6 +113,10 @@ def edge():
     return torch.tensor([[0], [1]])
 
 
+def with_attributes(attributes, edges=None):
+    return GraphAttention(4, 2, edge_dim=2)(torch.ones(3, 4), edge() if edges is None else edges, attributes)
+
+
 @pytest.mark.parametrize(
     "call, error, text",
     (
@@ -123,6 +127,16 @@ def edge():
         (lambda: GraphAttention(4, 2)(torch.ones(1, 4), 0 * edge() + torch.tensor([[3], [0]])), IndexError, "segment_attention: index"),
         (lambda: GraphAttention(4, 2)(torch.ones(3, 4), edge(), torch.ones(1, 2)), ValueError, "edge_attr: expected None"),
         (lambda: GraphAttention(4, 2, edge_dim=2)(torch.ones(3, 4), edge()), ValueError, "edge_attr: expected .E 2., got None"),
+        (lambda: with_attributes(torch.ones(2, 2)), ValueError, r"edge_attr: expected one row for each of 1 edges, got shape \(2, 2\)"),
+        (lambda: with_attributes(torch.ones(2, 2), csr_from_edges(edge(), 3)), ValueError, "edge_attr: expected one row for each of 1"),
+        (lambda: with_attributes(torch.ones(0, 2)), ValueError, "edge_attr: expected one row for each of 1 edges"),
+        (lambda: with_attributes(torch.ones(1, 3)), ValueError, r"edge_attr: expected \[E 2\], got shape \(1, 3\)"),
+        (lambda: with_attributes(torch.ones(1, 2, dtype=torch.int64)), TypeError, "edge_attr: expected float32, got int64"),
+        (lambda: GraphAttention(4, 2)(torch.ones(3, 5), edge()), ValueError, r"x: expected \[N 4\], got shape \(3, 5\)"),
+        (lambda: GraphAttention(4, 2)(torch.ones(1, 3, 4), edge()), ValueError, r"x: expected \[N 4\], got shape \(1, 3, 4\)"),
+        (lambda: GraphAttention(4, 2)(torch.ones(3, 4).double(), edge()), TypeError, "x: expected float32, got float64"),
+        (lambda: GraphAttention(4, 2)(torch.ones(3, 4), (edge(),)), TypeError, "edge_index: expected a tensor .2 E., .* got 1 of them"),
+        (lambda: GraphAttention(4, 2)(torch.ones(3, 4), None), TypeError, "edge_index: expected .* got NoneType"),
         (lambda: GraphAttention(4, 0), ValueError, "GraphAttention: out_channels"),
         (lambda: GraphAttention(4, 2, heads=1.5), TypeError, "GraphAttention: heads"),
     ),

@@ -1,5 +1,7 @@
 """nn.HopfieldRetrieval: its formula, retrieval of stored patterns, layers of their own patterns, masks, bad arguments."""
 
+import math
+
 import pytest
 import torch
 
@@ -81,6 +83,7 @@ def masked(batch, own):
         (lambda: mk.nn.HopfieldRetrieval(4, patterns=3)(torch.ones(1, 2, 4), torch.ones(1, 2, 4)), "stored: expected None"),
         (lambda: mk.nn.HopfieldRetrieval(4)(torch.ones(1, 2, 4), torch.ones(2, 2, 4)), r"stored: expected \[B N S\] with B=1, S=4"),
         (lambda: mk.nn.HopfieldRetrieval(4)(torch.ones(2, 4), None), r"input: expected \[B T I\] with I=4"),
+        (lambda: mk.nn.HopfieldRetrieval(4, beta=math.inf), "HopfieldRetrieval: beta: expected a finite number, got inf"),
         (lambda: mk.nn.HopfieldRetrieval(4, tolerance=-1.0), "HopfieldRetrieval: tolerance: expected a number from 0 on"),
         (
             lambda: mk.hopfield_retrieve(torch.ones(1, 2, 4), torch.ones(1, 3, 4), beta=1.0, tolerance=float("nan")),

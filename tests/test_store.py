@@ -45,7 +45,8 @@ def test_columns():
     store.store([b"a", b"b"], {"value": torch.eye(2), "score": torch.tensor([5, 6])})
     values, found = store.retrieve([b"b", b"c"], default={"score": -1})
     assert values["score"].tolist() == [6, -1] and values["value"].tolist() == [[0, 1], [0, 0]] and found.tolist() == [True, False]
-    assert list(store.retrieve([b"a"], columns="score")[0]) == ["score"]
+    assert list(store.retrieve([b"a"], columns="score")[0]) == ["score"] and store.retrieve([b"a"], columns=[])[0] == {}
+    assert mk.KeyValueStore(2).retrieve([1], columns=[])[0] == {}
     assert store.get(b"a")["score"] == 5 and store.get(b"z") is None
 
 

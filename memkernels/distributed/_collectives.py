@@ -19,6 +19,22 @@ def check_group(op: str, group: Any) -> None:
         fail(op, "group", "a group that this process is a member of", f"one without rank {dist.get_rank()}")
 
 
+def speaking(device: Any) -> torch.device:
+    """Where to say things of this device: there, or on the CPU if it is none or holds no data. A wrong one must not keep a rank silent."""
+    try:
+        found = torch.device(device)
+    except (TypeError, RuntimeError):
+        return torch.device("cpu")
+    return torch.device("cpu") if found.type == "meta" else found
+
+
+def check_held(op: str, **tensors: torch.Tensor | None) -> None:
+    """Tensors whose values can be sent."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.is_meta:
+            fail(op, name, "a tensor on a device that holds data", "device meta")
+
+
 def tell(numbers: list[float], device: torch.device, group: Any) -> list[list[float]]:
     """What every rank says, in rank order."""
     own = torch.tensor(numbers, dtype=torch.float64, device=device)
@@ -50,11 +66,11 @@ def summed(tensor: torch.Tensor, group: Any) -> torch.Tensor:
 def agree(
     op: str, argument: str, equal: tuple[str, ...], told: tuple[str, ...], plan: Any, device: Any, group: Any
 ) -> list[dict[str, float]]:
-    """What all ranks plan to do; every one raises if a rank refuses its arguments or plans something else."""
+    """What all ranks plan to do; every one raises if a rank refuses its arguments, whatever it raises, or plans something else."""
     problem, own = None, dict.fromkeys((*equal, *told), 0.0)
     try:
         own = {name: float(v) for name, v in plan().items()}
-    except (TypeError, ValueError, IndexError) as error:
+    except Exception as error:
         problem = error
     lines = tell([float(problem is not None), *(own[name] for name in (*equal, *told))], device, group)
     if problem is not None:
@@ -78,8 +94,8 @@ def tell_text(text: str, device: torch.device, group: Any) -> list[str]:
     return [bytes(part.tolist()).decode() for part in gathered(data, sizes, group).split(sizes)]
 
 
-def together(op: str, call: Callable[[], Any], device: torch.device, group: Any) -> Any:
-    """What `call` returns, if it raised on no rank; else all raise: the others say which rank it was."""
+def together(op: str, call: Callable[[], Any], device: torch.device, group: Any, undo: Callable[[Any], Any] | None = None) -> Any:
+    """What `call` returns, if it raised on no rank; else all raise: the others say which rank it was, after `undo` of what they got."""
     problem, found = None, None
     try:
         found = call()
@@ -89,5 +105,7 @@ def together(op: str, call: Callable[[], Any], device: torch.device, group: Any)
     if problem is not None:
         raise problem
     if failed := [rank for rank, line in enumerate(lines) if line[0]]:
+        if undo is not None:
+            undo(found)
         fail(op, f"rank {failed[0]}", "what succeeds here", "an error there", RuntimeError)
     return found

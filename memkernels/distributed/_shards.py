@@ -40,9 +40,9 @@ def prepare(root: Path) -> None:
     (root / "generation-000001").mkdir(parents=True, exist_ok=True)
 
 
-def write_current(root: Path, number: int, ranks: int) -> None:
+def write_current(root: Path, number: int, ranks: int, rank: int) -> None:
     """Names a generation, in one step. Every rank writes the same, so that it is there on every disk."""
-    beside = root / f".CURRENT.{os.getpid()}.tmp"
+    beside = root / f".CURRENT.{rank}.tmp"  # not of the process: those of two containers may have one number
     with open(beside, "w", encoding="ascii") as file:
         file.write(f"memkernels.ShardedStore {VERSION} {number} {ranks}\n")
         file.flush()

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from memkernels._checks import FLOATS, Signature, check_choice, check_flag, check_number, fail
-from memkernels.distributed._collectives import agree, check_group, gathered, summed, tell
+from memkernels._checks import FLOATS, Signature, check_choice, check_flag, fail
+from memkernels._compat import no_autocast
+from memkernels.distributed._collectives import agree, check_group, check_held, gathered, speaking, summed, tell
+from memkernels.distributed._first_order import first_order
+from memkernels.ops._attention import softmax_scale
 from memkernels.ops.attention import attention
 from memkernels.ops.topk_read import MOST, topk_read
 from memkernels.ops.weighted_bag import weighted_bag
@@ -22,7 +25,7 @@ class ShardedMemory:
     """N rows of a memory over the ranks of a process group, in rank order; reads are exact, as if one process held all of them.
 
     Every rank asks for its own queries; they travel to all shards, and what the shards answer is merged. All ranks of the group must make
-    each call, and its backward, together.
+    each call, and its backward, together. Under autocast too reads are in the memory's dtype, to which queries are brought.
 
     Args:
         key: "n W", this rank's rows (global rows offset to offset + n - 1); float64, float32, bfloat16 or float16. n may differ, and be 0.
@@ -48,6 +51,7 @@ class ShardedMemory:
 
         def plan() -> dict[str, float]:
             dims = SHARD(key, value)
+            check_held(NAME, key=key)
             return {
                 "W": dims["W"],
                 "V": dims.get("V", dims["W"]),
@@ -56,7 +60,7 @@ class ShardedMemory:
                 "n": dims["n"],
             }
 
-        device = key.device if isinstance(key, torch.Tensor) else torch.device("cpu")
+        device = speaking(key.device if isinstance(key, torch.Tensor) else "cpu")
         plans = agree(NAME, "key", ("W", "V", "dtype", "value"), ("n",), plan, device, group)
         self.key, self.value, self.rank = key, value, dist.get_rank(group)
         self.sizes = [int(p["n"]) for p in plans]
@@ -84,7 +88,10 @@ class ShardedMemory:
 
         plans = agree(NAME, "key", ("similarity", "gradients"), ("R",), plan, self.key.device, self.group)
         sizes = [int(p["R"]) for p in plans]
-        return _ContentRead.apply(self.key, key, strength, self.value, mask, similarity, sizes, self.group)
+        with no_autocast(self.key.device.type):
+            key, strength = key.to(self.key.dtype), strength.to(self.key.dtype)
+            wants = bool(plans[self.rank]["gradients"])
+            return _ContentRead.apply(self.key, key, strength, self.value, mask, similarity, wants, sizes, self.group)
 
     def topk_read(
         self, query: torch.Tensor, k: int, *, scale: float | None = None, mask: torch.Tensor | None = None
@@ -105,16 +112,18 @@ class ShardedMemory:
             dims = TOPK(self.key, query, mask)
             if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= MOST:
                 fail(NAME, "k", f"an integer from 1 to {MOST}", k)
-            factor = max(dims["W"], 1) ** -0.5 if scale is None else float(check_number(NAME, "scale", scale))
+            factor = float(softmax_scale(NAME, scale, dims["W"]))
             wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, self.key, self.value))
             return {"k": k, "scale": factor, "gradients": wants, "Q": dims["Q"]}
 
         plans = agree(NAME, "query", ("k", "scale", "gradients"), ("Q",), plan, self.key.device, self.group)
         sizes = [int(p["Q"]) for p in plans]
-        with torch.no_grad():
-            queries = gathered(query, sizes, self.group)
-            index = self._best(*_local_top(queries, self.key, mask, k), len(plans))
-        return _TopkRead.apply(self.key, query, self.value, index, self.offset, plans[self.rank]["scale"], sizes, self.group)
+        with no_autocast(self.key.device.type):
+            query = query.to(self.key.dtype)
+            with torch.no_grad():
+                queries = gathered(query, sizes, self.group)
+                index = self._best(*_local_top(queries, self.key, mask, k), len(plans))
+            return _TopkRead.apply(self.key, query, self.value, index, self.offset, plans[self.rank]["scale"], sizes, self.group)
 
     def write(self, index: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None = None, *, accumulate: bool = False) -> None:
         """Writes rows in place, wherever they lie: each goes to the rank that owns it. Without a gradient.
@@ -199,23 +208,31 @@ class _ContentRead(torch.autograd.Function):
     reaches its read is w dread, and its log-sum-exp w dread . (its read - read)."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Any, key: Any, strength: Any, value: Any, mask: Any, similarity: str, sizes: list[int], group: Any) -> Any:
+    def forward(
+        ctx: Any, rows: Any, key: Any, strength: Any, value: Any, mask: Any, similarity: str, wants: bool, sizes: list[int], group: Any
+    ) -> Any:
         wide, given = _wide(rows), (rows, gathered(key, sizes, group), gathered(strength, sizes, group), value)
-        with torch.enable_grad():
-            leaves: list[Any] = [t if t is None else t.detach().to(wide).requires_grad_() for t in given]
+        with torch.set_grad_enabled(wants):  # inference mode refuses to record
+            leaves: list[Any] = [t if t is None else t.detach().to(wide).requires_grad_(wants) for t in given]
             part, lse = _part(leaves[0], leaves[1], leaves[2], leaves[3], mask, similarity)
         top = gathered(lse[None], [1] * len(sizes), group).amax(0)
         share = torch.exp(lse.detach() - top.masked_fill(top == -torch.inf, 0))
         total = summed(share, group)
         share = (share / total.masked_fill(total == 0, 1))[:, None]
         read = summed(share * part.detach(), group)
+        ctx.save_for_backward(rows, key, strength, value)
         ctx.part, ctx.lse, ctx.leaves, ctx.share, ctx.read = part, lse, leaves, share, read
         ctx.sizes, ctx.group, ctx.dtypes = sizes, group, [None if t is None else t.dtype for t in given]
         return read.split(sizes)[dist.get_rank(group)].to(key.dtype, copy=True)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dread: Any) -> tuple[Any, ...]:
+        found = _ContentRead.gradients(ctx, dread)
+        return *first_order(NAME, found, (*ctx.saved_tensors, dread)), None, None, None, None, None
+
+    @staticmethod
+    @torch.no_grad()
+    def gradients(ctx: Any, dread: Any) -> tuple[Any, ...]:
         dread = ctx.share * gathered(dread, ctx.sizes, ctx.group).to(ctx.read.dtype)
         upstream = dread, (dread * (ctx.part.detach() - ctx.read)).sum(1)
         given = [t for t in ctx.leaves if t is not None]
@@ -223,7 +240,7 @@ class _ContentRead(torch.autograd.Function):
         mine = dist.get_rank(ctx.group)
         dkey, dstrength = (summed(t, ctx.group).split(ctx.sizes)[mine] for t in (dkeys, dstrengths))
         found = [t.to(kind) for t, kind in zip((drows, dkey, dstrength, *dvalue), ctx.dtypes)]
-        return (*found, *[None] * (8 - len(found)))
+        return tuple(found) if dvalue else (*found, None)
 
 
 def _part(rows: torch.Tensor, key: torch.Tensor, strength: torch.Tensor, value: Any, mask: Any, similarity: str) -> tuple[Any, Any]:
@@ -255,16 +272,22 @@ class _TopkRead(torch.autograd.Function):
         nothing = (index < 0).all(1, keepdim=True)
         weights = torch.softmax(scores.masked_fill(nothing, 0), 1).masked_fill(index < 0, 0)
         read = summed(weighted_bag(values.to(wide), local, weights), group)
-        ctx.save_for_backward(rows, queries, value, local, weights)
+        ctx.save_for_backward(rows, query, value, queries, local, weights)
         ctx.scale, ctx.sizes, ctx.group, ctx.dtype = scale, sizes, group, query.dtype
         found = tuple(t.split(sizes)[mine].clone() for t in (read.to(query.dtype), weights.to(query.dtype), index))
         ctx.mark_non_differentiable(found[2])
         return found
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dread: Any, dweights: Any, _: Any) -> tuple[Any, ...]:
-        rows, queries, value, local, weights = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: a checkpoint computes them again each time
+        found = _TopkRead.gradients(ctx, saved, dread, dweights)
+        return *first_order(NAME, found, (*saved[:3], dread, dweights)), None, None, None, None, None
+
+    @staticmethod
+    @torch.no_grad()
+    def gradients(ctx: Any, saved: Any, dread: Any, dweights: Any) -> tuple[Any, ...]:
+        rows, _, value, queries, local, weights = saved
         wide, values = weights.dtype, rows if value is None else value
         dread, dweights = (gathered(t, ctx.sizes, ctx.group).to(wide) for t in (dread, dweights))
         direct = ((_chosen(values, local).to(wide) * dread[:, None]).sum(-1) + dweights).masked_fill(local < 0, 0)
@@ -274,7 +297,7 @@ class _TopkRead(torch.autograd.Function):
         drows, dvalues = (_spread(t, local, x, y) for t, x, y in ((rows, dscores, queries), (values, weights, dread)))
         dvalue = None if value is None else dvalues.to(value.dtype)
         drows = drows + dvalues if value is None else drows
-        return drows.to(rows.dtype), dquery.to(ctx.dtype), dvalue, None, None, None, None, None
+        return drows.to(rows.dtype), dquery.to(ctx.dtype), dvalue
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:

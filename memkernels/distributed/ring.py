@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from memkernels._checks import FLOATS, Signature, check_flag, check_number, fail
+from memkernels._checks import FLOATS, Signature, check_flag, fail
 from memkernels._compat import autocast_enabled, no_autocast
-from memkernels.distributed._collectives import check_group, tell
+from memkernels.distributed._collectives import check_group, check_held, speaking, tell
+from memkernels.distributed._first_order import first_order
+from memkernels.ops._attention import softmax_scale
 from memkernels.ops._attention_parts import Part, part_backward, part_forward
 
 __all__ = ["ring_attention"]
@@ -75,12 +77,10 @@ def _on_all_ranks(query: Any, key: Any, value: Any, group: Any, is_causal: Any, 
     try:
         plan = _own_plan(query, key, value, is_causal, scale, return_lse)
         scale = plan["scale"]
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever it is, the other ranks must hear of it
         problem = error
     shards = _exchange(plan, problem, query, group)
-    if autocast_enabled(query.device.type):
-        lower = torch.get_autocast_dtype(query.device.type)
-        query, key, value = (t if t.dtype == torch.float64 else t.to(lower) for t in (query, key, value))
+    query, key, value = (t.to(_travelling(query)) for t in (query, key, value))
     return _RingAttention.apply(query, key, value, shards, is_causal, scale, group)
 
 
@@ -108,6 +108,13 @@ class Shards(NamedTuple):
         return min(max(-right, 0), queries), max(right, 0)
 
 
+def _travelling(query: torch.Tensor) -> torch.dtype:
+    """The dtype of what is sent: under autocast, which one rank may have turned on alone, the lower one."""
+    if query.dtype == torch.float64 or not autocast_enabled(query.device.type):
+        return query.dtype
+    return torch.get_autocast_dtype(query.device.type)
+
+
 def _own_plan(query: Any, key: Any, value: Any, is_causal: Any, scale: Any, return_lse: Any) -> dict[str, float]:
     """What this rank tells the others; raises what `attention` would."""
     dims = SIGNATURE(query, key, value)
@@ -116,14 +123,16 @@ def _own_plan(query: Any, key: Any, value: Any, is_causal: Any, scale: Any, retu
         fail("ring_attention", "key", f"a divisor of {heads} heads", f"shape {tuple(key.shape)}")
     check_flag("ring_attention", "is_causal", is_causal)
     check_flag("ring_attention", "return_lse", return_lse)
-    scale = max(dims["D"], 1) ** -0.5 if scale is None else float(check_number("ring_attention", "scale", scale))
+    check_held("ring_attention", query=query)
+    scale = float(softmax_scale("ring_attention", scale, dims["D"]))
+    dtype = FLOATS.index(_travelling(query))
     gradients = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    return {**dims, "dtype": FLOATS.index(query.dtype), "is_causal": is_causal, "scale": scale, "gradients": gradients, "refused": False}
+    return {**dims, "dtype": dtype, "is_causal": is_causal, "scale": scale, "gradients": gradients, "refused": False}
 
 
 def _exchange(plan: dict[str, float] | None, problem: Exception | None, query: Any, group: Any) -> Shards:
     """Every rank learns the sizes of all, and raises if one of them cannot take part, so that none is left waiting."""
-    device = query.device if isinstance(query, torch.Tensor) and query.device.type != "meta" else torch.device("cpu")
+    device = speaking(query.device if isinstance(query, torch.Tensor) else "cpu")
     lines = tell([1.0 if plan is None else plan[field] for field in FIELDS], device, group)
     plans = [dict(zip(FIELDS, line, strict=True)) for line in lines]
     if problem is not None:
@@ -233,21 +242,7 @@ class _RingAttention(torch.autograd.Function):
         saved = ctx.saved_tensors
         with torch.no_grad():
             found = _gradients(ctx.call, saved, dout, dlse)
-        if torch.is_grad_enabled():  # create_graph
-            found = _FirstOrder.apply(*found, *saved[:3], dout, dlse)
-        return *found, None, None, None, None
-
-
-class _FirstOrder(torch.autograd.Function):
-    """Hands gradients on; who differentiates them is told, and not given zero."""
-
-    @staticmethod
-    def forward(ctx: Any, dquery: Any, dkey: Any, dvalue: Any, *of: Any) -> Any:
-        return dquery, dkey, dvalue
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:
-        raise RuntimeError("ring_attention: gradients: expected to be taken once, got a second derivative (first order only)")
+        return *first_order("ring_attention", found, (*saved[:3], dout, dlse)), None, None, None, None
 
 
 def _gradients(call: tuple[Any, ...], saved: tuple[Any, ...], dout: Any, dlse: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +16,14 @@ import torch.distributed as dist
 
 from memkernels._checks import check_choice, check_flag, fail
 from memkernels.distributed import _shards
-from memkernels.distributed._collectives import agree, check_group, tell, tell_text, together
+from memkernels.distributed._collectives import agree, check_group, speaking, tell, tell_text, together
 from memkernels.distributed._routing import Route
 from memkernels.store import KeyValueStore
 from memkernels.store.columns import Columns, as_default, as_names, as_values
 from memkernels.store.keys import as_batch
 
 NAME = "ShardedStore"
+MODES = ("r", "w")
 STATUS: Columns = {"status": ((), torch.int8)}
 FOUND: Columns = {"found": ((), torch.bool)}
 
@@ -63,31 +68,55 @@ class ShardedStore:
         durability: str = "commit",
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        self._join(device, group)
+        root = self._join(device, group, lambda: None if path is None else _as_path(path))
+        own = None if root is None else _shards.folder(root, 1, self.rank, self.size)
 
         def make() -> KeyValueStore:
             shape = _shards.shape_of(value_shape, dtype, columns)
-            if path is None:
+            if root is None or own is None:
                 return KeyValueStore(columns=shape, key_type=key_type, device=device, durability=durability)
-            _shards.prepare(Path(path))
-            own = _shards.folder(path, 1, self.rank, self.size)
+            _shards.prepare(root)
             return KeyValueStore(columns=shape, key_type=key_type, path=own, durability=durability)
 
-        self.local = together(NAME, make, self.device, group)
-        self._same_schema("path" if path is not None else "")
-        if path is not None:
-            together(NAME, lambda: _shards.write_current(Path(path), 1, self.size), self.device, group)
+        new = own is not None and not own.exists()
+        try:
+            self.local = together(NAME, make, self.device, group, KeyValueStore.close)
+            self._same_schema("path" if path is not None else "")
+            new = False  # from here on CURRENT may name it
+            if root is not None:
+                together(NAME, lambda: _shards.write_current(root, 1, self.size, self.rank), self.device, group)
+        except BaseException:
+            self._abandon(own if new else None)
+            raise
 
-    def _join(self, device: Any, group: Any) -> None:
+    def _join(self, device: Any, group: Any, path: Callable[[], Path | None], mode: str = "w") -> Path | None:
+        """This process's place in the group, once all ranks have named a device, a path (returned) and the same mode."""
         check_group(NAME, group)
-        self.group, self.device = group, torch.device(device)
+        self.group, self.device = group, speaking(device)
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        roots: list[Path | None] = []
+
+        def plan() -> dict[str, float]:
+            if torch.device(device) != self.device:
+                fail(NAME, "device", "a device that holds data", device)
+            check_choice(NAME, "mode", mode, MODES)
+            roots.append(path())
+            return {"mode": MODES.index(mode)}
+
+        agree(NAME, "mode", ("mode",), (), plan, self.device, group)
+        return roots[0]
+
+    def _abandon(self, made: Path | None) -> None:
+        """Closes what was opened; a folder that this call made is taken away, so that it may be made again."""
+        if hasattr(self, "local"):
+            self.local.close()
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
 
     def _same_schema(self, more: str = "") -> None:
         """All ranks have the same keys and columns."""
         said = tell_text(f"{self.key_type} keys, {self.columns} {more}", self.device, self.group)
         if len(set(said)) > 1:
-            self.local.close()
             fail(NAME, "columns", "the same keys and columns on all ranks", "; ".join(dict.fromkeys(said)))
 
     @classmethod
@@ -100,58 +129,66 @@ class ShardedStore:
         complete; a crash before that leaves the old ones. Each old folder is read by one of the ranks that can see it.
 
         Args:
-            mode: "w", or "r" to read what the writers commit; "r" needs as many ranks as have written it.
+            mode: the same on all ranks: "w", or "r" to read what was committed (`local.refresh` takes in what is later); "r" needs as
+                many ranks as have written it.
         """
         self = cls.__new__(cls)
-        self._join(device, group)
-        check_choice(NAME, "mode", mode, ("r", "w"))
-        root = Path(path)
+        root = self._join(device, group, lambda: _as_path(path), mode)
+        assert root is not None
         number, ranks = _shards.current(root, self.device, group)
-        if ranks == self.size:
-            own = _shards.folder(root, number, self.rank, ranks)
-            self.local = together(NAME, lambda: KeyValueStore.open(own, mode, durability=durability), self.device, group)
+        try:
+            if ranks != self.size:
+                if mode == "r":
+                    fail(NAME, "mode", f"'w' to spread the keys of {ranks} ranks over {self.size}", "'r'")
+                self._spread(root, number, ranks)
+                number += 1
+            own = _shards.folder(root, number, self.rank, self.size)
+            opened = partial(KeyValueStore.open, own, mode, durability=durability)
+            self.local = together(NAME, opened, self.device, group, KeyValueStore.close)
             if mode == "w":
                 _shards.remove_others(root, number)
-        else:
-            if mode == "r":
-                fail(NAME, "mode", f"'w' to spread the keys of {ranks} ranks over {self.size}", "'r'")
-            try:
-                self._spread(root, number, ranks, durability)
-            except BaseException:
-                if hasattr(self, "local"):
-                    self.local.close()
-                raise
-        self._same_schema()
+            self._same_schema()
+        except BaseException:
+            self._abandon(None)
+            raise
         return self
 
-    def _spread(self, root: Path, number: int, ranks: int, durability: str) -> None:
-        """Takes over the shards of `ranks` ranks as a new generation of folders."""
+    def _spread(self, root: Path, number: int, ranks: int) -> None:
+        """Takes over the shards of `ranks` ranks as a new generation of folders, durable before the old ones go: whatever durability the
+        caller wants of later commits, these keys had been committed."""
         mine = _shards.shared_out(root, number, ranks, self.device, self.group)
-        old = together(NAME, lambda: [KeyValueStore.open(folder, mode="r") for folder in mine], self.device, self.group)
-        said = tell_text(_shards.as_text(old[0]) if old else "", self.device, self.group)
-        key_type, columns = _shards.from_text(next(text for text in said if text))
+        with contextlib.ExitStack() as stack:
 
-        def make() -> KeyValueStore:
-            folder = _shards.folder(root, number + 1, self.rank, self.size)
-            return KeyValueStore(columns=columns, key_type=key_type, path=folder, durability=durability)
+            def readers() -> list[KeyValueStore]:
+                return [stack.enter_context(KeyValueStore.open(folder, mode="r")) for folder in mine]
 
-        # All leftovers are gone before a rank makes its folder.
-        together(NAME, lambda: _shards.remove_others(root, number), self.device, self.group)
-        self.local = together(NAME, make, self.device, self.group)
-        batches = (batch for store in old for batch in store.items())
-        while True:
-            keys, values = next(batches, (None, None))
-            if not any(line[0] for line in tell([float(keys is not None)], self.device, self.group)):
-                break
-            if keys is None:
-                keys = [] if key_type != "int64" else torch.empty(0, dtype=torch.int64)
-                values = {name: torch.empty(0, *shape, dtype=dtype) for name, (shape, dtype) in columns.items()}
-            self.store(keys, values)
-        self.commit()
-        together(NAME, lambda: _shards.write_current(root, number + 1, self.size), self.device, self.group)
-        for store in old:
-            store.close()
+            old = together(NAME, readers, self.device, self.group)
+            said = tell_text(_shards.as_text(old[0]) if old else "", self.device, self.group)
+            key_type, columns = _shards.from_text(next(text for text in said if text))
+
+            def make() -> KeyValueStore:
+                folder = _shards.folder(root, number + 1, self.rank, self.size)
+                return KeyValueStore(columns=columns, key_type=key_type, path=folder, durability="commit")
+
+            # All leftovers are gone before a rank makes its folder.
+            together(NAME, lambda: _shards.remove_others(root, number), self.device, self.group)
+            self.local = together(NAME, make, self.device, self.group, KeyValueStore.close)
+            self._take_over(batch for store in old for batch in store.items())
+            self.commit()
+            self.close()
+        together(NAME, lambda: _shards.write_current(root, number + 1, self.size, self.rank), self.device, self.group)
         together(NAME, lambda: _shards.remove_others(root, number + 1), self.device, self.group)
+
+    def _take_over(self, batches: Iterator[tuple[Any, Any]]) -> None:
+        """Stores what this rank reads of the old shards, until no rank has more."""
+        while True:
+            keys, values = together(NAME, lambda: next(batches, (None, None)), self.device, self.group)  # a damaged shard raises on all
+            if not any(line[0] for line in tell([float(keys is not None)], self.device, self.group)):
+                return
+            if keys is None:
+                keys = [] if self.key_type != "int64" else torch.empty(0, dtype=torch.int64)
+                values = {name: torch.empty(0, *shape, dtype=dtype) for name, (shape, dtype) in self.columns.items()}
+            self.store(keys, values)
 
     @property
     def columns(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -187,7 +224,7 @@ class ShardedStore:
         def plan(count: int) -> dict[str, float]:
             names.extend(as_names(NAME, columns, self.columns))
             defaults.update({name: as_default(NAME, name, self.columns[name], default, self.device) for name in names})
-            return {"columns": float(sum(1 << i for i, name in enumerate(self.columns) if name in names))}
+            return {"columns": zlib.crc32(repr([name for name in self.columns if name in names]).encode())}
 
         route = self._route("retrieve", keys, ("columns",), plan)
         arrived, _ = route.arrived({}, {}, self.group)
@@ -199,7 +236,7 @@ class ShardedStore:
         for name in names if default is not None else ():
             there = found.view(-1, *[1] * len(wanted[name][0]))
             answers[name] = torch.where(there, answers[name], defaults[name])
-        return (answers["value"] if list(self.columns) == ["value"] else {name: answers[name] for name in names}), found
+        return (answers["value"] if list(self.columns) == ["value"] and names else {name: answers[name] for name in names}), found
 
     def erase(self, keys: Any) -> torch.Tensor:
         """Takes this rank's "n" keys out, wherever they lie; bool "n": which were there (of equal keys the first one, ranks in order)."""
@@ -234,7 +271,8 @@ class ShardedStore:
 
     def __len__(self) -> int:
         """Keys on all ranks; a call of all ranks, as every other."""
-        return int(sum(line[0] for line in tell([float(len(self.local))], self.device, self.group)))
+        plans = agree(NAME, "store", (), ("keys",), lambda: {"keys": len(self.local)}, self.device, self.group)
+        return int(sum(p["keys"] for p in plans))
 
     def items(self) -> Iterator[tuple[Any, Any]]:
         """Batches of the keys that this rank owns, with their values: all ranks' together are everything. Of this rank alone."""
@@ -256,3 +294,9 @@ class ShardedStore:
 
     def __repr__(self) -> str:
         return f"ShardedStore(rank {self.rank} of {self.size}: {self.local!r})"
+
+
+def _as_path(path: Any) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        fail(NAME, "path", "a path", type(path).__name__, TypeError)
+    return Path(path)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memkernels._checks import check_choice, check_number, fail
-from memkernels.models.memory_lm import check_tokens, windows
+from memkernels.models.memory_lm import check_tokens, evaluated, windows
 from memkernels.nn._arguments import check_probability, check_sizes
 from memkernels.ops.topk_read import check_slots, topk_read
 from memkernels.store import KeyValueStore
@@ -105,7 +105,7 @@ class KnnLM(nn.Module):
         total, done = max(0, len(tokens) - 1), len(self.store)
         if done > total or (done % window and done != total):
             fail(f"{NAME}.build", "store", f"whole windows of {window} of the {total} rows of this text", f"{done} rows")
-        with _evaluated(self.model), _reporter(progress) as report:
+        with evaluated(self.model), _reporter(progress) as report:
             self._check_rows(tokens, done, window)
             report(done, total)
             for piece in windows(tokens[done:], window, batch) if done < total else []:
@@ -197,7 +197,7 @@ class KnnLM(nn.Module):
         if not len(self.store):
             fail(f"{NAME}.evaluate", "store", "rows (build fills it)", "none")
         found = []
-        with _evaluated(self.model):
+        with evaluated(self.model):
             for piece in windows(tokens, window, batch):
                 hidden, _ = self.model.hidden(self._placed(piece[:, :-1]))
                 hidden, target = hidden.flatten(0, 1), self._placed(piece[:, 1:]).flatten().long()[:, None]
@@ -267,17 +267,6 @@ def _mixed(log_lm: Tensor, p: Tensor, weight: float) -> Tensor:
 
 def _bits(log_lm: Tensor, p: Tensor, weight: float) -> float:
     return -_mixed(log_lm.double(), p.double(), weight).mean().item() / math.log(2)
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Inside, the model drops nothing."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextmanager

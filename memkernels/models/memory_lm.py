@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -191,10 +193,8 @@ class MemoryLM(nn.Module):
         check_sizes("MemoryLM.evaluate", window=window, batch=batch)
         if len(tokens) < 2:
             raise ValueError(f"MemoryLM.evaluate: tokens: expected at least 2 tokens, got {len(tokens)}")
-        training = self.training
-        self.eval()
-        total = sum(self.loss(piece).item() * (piece.shape[1] - 1) * piece.shape[0] for piece in windows(tokens, window, batch))
-        self.train(training)
+        with evaluated(self):
+            total = sum(self.loss(piece).item() * (piece.shape[1] - 1) * piece.shape[0] for piece in windows(tokens, window, batch))
         return total / (len(tokens) - 1) / math.log(2)
 
     @torch.no_grad()
@@ -218,15 +218,14 @@ class MemoryLM(nn.Module):
         if len(self.vocabulary) < 2:
             raise ValueError("MemoryLM.generate: the vocabulary has no characters")
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        training, device = self.training, self.dense.weight.device
-        self.eval()
+        device = self.dense.weight.device
         tokens, state, drawn = self.vocabulary.encode(prompt or "\n")[None].to(device), None, []
-        for _ in range(length):
-            logits, state = self(tokens, state)
-            token = _draw(logits[0, -1].double().cpu(), temperature, top_p, generator)
-            drawn.append(token)
-            tokens = torch.tensor([[token]], device=device)
-        self.train(training)
+        with evaluated(self):
+            for _ in range(length):
+                logits, state = self(tokens, state)
+                token = _draw(logits[0, -1].double().cpu(), temperature, top_p, generator)
+                drawn.append(token)
+                tokens = torch.tensor([[token]], device=device)
         return self.vocabulary.decode(drawn)
 
     def save(self, path: str | os.PathLike[str], extra: dict[str, Tensor] | None = None, training: Any = None) -> None:
@@ -262,6 +261,17 @@ class MemoryLM(nn.Module):
             raise ValueError(f"{path}: {strange[0]}: expected a floating dtype, got {weights[strange[0]].dtype}")
         model.load_state_dict(weights, assign=True)  # as they are: copied into the new model's they would become float32
         return model.to(device), tensors, header.get("training")
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Inside, the model drops nothing."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def windows(tokens: Tensor, window: int, batch: int) -> list[Tensor]:

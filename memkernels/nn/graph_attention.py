@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memkernels._checks import as_index, fail
+from memkernels._checks import as_index, check_floating, check_tensor, fail
 from memkernels._compat import jit_tracing, plain_call
 from memkernels.nn._arguments import check_inputs, check_sizes, refuse_script
 from memkernels.ops.segment_attention import segment_attention
@@ -123,12 +123,15 @@ class GraphAttention(nn.Module):
         if isinstance(x, (tuple, list)) and len(x) != 2:
             fail("GraphAttention", "x", "the nodes, or a pair of (sources, nodes that attend)", f"{len(x)} of them")
         sources, nodes = x if isinstance(x, (tuple, list)) else (x, x)
-        for rows in (sources, nodes):
-            check_inputs("GraphAttention", x=rows)
-        if (edge_attr is None) != (self.lin_edge is None):
-            expected = "None without edge_dim" if self.lin_edge is None else f"[E {self.edge_dim}]"
-            fail("GraphAttention", "edge_attr", expected, "None" if edge_attr is None else "a tensor")
+        self._check(sources, nodes, edge_attr)
         graph = csr_from_edges(edge_index, nodes.shape[0]) if isinstance(edge_index, Tensor) else edge_index
+        if not isinstance(graph, (tuple, list)) or not 2 <= len(graph) <= 3:
+            got = f"{len(graph)} of them" if isinstance(graph, (tuple, list)) else type(graph).__name__
+            fail("GraphAttention", "edge_index", "a tensor [2 E], (ptr, index), or what csr_from_edges returned", got, TypeError)
+        if edge_attr is not None and not jit_tracing():  # one row too many would be left out in silence
+            check_tensor("GraphAttention", "edge_index", graph[1])
+            if edge_attr.shape[0] != graph[1].shape[0]:
+                fail("GraphAttention", "edge_attr", f"one row for each of {graph[1].shape[0]} edges", f"shape {tuple(edge_attr.shape)}")
         bias = None
         if self.lin_edge is not None and edge_attr is not None:
             bias = self.lin_edge(edge_attr)
@@ -140,6 +143,22 @@ class GraphAttention(nn.Module):
         heads: Any = segment_attention(query, key, value, graph[0], graph[1], edge_bias=bias)
         out = heads.flatten(1) if self.concat else heads.mean(1)
         return out if self.lin_skip is None else out + self.lin_skip(nodes)
+
+    def _check(self, sources: Any, nodes: Any, edge_attr: Any) -> None:
+        check_inputs("GraphAttention", ("edge_attr",), x=sources, nodes=nodes, edge_attr=edge_attr, parameters=self.lin_query.weight)
+        given: list[tuple[str, Any, str, int | None]] = [
+            ("x", sources, "N", self.lin_key.in_features),
+            ("x", nodes, "N", self.lin_query.in_features),
+        ]
+        if (edge_attr is None) != (self.lin_edge is None):
+            expected = "None without edge_dim" if self.lin_edge is None else f"[E {self.edge_dim}]"
+            fail("GraphAttention", "edge_attr", expected, "None" if edge_attr is None else "a tensor")
+        if self.lin_edge is not None:
+            given.append(("edge_attr", edge_attr, "E", self.edge_dim))
+        for name, rows, letter, width in given:
+            if rows.dim() != 2 or rows.shape[1] != width:
+                fail("GraphAttention", name, f"[{letter} {width}]", f"shape {tuple(rows.shape)}")
+        check_floating("GraphAttention", parameters=self.lin_query.weight, x=sources, nodes=nodes, edge_attr=edge_attr)
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, heads={self.heads}, concat={self.concat}, edge_dim={self.edge_dim}"

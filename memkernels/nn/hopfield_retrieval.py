@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memkernels._checks import check_dtype, check_floating, check_number, fail
+from memkernels._checks import check_dtype, check_finite, check_floating, check_number, fail
 from memkernels.nn._arguments import check_inputs, check_sizes, refuse_script
 from memkernels.ops.hopfield_retrieve import hopfield_retrieve
 
@@ -72,7 +72,7 @@ class HopfieldRetrieval(nn.Module):
             fail("HopfieldRetrieval", "tolerance", "a number from 0 on, or None", tolerance)
         self.input_size, self.stored_size, self.output_size = input_size, stored_size, output_size
         self.num_heads, self.head_size, self.steps, self.tolerance = num_heads, head_size, steps, tolerance
-        self.beta = head_size**-0.5 if beta is None else float(check_number("HopfieldRetrieval", "beta", beta))
+        self.beta = head_size**-0.5 if beta is None else float(check_finite("HopfieldRetrieval", "beta", beta))
         factory, inner = {"device": device, "dtype": dtype}, num_heads * head_size
         self.query = nn.Linear(input_size, inner, bias, **factory)
         self.key = nn.Linear(stored_size, inner, bias, **factory)

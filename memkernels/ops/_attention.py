@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from memkernels import _compat
-from memkernels._checks import as_index, check_dense, check_dtype, check_number, fail
+from memkernels._checks import as_index, check_dense, check_dtype, check_finite, fail
 from memkernels._registry import Product
 
 FAR = 2**40  # past the end of any sequence, and far from where int64 positions overflow
@@ -28,9 +28,7 @@ def softmax_scale(op: str, scale: Any, width: Any) -> Any:
     """The factor of the scores, 1 / sqrt(width) unless it is given; without a width there are no products, and it is 0."""
     if scale is None:
         return width**-0.5 if width else 0.0
-    scale = check_number(op, "scale", scale)
-    if not -float("inf") < scale < float("inf"):
-        fail(op, "scale", "a finite number", scale)
+    scale = check_finite(op, "scale", scale)
     return scale if width else 0.0
 
 

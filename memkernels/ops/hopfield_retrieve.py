@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from memkernels._checks import Signature, check_flag, check_number, fail
+from memkernels._checks import Signature, check_finite, check_flag, check_number, fail
 from memkernels._registry import Arg, Out, Product, define_op, empty_like, new_empty
 from memkernels.ops.content_address import content_address
 
@@ -52,7 +52,8 @@ def hopfield_retrieve(
         looked at: NaN there reaches nothing.
 
     Raises:
-        ValueError: a size does not fit, steps below 1, a negative tolerance. TypeError: a dtype or device differs, a wrong type.
+        ValueError: a size does not fit, steps below 1, a negative tolerance, a number beta that is not finite.
+        TypeError: a dtype or device differs, a wrong type.
 
     Source:
         Ramsauer et al., Hopfield Networks is All You Need (2021), equations 3 and 10.
@@ -84,7 +85,7 @@ def hopfield_retrieve(
 def _beta(query, beta):
     """(number, None), or (1, tensor "B Q")."""
     if not isinstance(beta, torch.Tensor) or not isinstance(query, torch.Tensor):
-        return float(check_number(NAME, "beta", beta)), None
+        return float(check_finite(NAME, "beta", beta)), None
     return 1.0, beta.reshape(()).expand(query.shape[:2]) if beta.numel() == 1 else beta
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from memkernels._checks import Signature, check_choice, check_number, fail
+from memkernels._checks import Signature, check_choice, check_finite, fail
 from memkernels._registry import Arg, Out, Product, define_op, new_empty
 from memkernels.ops.content_read import SIMILARITIES
 
@@ -54,7 +54,7 @@ def topk_read(
         Memory beyond inputs and outputs is O(B Q k). Deterministic; the result depends neither on the number of threads nor on the batch.
 
     Raises:
-        ValueError: a size does not fit, an unknown similarity, k outside 1 .. 4096.
+        ValueError: a size does not fit, an unknown similarity, k outside 1 .. 4096, a scale that is not finite.
         TypeError: a dtype or device differs, k is not an integer, or the mask is not bool.
 
     Source:
@@ -76,7 +76,7 @@ def topk_read(
     check_slots(NAME, k)
     if scale is None:
         scale = dims["D"] ** -0.5 if similarity == "dot" and dims["D"] else 1.0
-    options = k, similarity, float(check_number(NAME, "scale", scale)), dims["Q"]
+    options = k, similarity, float(check_finite(NAME, "scale", scale)), dims["Q"]
     batch = query.shape[0]
     if shared == (True, True) and mask is None:  # the queries of all entries go over the memory together
         found = OP(query.reshape(1, batch * dims["Q"], query.shape[2]), key[None], value[None], None, *options)

@@ -208,7 +208,7 @@ class KeyValueStore:
             defaults = {name: as_default(op, name, self._columns[name], default, self._device) for name in wanted}
             rows = self._data.rows(as_batch(op, self._key_type, keys), True)
             values = {name: self._read(name, rows, defaults[name]) for name in wanted}
-        return (values[ONE] if list(self._columns) == [ONE] else values), rows >= 0
+        return (values[ONE] if list(self._columns) == [ONE] and wanted else values), rows >= 0
 
     def _read(self, name: str, rows: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
         if self._parameters is None or name not in self._parameters or not torch.is_grad_enabled():

@@ -106,6 +106,7 @@ SPEC = OpSpec(
         ErrorCase("value", _wrong_value, ValueError, r"hopfield_retrieve: value: expected .*N=5.*got .*6"),
         ErrorCase("beta", _wrong_beta, ValueError, r"hopfield_retrieve: beta: expected .*Q=3.*got .*4\)"),
         ErrorCase("no_beta", lambda i, o: o.update(beta=None), TypeError, r"hopfield_retrieve: beta: expected a number, got NoneType"),
+        ErrorCase("far_beta", lambda i, o: o.update(beta=float("inf")), ValueError, r"hopfield_retrieve: beta: expected a finite number"),
         ErrorCase("steps", lambda i, o: o.update(steps=0), ValueError, r"hopfield_retrieve: steps: expected at least 1, got 0"),
         ErrorCase("tolerance", lambda i, o: o.update(tolerance=-1.0), ValueError, r"hopfield_retrieve: tolerance: expected .*got -1"),
     ),

@@ -103,6 +103,7 @@ SPEC = OpSpec(
         ErrorCase("no_slots", _slots(0), ValueError, r"topk_read: k: expected 1 to 4096, got 0"),
         ErrorCase("many_slots", _slots(4097), ValueError, r"topk_read: k: expected 1 to 4096, got 4097"),
         ErrorCase("slots", _slots(2.0), TypeError, r"topk_read: k: expected an integer, got float"),
+        ErrorCase("scale", lambda i, o: o.update(scale=float("nan")), ValueError, r"topk_read: scale: expected a finite number, got nan"),
         ErrorCase("mask", _mask_dtype, TypeError, r"topk_read: mask: expected bool, got float32"),
     ),
     rows=(("query", 0), ("key", 0), ("value", 0)),
