@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 
 from memkernels._backends import empty_cache
 
 # A request of half the size takes what is left of any free piece; small pieces are kept by their exact size, in steps of 16 bytes.
-_SIZES = [120 << 10, *(1 << power for power in range(16, 9, -1)), *range(1008, 8, -16)]
+_SIZES = [*(1 << power for power in range(26, 9, -1)), *range(1008, 8, -16)]
 
 
 def wipe_freed() -> None:
@@ -33,7 +34,9 @@ def wipe_freed() -> None:
         while block := libc.malloc(size):
             held.append(block)
             usable = libc.malloc_usable_size(block)
-            ctypes.memset(block, 0, usable)
+            ctypes.memset(block, 0, min(usable, 2 * mmap.PAGESIZE))  # behind its first whole page a free piece is empty since the trim
+            if usable > 2 * mmap.PAGESIZE:
+                ctypes.memset(block + usable - mmap.PAGESIZE, 0, mmap.PAGESIZE)
             if block + usable >= end:
                 break
     for block in held:
