@@ -217,3 +217,16 @@ def test_a_store_that_cannot_be_made_leaves_nothing(run, tmp_path):
 def test_true_is_no_number(run, column):
     assert "value: expected" in run("put", "new", "1", "[true, 1]", "--column", column, code=1)[1]
     run("put", "new", "1", "[2, 1]", "--column", column)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_rows_of_many_numbers_go_out_and_in(run, tmp_path, suffix):
+    """Python's csv takes fields of 131072 characters."""
+    wide = torch.randn(2, 20_000)
+    with KeyValueStore(20_000, path=tmp_path / "wide") as store:
+        store.store([1, 2], wide)
+        store.commit()
+    run("export", "wide", f"wide.{suffix}")
+    run("import", "again", f"wide.{suffix}", "--column", "value:float32:20000")
+    with KeyValueStore.open(tmp_path / "again") as store:
+        assert torch.equal(store.retrieve([1, 2])[0], wide)

@@ -18,7 +18,7 @@ ALLOWED = {
     "distributed": ("memkernels.distributed", "memkernels.ops", "memkernels.store", *HELPERS),
     "integrations": ("memkernels.ops", *HELPERS),
     "models": ("memkernels.models", "memkernels.nn", "memkernels.ops", "memkernels.store", *HELPERS),
-    "store": ("memkernels.store", "memkernels.ops", "memkernels._backends", *HELPERS),
+    "store": ("memkernels.store", "memkernels.ops", "memkernels._backends", "memkernels._freed", *HELPERS),
     "ops": ("memkernels.ops", "memkernels._registry", *HELPERS),
     "backends/reference": ("memkernels.backends.reference",),
     "backends/triton": ("memkernels.backends.triton", "memkernels.backends._hopfield", "memkernels.backends._layout", *HELPERS),

@@ -390,6 +390,7 @@ CREATION = [
     (dict(capacity=2**70), ValueError, "KeyValueStore: capacity: expected a number of keys from 1 to"),
     (dict(device="foo"), ValueError, "KeyValueStore: device: expected a device such as 'cpu' or 'cuda', got 'foo'"),
     (dict(device="meta"), ValueError, "KeyValueStore: device: expected a device that holds data, got 'meta'"),
+    (dict(device="cuda:99"), ValueError, "KeyValueStore: device: expected a device that is there, got 'cuda:99'"),
     (dict(path=5), TypeError, "KeyValueStore: path: expected a str or a pathlib.Path, got int"),
     (dict(path=""), ValueError, "KeyValueStore: path: expected the name of a file or directory, got ''"),
     (dict(path="a\0"), ValueError, "KeyValueStore: path: expected the name of a file or directory"),

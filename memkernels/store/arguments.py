@@ -29,4 +29,8 @@ def as_device(op: str, device: Any) -> torch.device:
         raise
     if found.type == "meta":
         fail(op, "device", "a device that holds data", repr(device))
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # a build of torch without CUDA asserts
+        fail(op, "device", "a device that is there", f"{device!r} ({str(error).splitlines()[0]})")
     return found

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from memkernels._checks import fail
+from memkernels._freed import wipe_freed
 from memkernels.store.columns import Columns, as_bytes, gather, row_bytes
 from memkernels.store.index import Index
 from memkernels.store.inmemory import ADDED, KEPT, NEW, REPLACED
@@ -214,6 +215,8 @@ class Logged:
         self.commit()
         if problems := self.log.verify().problems:
             raise StoreFormatError(f"store: {self.log.path} is damaged, and is left as it is: {'; '.join(problems[:3])}")
+        if erase:
+            wipe_freed()  # the new engine takes memory that it does not fill
         held = ((batch, self.index.find(batch)) for batch in self.use.batches()) if self.use else self.index.items()
         self.log.rewrite(((batch, self._row_values(rows)) for batch, rows in held), erase)
         self.index.clear()

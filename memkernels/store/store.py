@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from memkernels._checks import check_choice, check_flag, fail
+from memkernels._freed import wipe_freed
 from memkernels.store import exchange
 from memkernels.store.arguments import as_device, as_folder
 from memkernels.store.columns import ONE, as_columns, as_default, as_names, as_values
@@ -303,11 +304,13 @@ class KeyValueStore:
 
         Args:
             erase: also leave no trace: the bytes of erased and overwritten keys and values are overwritten with zeros, in memory and on
-                disk. Tensors that were given out are the caller's.
+                disk. Tensors that were given out, and keys as Python's own objects, are the caller's.
         """
         check_flag("compact", "erase", erase)
         with self._opened("compact", True):
             self._data.compact(erase)
+            if erase:
+                wipe_freed()
 
     def as_parameter(self, capacity: int | None = None) -> Any:
         """The stored values as an `nn.Parameter` "rows ..." (a ParameterDict with several columns), in which `retrieve` is differentiable.
