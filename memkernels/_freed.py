@@ -17,7 +17,7 @@ def wipe_freed() -> None:
 
     Whole pages go back to the system, for every heap; the pieces between them are asked for, filled with zeros and given back, for the
     heap of the main thread. Only glibc is known well enough for that. Out of reach: the caller's own objects, small objects of Python's
-    (keys as bytes or str), the small pieces of other threads' heaps, and scratch memory of the kernels.
+    (keys as bytes or str), and the small pieces of other threads' heaps.
     """
     gc.collect()  # what only garbage refers to
     empty_cache()

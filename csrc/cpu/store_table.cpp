@@ -325,6 +325,7 @@ void erase(const TensorView& removed_view, const TensorView& table_view, const T
       return true;
     });
     in_order(runs, found, from, removed);
+    std::memset(static_cast<void*>(runs.items), 0, size_t(runs.begin.back()) * sizeof(Item));  // what is erased is gone
   }
 }
 
