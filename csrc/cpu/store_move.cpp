@@ -66,7 +66,7 @@ class Move {
     for (int64_t k = 0; k < blocks; k++) blocks_.push_back({items + k * kMost, 0, 0, 0, 0});
     for (; begin < end; begin += kRun * kBlock) run(begin, std::min(end, begin + kRun * kBlock));
     finish_slice();
-    std::memset(static_cast<void*>(items), 0, size_t(blocks * kMost) * sizeof(Item));  // no keys stay
+    std::memset(static_cast<void*>(items), 0, size_t(blocks * kMost) * sizeof(Item));   // no keys stay
     if (!kept_) std::memset(old_.words, 0, size_t(first * kWords) * sizeof(uint64_t));  // counts of earlier moves
     return moved_;
   }
