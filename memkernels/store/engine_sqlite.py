@@ -91,6 +91,8 @@ class SqliteEngine:
         try:
             with _errors(path):
                 self._check(connection, create)
+                if write and not create:
+                    self._seal(connection)
         except BaseException:
             connection.close()
             raise
@@ -122,6 +124,13 @@ class SqliteEngine:
         found = connection.execute("SELECT type, name, sql FROM sqlite_master LIMIT 3").fetchall()
         if found != [("table", "map", _TABLE)]:
             raise StoreFormatError(f"store: {self.path} is damaged or not part of a store: its tables are {found!r:.200}")
+
+    def _seal(self, connection: sqlite3.Connection) -> None:
+        """Buries a commit that its writer was killed in: whole in the write-ahead log, but not in the table of it that readers keep alive, so
+        that nobody sees it before that table is made anew. By then this writer has put other rows in the place of its rows."""
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("PRAGMA user_version = 0")  # any write: it takes the place of the commit in the log
+        connection.execute("COMMIT")
 
     def begin(self, write: bool) -> SqliteTransaction:
         with self._lock:
