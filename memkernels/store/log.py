@@ -256,6 +256,7 @@ class Log(View):
             self._fail(error)
             raise
         try:
+            folder.check_lock(self.path, self._lock_fd)
             prepared = self._catalog.prepare([runs for runs, _ in items], items[-1][1])
         except BaseException as error:
             if self._group is not None:  # nobody is there to try again
@@ -304,9 +305,7 @@ class Log(View):
                     self._check_failed()
                 if self._writes() and self._failed is None:
                     self._settle()
-                    copies.trim(self._segments, self._state.rows)
-                    if self._journal is not None:
-                        self._journal.close(remove=True)
+                    copies.trim(self)
             finally:
                 self._release()
 
@@ -352,6 +351,7 @@ class Log(View):
         if self._pid != os.getpid():
             raise StoreError(f"store: {self.path} was opened to write by process {self._pid}; its child {os.getpid()} may only read")
         self._check_failed()
+        folder.check_lock(self.path, self._lock_fd)
 
     def _check_batch(self, keys: KeyBatch, values: dict[str, Tensor]) -> None:
         if keys.type != self.schema.key_type:
