@@ -139,7 +139,7 @@ def lock(path: Path, exclusive: bool) -> int | None:
         os.close(fd)  # it was removed, and perhaps made anew, before it was locked: that lock keeps nobody out
 
 
-def names(path: Path, fd: int) -> bool:
+def names(path: Path | str, fd: int) -> bool:
     """Whether this is the file of that name."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(fd))

@@ -59,7 +59,7 @@ def lock_writer(folder: Path, new: bool = False) -> int:
 
 def holds(folder: Path, fd: int | None) -> bool:
     """Whether the writer's lock is that of this folder still."""
-    return fd is not None and disk.names(folder / "LOCK", fd)
+    return fd is not None and disk.names(f"{folder}/LOCK", fd)
 
 
 def check_lock(folder: Path, fd: int | None) -> None:

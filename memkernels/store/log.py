@@ -239,7 +239,7 @@ class Log(View):
     def whole(self) -> Iterator[None]:
         """What is appended and forgotten inside, or nothing of it when something is raised there."""
         with self._lock:
-            self.check_write()
+            self.check_write(lock=False)
             mark = self._tail.mark()
             try:
                 yield
@@ -342,8 +342,8 @@ class Log(View):
                 f" {self._state.commit} is known to be on disk: close the store and open it again"
             ) from self._failed
 
-    def check_write(self) -> None:
-        """Raises unless this log may be written to."""
+    def check_write(self, lock: bool = True) -> None:
+        """Raises unless this log may be written to; `lock`: and has its lock still."""
         if self.closed:
             raise StoreError(f"store: {self.path} is closed")
         if self.mode != "w":
@@ -351,7 +351,8 @@ class Log(View):
         if self._pid != os.getpid():
             raise StoreError(f"store: {self.path} was opened to write by process {self._pid}; its child {os.getpid()} may only read")
         self._check_failed()
-        folder.check_lock(self.path, self._lock_fd)
+        if lock:
+            folder.check_lock(self.path, self._lock_fd)
 
     def _check_batch(self, keys: KeyBatch, values: dict[str, Tensor]) -> None:
         if keys.type != self.schema.key_type:
