@@ -1,15 +1,16 @@
-"""A store whose folder others move, remove, lock anew or may only read, and a fork beside calls of SQLite."""
+"""A store whose folder others move, remove, lock anew or may only read; what a kill leaves in shared memory; a fork beside calls of SQLite."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import threading
 import time
 
 import pytest
 from store_faults import fork, in_child, wait
-from store_logs import ENGINES, ints, new, put, stored
+from store_logs import ENGINES, contents, ints, new, put, stored
 
 from memkernels.store import engine_sqlite
 from memkernels.store.log import Log, StoreError
@@ -109,3 +110,51 @@ def test_a_fork_waits_for_calls_of_sqlite(in_memory):
     said = in_child(lambda: [*left, engine_sqlite._calls])
     thread.join()
     assert said == repr([*left, 0])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_commit_that_only_the_file_names(in_memory, engine, goes_on):
+    """A writer killed between file and shared memory, while a reader keeps that memory; then another writer; then all are killed."""
+    path = in_memory / "s"
+    with new(path, engine) as log:
+        put(log, range(3), 1)
+        log.commit()
+    table = path / {"sqlite": "index-00000001.sqlite-shm", "lmdb": "index-00000001.lmdb-lock"}[engine]
+
+    def reader(pipe):
+        with Log.open(path) as log:
+            dict(contents(log))
+            os.write(pipe, b"1")
+            time.sleep(600)
+
+    def killed(pipe):
+        log = Log.open(path, "w", durability="none")
+        before = table.read_bytes()
+        put(log, range(20), 2)
+        log.commit()
+        with open(table, "r+b") as file:
+            size = 1 << 15 if engine == "sqlite" else 56  # of LMDB: up to the number of its newest transaction
+            file.write(before[:size])
+        os._exit(0)
+
+    def next_writer(pipe):
+        log = Log.open(path, "w")
+        assert contents(log) == dict.fromkeys(range(3), 1)
+        if goes_on:
+            put(log, range(5), 3)
+            log.commit()
+            os._exit(0)
+        log.close()
+
+    pid, pipe = fork(reader)
+    try:
+        assert os.read(pipe, 1) == b"1"
+        assert wait(*fork(killed))[0] == 0
+        assert wait(*fork(next_writer))[0] == 0
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        wait(pid, pipe)
+    with Log.open(path) as log:
+        assert contents(log) == (dict.fromkeys(range(5), 3) if goes_on else dict.fromkeys(range(3), 1))
+        assert log.verify().ok

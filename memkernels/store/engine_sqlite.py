@@ -120,8 +120,6 @@ class SqliteEngine:
         try:
             with _errors(path):
                 self._check(connection, create)
-                if write and not create:
-                    self._seal(connection)
         except BaseException:
             self.end(connection)
             raise
@@ -155,12 +153,6 @@ class SqliteEngine:
         found = connection.execute("SELECT type, name, sql FROM sqlite_master LIMIT 3").fetchall()
         if found != [("table", "map", _TABLE)]:
             raise StoreFormatError(f"store: {self.path} is damaged or not part of a store: its tables are {found!r:.200}")
-
-    def _seal(self, connection: sqlite3.Connection) -> None:
-        """Buries a commit that a writer was killed in: whole in the write-ahead log, but not in the table of it that readers keep alive.
-
-        Nobody sees it before that table is made anew; by then this writer has put other rows in the place of its rows."""
-        connection.execute("PRAGMA user_version = 0")  # any write: it takes the place of the commit in the log
 
     def begin(self, write: bool) -> SqliteTransaction:
         with self._lock:

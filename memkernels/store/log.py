@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from memkernels.store import copies, disk, folder, journal
+from memkernels.store import catalog, copies, disk, folder, journal
 from memkernels.store.engine import default_engine, engine_files
 from memkernels.store.errors import StoreError, StoreFormatError
 from memkernels.store.format import HEADER, Layout, Marker, Schema, State, damaged
@@ -105,6 +105,7 @@ class Log(View):
         self._load()
         folder.refuse_foreign(self.path, self._state)
         if self.mode == "w":
+            catalog.seal(self._catalog.engine)
             self._recover()
             folder.remove_unused(self.path, self._marker, self._state)
             self._given = self._state.commit
