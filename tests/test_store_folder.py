@@ -1,4 +1,4 @@
-"""A store whose folder others move, remove, lock anew or may only read; what a kill leaves in shared memory; a fork beside calls of SQLite."""
+"""A store whose folder others move, remove, lock anew or may only read; kills that leave shared memory behind; a fork beside SQLite."""
 
 from __future__ import annotations
 
