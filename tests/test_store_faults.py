@@ -423,7 +423,7 @@ def test_a_failed_commit_of_the_engine_in_the_background(in_memory, engine, how,
     put(log, [1], 1)
     log.commit()
     log.close()
-    faults = EngineFaults(1, engine_errors(engine)[1], how, ("commit", "COMMIT"))
+    faults = EngineFaults(2, engine_errors(engine)[1], how, ("commit", "COMMIT"))  # the first one is that of the opening
     faults.install(monkeypatch)
     log = Log.open(in_memory / "s", "w", durability="async")
     put(log, [2], 2)

@@ -40,6 +40,21 @@ def read_schema(transaction: Transaction) -> Schema:
     return Schema.from_json(data)
 
 
+def seal(engine: Engine) -> None:
+    """Buries a commit that a writer was killed in: whole in the file, but not in the memory that readers keep of its newest one.
+
+    That is LMDB's lock file, or the table of SQLite's write-ahead log. Nobody sees the commit before that memory is made anew; by then this
+    writer has put other rows in the place of its rows. Any write takes its place.
+    """
+    transaction = engine.begin(True)
+    try:
+        transaction.put(STATE, read_state(transaction).encode())
+    except BaseException:
+        transaction.abort()
+        raise
+    transaction.commit()
+
+
 def runs(
     transaction: Transaction, schema: Schema, state: State, journal: list[Record], after: bytes = RUNS
 ) -> Iterator[tuple[str, Run, bytes, bytes]]:

@@ -134,15 +134,16 @@ def lock(path: Path, exclusive: bool) -> int | None:
     """A descriptor that holds the lock of a file until it is closed, or None while another one holds it."""
     while True:
         fd = _lock(path, exclusive)
-        if fd is None or _names(path, fd):
+        if fd is None or names(path, fd):
             return fd
         os.close(fd)  # it was removed, and perhaps made anew, before it was locked: that lock keeps nobody out
 
 
-def _names(path: Path, fd: int) -> bool:
+def names(path: Path | str, fd: int) -> bool:
+    """Whether this is the file of that name."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(fd))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

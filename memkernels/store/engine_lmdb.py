@@ -46,7 +46,7 @@ class Shared:
             disk.allocate(self.path.with_name(f"{self.path.name}-lock"), _LOCK)
         with _errors(self.path):
             return lmdb.open(
-                str(self.path),
+                os.fsencode(self.path),
                 map_size=_MAP,
                 subdir=False,
                 readonly=not self.write,

@@ -14,10 +14,36 @@ from memkernels.store.errors import StoreError, StoreFormatError
 _TABLE = "CREATE TABLE map (key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID"
 _BUSY = 10.0  # seconds to wait for a reader that recovers or a checkpoint
 _inherited: list[sqlite3.Connection] = []  # of a parent process: closing them here would harm it
+_calls = 0  # under way, in all threads
+_change = threading.Condition(threading.RLock())
+
+
+def _before_fork() -> None:
+    """Waits for calls of other threads to end: a lock of SQLite's own that one of them held would never be free in the child."""
+    _change.acquire()
+    _change.wait_for(lambda: not _calls, timeout=10)
+
+
+def _after_fork() -> None:
+    global _calls, _change
+    _calls, _change = 0, threading.Condition(threading.RLock())
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=lambda: _change.release(), after_in_child=_after_fork)
+
+
+def _count(by: int) -> None:
+    global _calls
+    with _change:
+        _calls += by
+        if not _calls:
+            _change.notify_all()
 
 
 @contextlib.contextmanager
 def _errors(path: Path) -> Iterator[None]:
+    """Around every call of SQLite."""
+    _count(1)
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -26,6 +52,8 @@ def _errors(path: Path) -> Iterator[None]:
         raise StoreError(f"store: {path}: {error}") from error
     except sqlite3.DatabaseError as error:
         raise StoreFormatError(f"store: {path} is damaged: {error}") from error
+    finally:
+        _count(-1)
 
 
 class SqliteTransaction:
@@ -69,15 +97,16 @@ class SqliteTransaction:
             with _errors(self._engine.path):
                 self._connection.execute("COMMIT")
         except BaseException:
-            self._connection.close()  # the transaction may be open still, and would lock the file for as long as the error is kept
+            self._engine.end(self._connection)  # the transaction may be open still, and lock the file for as long as the error is kept
             raise
         self._engine.give_back(self._connection)
 
     def abort(self) -> None:
         try:
-            self._connection.execute("ROLLBACK")
-        except sqlite3.Error:
-            self._connection.close()  # e.g. rolled back already, after a full disk
+            with _errors(self._engine.path):
+                self._connection.execute("ROLLBACK")
+        except StoreError:
+            self._engine.end(self._connection)  # e.g. rolled back already, after a full disk
         else:
             self._engine.give_back(self._connection)
 
@@ -92,13 +121,15 @@ class SqliteEngine:
             with _errors(path):
                 self._check(connection, create)
         except BaseException:
-            connection.close()
+            self.end(connection)
             raise
         self.give_back(connection)
 
     def _connect(self, create: bool = False) -> sqlite3.Connection:
         writable = os.access(self.path.parent, os.W_OK)  # a reader too keeps the table of the write-ahead log
-        mode = "rwc" if create else "rw" if writable else "ro&immutable=1"
+        log = self.path.with_name(f"{self.path.name}-wal")  # without one, or with an empty one, the file has it all
+        still = not writable and not (log.exists() and log.stat().st_size)
+        mode = "rwc" if create else "rw" if writable else "ro&immutable=1" if still else "ro"
         with _errors(self.path):
             uri = f"{self.path.absolute().as_uri()}?mode={mode}"
             connection = sqlite3.connect(uri, uri=True, timeout=_BUSY, isolation_level=None, check_same_thread=False)
@@ -112,7 +143,7 @@ class SqliteEngine:
                 else:
                     connection.execute("PRAGMA query_only=ON")
         except BaseException:
-            connection.close()
+            self.end(connection)
             raise
         return connection
 
@@ -130,10 +161,16 @@ class SqliteEngine:
         try:
             return SqliteTransaction(self, connection, write)
         except BaseException:
-            connection.close()
+            self.end(connection)
             raise
 
+    def end(self, connection: sqlite3.Connection) -> None:
+        with _errors(self.path):
+            connection.close()
+
     def give_back(self, connection: sqlite3.Connection) -> None:
+        if not os.access(self.path.parent, os.W_OK):  # the next one may find a write-ahead log
+            return self.end(connection)
         with self._lock:
             self._idle.append(connection)
 
@@ -143,7 +180,7 @@ class SqliteEngine:
             with _errors(self.path):
                 return [row[0] for row in connection.execute("PRAGMA integrity_check").fetchall() if row[0] != "ok"]
         finally:
-            connection.close()
+            self.end(connection)
 
     def close(self) -> None:
         with self._lock:
@@ -152,4 +189,4 @@ class SqliteEngine:
             _inherited.extend(idle)
             return
         for connection in idle:
-            connection.close()
+            self.end(connection)

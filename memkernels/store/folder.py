@@ -57,6 +57,19 @@ def lock_writer(folder: Path, new: bool = False) -> int:
     return fd
 
 
+def holds(folder: Path, fd: int | None) -> bool:
+    """Whether the writer's lock is that of this folder still."""
+    return fd is not None and disk.names(f"{folder}/LOCK", fd)
+
+
+def check_lock(folder: Path, fd: int | None) -> None:
+    """Raises when it is not: what is written then would be of no store, or in the place of what another writer wrote."""
+    if not holds(folder, fd):
+        raise StoreError(
+            f"store: {folder} was moved or removed, or its file LOCK was, while it was open to write: close it and open it again"
+        )
+
+
 def lock_reader(folder: Path) -> int | None:
     """The descriptor that keeps the files from being erased; None where nothing can be written, so that nobody can erase either."""
     try:

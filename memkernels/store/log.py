@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from memkernels.store import copies, disk, folder, journal
+from memkernels.store import catalog, copies, disk, folder, journal
 from memkernels.store.engine import default_engine, engine_files
 from memkernels.store.errors import StoreError, StoreFormatError
 from memkernels.store.format import HEADER, Layout, Marker, Schema, State, damaged
@@ -105,6 +105,7 @@ class Log(View):
         self._load()
         folder.refuse_foreign(self.path, self._state)
         if self.mode == "w":
+            catalog.seal(self._catalog.engine)
             self._recover()
             folder.remove_unused(self.path, self._marker, self._state)
             self._given = self._state.commit
@@ -239,7 +240,7 @@ class Log(View):
     def whole(self) -> Iterator[None]:
         """What is appended and forgotten inside, or nothing of it when something is raised there."""
         with self._lock:
-            self.check_write()
+            self.check_write(lock=False)
             mark = self._tail.mark()
             try:
                 yield
@@ -256,6 +257,7 @@ class Log(View):
             self._fail(error)
             raise
         try:
+            folder.check_lock(self.path, self._lock_fd)
             prepared = self._catalog.prepare([runs for runs, _ in items], items[-1][1])
         except BaseException as error:
             if self._group is not None:  # nobody is there to try again
@@ -304,9 +306,7 @@ class Log(View):
                     self._check_failed()
                 if self._writes() and self._failed is None:
                     self._settle()
-                    copies.trim(self._segments, self._state.rows)
-                    if self._journal is not None:
-                        self._journal.close(remove=True)
+                    copies.trim(self)
             finally:
                 self._release()
 
@@ -343,8 +343,8 @@ class Log(View):
                 f" {self._state.commit} is known to be on disk: close the store and open it again"
             ) from self._failed
 
-    def check_write(self) -> None:
-        """Raises unless this log may be written to."""
+    def check_write(self, lock: bool = True) -> None:
+        """Raises unless this log may be written to; `lock`: and has its lock still."""
         if self.closed:
             raise StoreError(f"store: {self.path} is closed")
         if self.mode != "w":
@@ -352,6 +352,8 @@ class Log(View):
         if self._pid != os.getpid():
             raise StoreError(f"store: {self.path} was opened to write by process {self._pid}; its child {os.getpid()} may only read")
         self._check_failed()
+        if lock:
+            folder.check_lock(self.path, self._lock_fd)
 
     def _check_batch(self, keys: KeyBatch, values: dict[str, Tensor]) -> None:
         if keys.type != self.schema.key_type:
