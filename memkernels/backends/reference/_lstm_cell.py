@@ -6,7 +6,7 @@ import torch
 
 from memkernels.backends.reference import _random
 from memkernels.backends.reference._math import compute
-from memkernels.backends.reference._recurrence import dense, each
+from memkernels.backends.reference._recurrence import dense, each, projected
 
 EPSILON = 1e-5  # of layer norm
 
@@ -70,7 +70,7 @@ class Cell:
 
     def projected(self, seen, *biases):
         """What the input adds to the gates of all steps."""
-        x = seen @ self.weight_ih.mT
+        x = projected(seen, self.weight_ih)
         if self.norm is not None:
             gamma, beta = (part[: x.shape[-1]] for part in self.norm[0])
             x = normalise(x)[0] * gamma + beta

@@ -103,6 +103,12 @@ def blocks(gradient: torch.Tensor, gates: int, num_heads: int) -> torch.Tensor:
     return split.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(rows, width)
 
 
+def projected(seen: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """seen weight^T of all steps, as one product of matrices: of three dimensions torch makes one or many of them, whose last bits differ,
+    by who requires a gradient."""
+    return (seen.flatten(0, 1) @ weight.mT).unflatten(0, seen.shape[:2])
+
+
 def products(dz: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     """Sum over all steps and rows of the outer products: the gradient of a weight."""
     return dz.flatten(0, 1).mT @ seen.flatten(0, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from memkernels.backends.reference._math import compute
-from memkernels.backends.reference._recurrence import Rows, blocks, dense, each, products, total, without_steps
+from memkernels.backends.reference._recurrence import Rows, blocks, dense, each, products, projected, total, without_steps
 
 
 def forward(
@@ -23,7 +23,7 @@ def _run(rows, input, h0, weight_ih, weight_hh, bias_ih, bias_hh, reset_h, num_h
     """(h_n, [h, and the gates r, z, n, h_n if they are to be kept])."""
     hidden, bias = h0.shape[1], compute(bias_hh)
     weight = dense(compute(weight_hh), 3, num_heads).mT
-    x = rows.living(compute(input)) @ compute(weight_ih).mT
+    x = projected(rows.living(compute(input)), compute(weight_ih))
     if bias_ih is not None:
         x = x + compute(bias_ih)
     rz, last = (each(part) for part in x.split([2 * hidden, hidden], -1))

@@ -9,7 +9,7 @@ import torch
 from memkernels.backends.reference._lstm_cell import Cell, normalise, normalise_backward
 from memkernels.backends.reference._lstm_second import SecondOrder
 from memkernels.backends.reference._math import compute
-from memkernels.backends.reference._recurrence import Rows, blocks, each, products, total, without_steps
+from memkernels.backends.reference._recurrence import Rows, blocks, each, products, projected, total, without_steps
 
 
 class Call(NamedTuple):
@@ -130,7 +130,7 @@ def _projected_backward(cell, seen, dz):
     ignored = cell.weight_co is not None
     dx, dnorm = dz[..., : 3 * cell.hidden] if ignored else dz, None
     if cell.norm is not None:
-        normal, scale = normalise(seen @ cell.weight_ih.mT)
+        normal, scale = normalise(projected(seen, cell.weight_ih))
         dnorm = [torch.nn.functional.pad(total(d), (0, cell.hidden if ignored else 0)) for d in (dx * normal, dx)]
         dx = normalise_backward(dx * cell.norm[0][0][: dx.shape[-1]], normal, scale)
     dweight = products(dx, seen)

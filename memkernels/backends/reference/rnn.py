@@ -5,23 +5,23 @@ from __future__ import annotations
 import torch
 
 from memkernels.backends.reference._math import compute
-from memkernels.backends.reference._recurrence import Rows, blocks, dense, each, products, total, without_steps
+from memkernels.backends.reference._recurrence import Rows, blocks, dense, each, products, projected, total, without_steps
 
 
 def forward(input, h0, weight_ih, weight_hh, bias_ih, bias_hh, reset, reset_h, lengths, relu, reverse, num_heads, training):
     dtype, rows = input.dtype, Rows(input.shape[0], reverse, reset, lengths)
     weight = dense(compute(weight_hh), 1, num_heads).mT
-    projected = rows.living(compute(input)) @ compute(weight_ih).mT
+    x = projected(rows.living(compute(input)), compute(weight_ih))
     for bias in (bias_ih, bias_hh):
-        projected = projected if bias is None else projected + compute(bias)
-    z = each(projected)
+        x = x if bias is None else x + compute(bias)
+    z = each(x)
     activation = torch.relu if relu else torch.tanh
 
     def step(t, h):
         return (activation(torch.addmm(z[t], h, weight)),), ()
 
     (h_n,), kept = rows.forward(step, [compute(h0)], [compute(reset_h)])
-    output = kept[0] if kept else projected.new_zeros(0, *h_n.shape)
+    output = kept[0] if kept else x.new_zeros(0, *h_n.shape)
     return output.to(dtype), h_n.to(dtype, copy=True)
 
 
