@@ -16,12 +16,18 @@ from memkernels.store import engine_sqlite
 from memkernels.store.log import Log, StoreError
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_writer_whose_lock_has_gone_writes_no_more(in_memory, engine):
-    path = in_memory / "s"
+def committed(path, engine):
+    """A store of three keys, open to write."""
     log = new(path, engine)
     put(log, range(3), 1)
     log.commit()
+    return log
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_writer_whose_lock_has_gone_writes_no_more(in_memory, engine):
+    path = in_memory / "s"
+    log = committed(path, engine)
     (path / "LOCK").unlink()
     with Log.open(path, "w") as other:
         put(other, range(5), 2)
@@ -40,9 +46,7 @@ def test_a_writer_whose_lock_has_gone_writes_no_more(in_memory, engine):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_store_that_is_removed_or_moved_takes_no_commit(in_memory, engine):
     path = in_memory / "s"
-    log = new(path, engine)
-    put(log, range(3), 1)
-    log.commit()
+    log = committed(path, engine)
     put(log, range(3), 2)
     path.rename(in_memory / "moved")
     with pytest.raises(StoreError, match="was moved or removed"):
