@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import memkernels as mk
-from memkernels.backends.reference._store_table import mix
+from memkernels.backends.reference._store_bucket import mix
 from memkernels.ops import ByteKeys, store_erase_, store_find, store_gather, store_items, store_move_, store_scatter_, store_upsert_
 from memkernels.store.key_hash import hash_key, owner_hash
 from memkernels.store.keys import as_batch
@@ -238,7 +238,7 @@ def moved_in_steps(move, old, table, step):
 
 
 def worn(buckets, load):
-    """A table in use for a while: full buckets, keys that wrap around, and places that became free in front of such keys."""
+    """A table in use for a while: full buckets, keys that wrap around, and places that became free."""
     table, keys = table_of(buckets), random_keys(buckets, int(5 * buckets * load), 100 * buckets)
     store_upsert_(table, keys, torch.arange(2**34 - keys.shape[0], 2**34))
     store_erase_(table, keys[::7])

@@ -59,7 +59,7 @@ class Move {
 
   int64_t all(int64_t begin, int64_t end) {
     const int64_t first = begin;
-    kept_ = end < old_.buckets ? uint64_t(kMostPassed) << 52 : 0;  // keys that lie further on are still found
+    kept_ = end < old_.buckets ? ~uint64_t(0) << (32 + kKindBits) : 0;  // keys that lie further on are still found
     Scratch scratch;
     const int64_t blocks = (std::min(end - begin, kRun * kBlock) + kBlock - 1) / kBlock;
     Item* items = scratch.take<Item>(blocks * kMost + 1);

@@ -199,11 +199,14 @@ bool consecutive(const int64_t* rows, int64_t n) {
   return so;
 }
 
-// The place of a new key, kept in its item in place of the key until it has its row.
+// The place of a key, kept in its item in place of the key: of a new one until it has its row, of an erased one until
+// what passed it by has come back.
 constexpr uint64_t kNoPlace = ~uint64_t(0);
 uint64_t code(Place place) { return place.bucket < 0 ? kNoPlace : uint64_t(place.bucket) * 8 + uint64_t(place.place); }
+Place place_of(uint64_t code) { return {int64_t(code / 8), int(code % 8)}; }
 void give_row(const Table& table, const Item& item, const int64_t* now) {
-  if (item.key != kNoPlace) set_row(table.at(int64_t(item.key / 8)), int(item.key % 8), now[item.i]);
+  const Place place = place_of(item.key);
+  if (item.key != kNoPlace) set_row(table.at(place.bucket), place.place, now[item.i]);
 }
 
 struct Upsert {
@@ -316,13 +319,15 @@ void erase(const TensorView& removed_view, const TensorView& table_view, const T
     Scratch scratch;
     const Runs runs = sort_by_part(table, keys, from, std::min(n, from + kSlice), scratch);
     int64_t* found = scratch.take<int64_t>(runs.begin.back());
-    in_parts(table, runs, found, [&](const Item& item, int64_t& row, bool leave) {
+    in_parts(table, runs, found, [&](Item& item, int64_t& row, bool leave) {
+      if (leave && row >= 0) return table.close(place_of(item.key), true);
       const int64_t home = home_of(item.key, table.buckets);
       const Place place = table.find(item.key, home, leave, [&](int64_t other) { return text.same(item.i, other); });
-      if (place.bucket == kOutside) return false;
       row = place.bucket < 0 ? -1 : row_at(table.at(place.bucket), place.place);
-      if (place.bucket >= 0) table.take_out(place, home);
-      return true;
+      if (place.bucket < 0) return place.bucket == kAbsent;
+      table.take_out(place, home);
+      item.key = code(place);  // for a place that is closed at the end of the slice
+      return table.close(place, leave);
     });
     in_order(runs, found, from, removed);
     std::memset(static_cast<void*>(runs.items), 0, size_t(runs.begin.back()) * sizeof(Item));  // what is erased is gone

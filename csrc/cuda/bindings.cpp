@@ -241,11 +241,12 @@ void upsert_in_store(TensorView table, TensorView keys, TensorView flags, Tensor
 }
 
 void erase_in_store(TensorView table, TensorView keys, TensorView flags, TensorView order, TensorView starts,
-                    TensorView later, TensorView removed) {
+                    TensorView later, TensorView removed, TensorView codes) {
   const char* op = "store_erase_";
+  const int64_t n = keys.numel();
   const StoreSlice slice = store_slice(op, table, keys, flags, order, starts, later);
   const Launch launch(op, table);
-  launch.done(store_erase(slice, integers(op, "removed", removed, keys.numel()), launch.stream));
+  launch.done(store_erase(slice, integers(op, "removed", removed, n), integers(op, "codes", codes, n), launch.stream));
 }
 
 }  // namespace

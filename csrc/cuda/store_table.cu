@@ -70,16 +70,22 @@ __global__ void give_rows_kernel(StoreSlice slice, StoreUpsert work) {
   });
 }
 
-__global__ void erase_kernel(StoreSlice slice, int64_t* removed) {
+__global__ void erase_kernel(StoreSlice slice, int64_t* removed, int64_t* codes) {
   const Table table{slice.table, slice.buckets};
   const bool leave = slice.later != nullptr;
   for_each(slice, [&](int64_t i) {
+    if (leave && removed[i] >= 0) {  // gone already; what passed its place by comes back now
+      table.close({codes[i] / 8, int(codes[i] % 8)}, true);
+      return;
+    }
     const int64_t home = home_of(slice.keys[i], table.buckets);
     const Place place = table.find(slice.keys[i], home, leave, Any());
-    slice.flags[i] = leave || place.bucket == kOutside;
-    if (place.bucket == kOutside) return;
     removed[i] = place.bucket < 0 ? -1 : row_at(table.at(place.bucket), place.place);
-    if (place.bucket >= 0) table.take_out(place, home);
+    slice.flags[i] = leave || place.bucket == kOutside;
+    if (place.bucket < 0) return;
+    table.take_out(place, home);
+    codes[i] = place.bucket * 8 + place.place;
+    if (!table.close(place, leave)) slice.flags[i] = true;
   });
 }
 
@@ -106,8 +112,8 @@ cudaError_t store_upsert(const StoreSlice& slice, const StoreUpsert& work, cudaS
 cudaError_t store_give_rows(const StoreSlice& slice, const StoreUpsert& work, cudaStream_t stream) {
   return over(slice, give_rows_kernel, stream, work);
 }
-cudaError_t store_erase(const StoreSlice& slice, int64_t* removed, cudaStream_t stream) {
-  return over(slice, erase_kernel, stream, removed);
+cudaError_t store_erase(const StoreSlice& slice, int64_t* removed, int64_t* codes, cudaStream_t stream) {
+  return over(slice, erase_kernel, stream, removed, codes);
 }
 
 }  // namespace mk::cuda

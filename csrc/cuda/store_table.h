@@ -29,6 +29,6 @@ cudaError_t store_find(const uint64_t* table, int64_t buckets, const uint64_t* k
 cudaError_t store_parts(int64_t buckets, const uint64_t* keys, int64_t* parts, int64_t n, cudaStream_t stream);
 cudaError_t store_upsert(const StoreSlice& slice, const StoreUpsert& work, cudaStream_t stream);
 cudaError_t store_give_rows(const StoreSlice& slice, const StoreUpsert& work, cudaStream_t stream);
-cudaError_t store_erase(const StoreSlice& slice, int64_t* removed, cudaStream_t stream);
+cudaError_t store_erase(const StoreSlice& slice, int64_t* removed, int64_t* codes, cudaStream_t stream);
 
 }  // namespace mk::cuda

@@ -8,7 +8,7 @@ import torch
 
 from memkernels._checks import check_tensor, fail
 
-PLACES, WORDS = 5, 8  # places of a bucket, and its int64 words: backends/reference/_store_table.py
+PLACES, WORDS = 5, 8  # places of a bucket, and its int64 words: backends/reference/_store_bucket.py
 MOST_ROW = (1 << 34) - 1
 BYTE_KEYS = "Tensor? spans, Tensor? arena, Tensor? data, Tensor? offsets, Tensor? second"  # of a schema
 

@@ -26,9 +26,8 @@ def store_erase_(table: torch.Tensor, keys: torch.Tensor, byte_keys: ByteKeys | 
         None.
 
     Numerics:
-        Exact; the table is the same, byte for byte, for every backend and number of threads. No tombstone is left: a bucket counts the
-        keys that
-        passed it, and an erased key takes back its counts.
+        Exact; the table is the same, byte for byte, for every backend and number of threads. No tombstone is left: the place takes in the
+        next key that had to pass its bucket, and so on, so searches are as short as if what is gone had never been there.
 
     Raises:
         TypeError: a dtype differs. ValueError: a shape or device differs.

@@ -15,9 +15,8 @@ def store_find(table: torch.Tensor, keys: torch.Tensor, byte_keys: ByteKeys | No
         ``rows[i] = the row that the table holds for keys[i], or -1``
 
     Args:
-        table: "buckets 8", int64, contiguous; zeros are an empty table. One bucket is one cache line: five keys, their rows, a count of
-            the keys
-            that passed it when it was full. What writes it is `store_upsert_` and `store_erase_`.
+        table: "buckets 8", int64, contiguous; zeros are an empty table. One bucket is one cache line: five keys, their rows, how many
+            keys passed it when it was full and of which of six kinds they were. What writes it is `store_upsert_` and `store_erase_`.
         keys: "n", int64, any value.
         byte_keys: for byte keys, of which `keys` are then 64 bits of a hash: 64 bits more and the bytes, to compare where those agree.
 
@@ -34,7 +33,7 @@ def store_find(table: torch.Tensor, keys: torch.Tensor, byte_keys: ByteKeys | No
         TypeError: a dtype differs. ValueError: a shape or device differs.
 
     Source:
-        Open addressing with buckets (Knuth, The Art of Computer Programming 3, 6.4) and a count of passing keys instead of tombstones.
+        Open addressing with buckets (Knuth, The Art of Computer Programming 3, 6.4), with his algorithm R for keys that are erased.
 
     Example:
         >>> import torch

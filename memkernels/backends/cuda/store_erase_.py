@@ -13,6 +13,6 @@ def supports(table, keys, spans, arena, data, offsets, second):
 def forward(removed, table, keys, spans, arena, data, offsets, second):
     for part in slices(keys.shape[0]):
         order, starts = sorted_by_part(table, keys[part])
-        flags = torch.zeros_like(order, dtype=torch.bool)
-        _C_cuda.store_erase_(table, keys[part], flags, order, starts, None, removed[part])
-        _C_cuda.store_erase_(table, keys[part], flags, order, starts, left_over(flags), removed[part])
+        flags, codes = torch.zeros_like(order, dtype=torch.bool), torch.empty_like(order)
+        _C_cuda.store_erase_(table, keys[part], flags, order, starts, None, removed[part], codes)
+        _C_cuda.store_erase_(table, keys[part], flags, order, starts, left_over(flags), removed[part], codes)

@@ -1,44 +1,9 @@
-"""The table of the key-value store in Python's integers; csrc/common/store_table.h is the same, byte for byte, and draws the layout.
+"""The table of the key-value store in Python's integers: where keys lie, and how they come and go."""
 
-A bucket is eight int64 words (64 bytes, a cache line): five keys, then five rows of 32 bits and 32 bits of meta: bit i says that place i is
-taken, bits 5 + 3i of it hold the high bits of row i, bits 20 and up count the keys that passed this full bucket on their way to the next.
-"""
+from memkernels.backends.reference._store_bucket import PLACES, Buckets, kind_of
 
-import torch
-
-PLACES, WORDS, PART = 5, 8, 256  # places of a bucket, its words, and the buckets of a part: what one thread may change alone
 PENDING = 1 << 34  # a row number from here on stands for "the new row of element row - PENDING of this batch"
 SLICE = 65536  # elements of a batch that are taken together; the next ones come after them
-MOST_PASSED = 4095  # a count that reaches this stays
-MASK = (1 << 64) - 1
-
-
-def mix(key):
-    """A bijection of 64 bits in which every bit of the key moves every bit of the result."""
-    key &= MASK
-    key = (key ^ (key >> 32)) * 0xE9846AF9B1A615D5 & MASK  # multipliers of odd random bits
-    key = (key ^ (key >> 29)) * 0x9FB21C651E98DF25 & MASK
-    return key ^ (key >> 32)
-
-
-def signed(word):
-    return word - (1 << 64) if word >> 63 else word
-
-
-class Bucket:
-    """One bucket, taken apart; `words` puts it together."""
-
-    def __init__(self, words):
-        rows = [half for word in words[5:] for half in (word & 0xFFFFFFFF, word >> 32 & 0xFFFFFFFF)]
-        meta = rows.pop()
-        self.keys, self.passed = list(words[:5]), meta >> 20
-        self.taken = [meta >> i & 1 for i in range(PLACES)]
-        self.rows = [rows[i] | (meta >> (5 + 3 * i) & 7) << 32 for i in range(PLACES)]
-
-    def words(self):
-        meta = self.passed << 20 | sum(self.taken[i] << i | (self.rows[i] >> 32) << (5 + 3 * i) for i in range(PLACES))
-        halves = [row & 0xFFFFFFFF for row in self.rows] + [meta]
-        return self.keys + [signed(halves[i] | halves[i + 1] << 32) for i in (0, 2, 4)]
 
 
 class Keys:
@@ -62,35 +27,24 @@ class Keys:
         return self.texts[i] == (half, bytes(self.arena[span >> 24 :][: span & 0xFFFFFF].tolist()))
 
 
-class Table:
-    """Buckets of a table tensor [buckets, 8], read when they are needed; `save` writes those that changed."""
+class Table(Buckets):
+    """A table tensor [buckets, 8] and the keys of a batch."""
 
     def __init__(self, table, keys):
-        self.table, self.keys, self.size = table, keys, table.shape[0]
-        self.buckets, self.changed = {}, set()
-
-    def home(self, i):
-        return mix(self.keys.hashes[i]) * self.size >> 64
-
-    def bucket(self, b):
-        if b not in self.buckets:
-            self.buckets[b] = Bucket(self.table[b].tolist())
-        return self.buckets[b]
-
-    def save(self):
-        for b in sorted(self.changed):
-            self.table[b] = torch.tensor(self.buckets[b].words(), dtype=torch.int64)
+        super().__init__(table)
+        self.keys = keys
 
     def path(self, i, leave):
         """The buckets in which key i may lie, from its home on; None in place of the first one outside the home's part unless `leave`."""
-        b = home = self.home(i)
-        end = min((home // PART + 1) * PART, self.size)
+        key = self.keys.hashes[i]
+        b = home = self.home(key)
+        end = self.part_end(home)
         for _ in range(self.size):
             if b >= end and not leave:
                 yield None
                 return
             yield b % self.size
-            if not self.bucket(b % self.size).passed:
+            if not self.bucket(b % self.size).kinds >> kind_of(key) & 1:
                 return
             b += 1
 
@@ -107,36 +61,59 @@ class Table:
 
     def put(self, i, row, leave):
         """Key i, which is absent, goes to the first free place from its home on. (bucket, place); None: not in this part; (-1, 0): full."""
-        b = home = self.home(i)
-        end = min((home // PART + 1) * PART, self.size)
-        for step in range(self.size):
+        key = self.keys.hashes[i]
+        b = home = self.home(key)
+        end = self.part_end(home)
+        for _ in range(self.size):
             if b >= end and not leave:
                 return None
-            bucket = self.bucket(b % self.size)
-            if not all(bucket.taken):
-                place = bucket.taken.index(0)
-                bucket.taken[place], bucket.keys[place], bucket.rows[place] = 1, self.keys.hashes[i], row
-                self.changed.add(b % self.size)
-                for back in range(step):
-                    self._count((home + back) % self.size, 1)
+            if not all(self.bucket(b % self.size).taken):
+                place = self.bucket(b % self.size).taken.index(0)
+                self.fill(b % self.size, place, key, row)
+                for passed in range(home, b):
+                    self.count(passed % self.size, kind_of(key))
                 return b % self.size, place
             b += 1
         return -1, 0
 
-    def take_out(self, i, b, place):
-        """Empty a place; the buckets that its key had passed count one less."""
-        bucket, at = self.bucket(b), self.home(i)
-        bucket.taken[place], bucket.keys[place], bucket.rows[place] = 0, 0, 0
-        self.changed.add(b)
-        while at != b:
-            self._count(at, -1)
-            at = (at + 1) % self.size
+    def take_out(self, b, place):
+        """Free a place; the buckets that its key had passed count one less. What passed its bucket by comes back with `close`."""
+        self.uncount(self.home(self.bucket(b).keys[place]), b)
+        self.fill(b, place, 0, 0, taken=0)
 
-    def _count(self, b, by):
-        bucket = self.bucket(b)
-        if bucket.passed < MOST_PASSED:
-            bucket.passed += by
-            self.changed.add(b)
+    def close(self, hole, leave):
+        """Move the keys that passed a free place by. False, with nothing done: where they end is known only outside the part."""
+        b, place = hole
+        if not leave and self._passed_out(b):
+            return False
+        while found := self._passed_by(b):
+            bucket = self.bucket(found[0])
+            self.fill(b, place, bucket.keys[found[1]], bucket.rows[found[1]])
+            self.uncount(b, found[0])
+            b, place = found
+            self.fill(b, place, 0, 0, taken=0)
+        return True
+
+    def _passed_out(self, b):
+        """Whether one of the keys that passed a bucket, or one that those passed in turn, may lie outside its part."""
+        end = self.part_end(b)
+        while self.bucket(b).passed:
+            b += 1
+            if b >= end:
+                return True
+        return False
+
+    def _passed_by(self, begin):
+        """(bucket, place) of the first key behind a bucket whose home is not behind it; None."""
+        b = begin
+        for step in range(1, self.size):
+            if not self.bucket(b).passed:
+                return None
+            b = (b + 1) % self.size
+            for place, key in enumerate(self.bucket(b).keys):
+                if self.bucket(b).taken[place] and (b - self.home(key)) % self.size >= step:
+                    return b, place
+        return None
 
     def in_parts(self, step):
         """step(i, leave=False) for every element of a slice; those it answers with None once more afterwards, in order, with leave=True.
