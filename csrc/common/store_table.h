@@ -12,10 +12,11 @@
 // an absent key is looked for in 1.25 buckets; by the count alone, in 1.8. Keys and rows in one line: a search costs
 // one cache miss, where 8-bit digests in a line of their own would cost two.
 //
-// An erased key takes its counts back (the kinds go when none is left), and its place takes in the first key that
-// passed the bucket by, whose place the next one, and so on: there are no tombstones, and keys lie as near to their
-// homes as if what is gone had never been there. Without that a table at load 0.75 whose keys are all replaced a few
-// times needs 11 looks for an absent key, at 0.85 hundreds.
+// An erased key takes its counts back; the kinds go when none is left. Its place takes in the first key that passed the
+// bucket by, whose place takes in the next one, and so on: there are no tombstones, and keys lie as near to their homes
+// as if what is gone had never been there. Without that a table at load 0.75 whose keys are all replaced a few times
+// needs 11 looks for an absent key, at 0.85 hundreds. All keys of a part are taken out before the first place is
+// filled, so where neighbours go together nothing is moved.
 //
 // The home of a key is the high half of hash x buckets: the order of the buckets is the order of the hashes in a table
 // of any size, so a table that grows is copied front to back. A part is 256 buckets: a thread that owns parts may do
@@ -175,11 +176,13 @@ struct Table {
     int64_t b = bucket;
     for (int64_t step = 1; step < buckets && passed_of(at(b)); step++) {
       b = wrapped(b + 1);
+      uint32_t found = 0;  // all places, and one branch: which of them it is cannot be predicted
       for (int i = 0; i < kPlaces; i++) {
-        if (!(meta_of(at(b)) >> i & 1)) continue;
         const int64_t far = b - home_of(at(b)[i], buckets);
-        if ((far < 0 ? far + buckets : far) >= step) return {b, i};
+        found |= uint32_t((far < 0 ? far + buckets : far) >= step) << i;
       }
+      found &= meta_of(at(b));
+      if (found) return {b, lowest(found)};
     }
     return {kAbsent, 0};
   }

@@ -163,11 +163,15 @@ Runs sort_by_part(const Table& table, const uint64_t* keys, int64_t from, int64_
   return out;
 }
 
-// step(item, result, leave) for every item, runs by several threads; those that answer false once more at the end, in
-// order. The results lie in the order of the items: threads that write to the places of a batch at random take its
-// cache lines from each other.
-template <class Step>
-void in_parts(const Table& table, const Runs& runs, int64_t* results, const Step& step) {
+struct Nothing {
+  bool operator()(const Item&, int64_t) const { return true; }
+};
+
+// step(item, result, leave) for every item, runs by several threads, and after(item, result) when the run is done;
+// step once more at the end, in order, where one of them answered false. The results lie in the order of the items:
+// threads that write to the places of a batch at random take its cache lines from each other.
+template <class Step, class After = Nothing>
+void in_parts(const Table& table, const Runs& runs, int64_t* results, const Step& step, const After& after = {}) {
   std::vector<std::vector<int64_t>> later(size_t(runs.count()));
   run_tasks(runs.count(), double(runs.begin.back()) * 100, 0, [&](int64_t r, char*) {
     const int64_t end = runs.begin[size_t(r) + 1];
@@ -175,6 +179,8 @@ void in_parts(const Table& table, const Runs& runs, int64_t* results, const Step
       if (k + kGroup / 2 < end) __builtin_prefetch(table.at(home_of(runs.items[k + kGroup / 2].key, table.buckets)), 1);
       if (!step(runs.items[k], results[k], false)) later[size_t(r)].push_back(k);
     }
+    for (int64_t k = runs.begin[size_t(r)]; k < end; k++)
+      if (!after(runs.items[k], results[k])) later[size_t(r)].push_back(k);
   });
   std::vector<int64_t> all;
   for (const auto& some : later) all.insert(all.end(), some.begin(), some.end());
@@ -319,16 +325,19 @@ void erase(const TensorView& removed_view, const TensorView& table_view, const T
     Scratch scratch;
     const Runs runs = sort_by_part(table, keys, from, std::min(n, from + kSlice), scratch);
     int64_t* found = scratch.take<int64_t>(runs.begin.back());
-    in_parts(table, runs, found, [&](Item& item, int64_t& row, bool leave) {
+    const auto close = [&](const Item& item, int64_t row) { return row < 0 || table.close(place_of(item.key), false); };
+    const auto take_out = [&](Item& item, int64_t& row, bool leave) {
       if (leave && row >= 0) return table.close(place_of(item.key), true);
       const int64_t home = home_of(item.key, table.buckets);
       const Place place = table.find(item.key, home, leave, [&](int64_t other) { return text.same(item.i, other); });
       row = place.bucket < 0 ? -1 : row_at(table.at(place.bucket), place.place);
       if (place.bucket < 0) return place.bucket == kAbsent;
       table.take_out(place, home);
-      item.key = code(place);  // for a place that is closed at the end of the slice
-      return table.close(place, leave);
-    });
+      item.key = code(place);
+      if (passed_of(table.at(place.bucket))) __builtin_prefetch(table.at(table.wrapped(place.bucket + 1)), 1);
+      return leave ? table.close(place, true) : true;
+    };
+    in_parts(table, runs, found, take_out, close);
     in_order(runs, found, from, removed);
     std::memset(static_cast<void*>(runs.items), 0, size_t(runs.begin.back()) * sizeof(Item));  // what is erased is gone
   }

@@ -73,9 +73,10 @@ __global__ void give_rows_kernel(StoreSlice slice, StoreUpsert work) {
 __global__ void erase_kernel(StoreSlice slice, int64_t* removed, int64_t* codes) {
   const Table table{slice.table, slice.buckets};
   const bool leave = slice.later != nullptr;
+  const auto close = [&](int64_t i) { return table.close({codes[i] / 8, int(codes[i] % 8)}, leave); };
   for_each(slice, [&](int64_t i) {
     if (leave && removed[i] >= 0) {  // gone already; what passed its place by comes back now
-      table.close({codes[i] / 8, int(codes[i] % 8)}, true);
+      close(i);
       return;
     }
     const int64_t home = home_of(slice.keys[i], table.buckets);
@@ -85,7 +86,11 @@ __global__ void erase_kernel(StoreSlice slice, int64_t* removed, int64_t* codes)
     if (place.bucket < 0) return;
     table.take_out(place, home);
     codes[i] = place.bucket * 8 + place.place;
-    if (!table.close(place, leave)) slice.flags[i] = true;
+    if (leave) close(i);
+  });
+  if (leave) return;
+  for_each(slice, [&](int64_t i) {
+    if (removed[i] >= 0) slice.flags[i] = !close(i);
   });
 }
 

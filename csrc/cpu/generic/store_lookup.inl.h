@@ -23,7 +23,7 @@ constexpr int64_t kBucketBytes = kWords * int64_t(sizeof(uint64_t));
 constexpr uint32_t kPlaceMask = (1u << kPlaces) - 1, kHighRows = ((1u << 3 * kPlaces) - 1) << kPlaces;  // of meta
 
 // Bit i: place i is taken by this key.
-inline uint32_t places_of(const uint64_t* bucket, uint32_t meta, uint64_t key) {
+inline uint32_t places_of(const uint64_t* bucket, [[maybe_unused]] uint32_t meta, uint64_t key) {
 #if defined(__AVX512F__)
   const __m512i same = _mm512_set1_epi64(int64_t(key));
   return uint32_t(_mm512_mask_cmpeq_epi64_mask(kPlaceMask, _mm512_loadu_si512(bucket), same)) & meta;
@@ -111,7 +111,7 @@ class Finder {
     const uint32_t meta = meta_of(bucket), found = places_of(bucket, meta, keys_[i]);
     rows_[i] = row_of(bucket, meta, found);
     list_[place] = i, next_[place] = where;
-    return !found & (meta >> (where & 31) & 1);
+    return (found == 0) & (meta >> (where & 31) & 1);
   }
 
   void fetch_next() {

@@ -115,13 +115,15 @@ class Table(Buckets):
                     return b, place
         return None
 
-    def in_parts(self, step):
-        """step(i, leave=False) for every element of a slice; those it answers with None once more afterwards, in order, with leave=True.
+    def in_parts(self, step, after=lambda i: True):
+        """step(i, leave=False) for the elements of a slice, then after(i) for each; step(i, leave=True) where one of these fails, in order.
 
         Keys that stay inside the part of their home come first, so that threads which own parts give the same table as one does.
         """
         count = len(self.keys.hashes)
         for begin in range(0, count, SLICE):
-            later = [i for i in range(begin, min(begin + SLICE, count)) if step(i, False) is None]
-            for i in later:
+            elements = range(begin, min(begin + SLICE, count))
+            later = {i for i in elements if step(i, False) is None}
+            later |= {i for i in elements if not after(i)}
+            for i in sorted(later):
                 step(i, True)

@@ -6,9 +6,9 @@ from memkernels.backends.reference._store_table import Keys, Table
 def forward(table, keys, spans, arena, data, offsets, second):
     lookup = Table(table, Keys(keys, spans, arena, data, offsets, second))
     removed = [-1] * keys.shape[0]
-    holes: dict[int, tuple[int, int]] = {}  # places of elements that are gone, though what passed them by may lie outside the part
+    holes: dict[int, tuple[int, int]] = {}  # the places of elements that are gone
 
-    def step(i, leave):
+    def take_out(i, leave):
         if i in holes:
             return lookup.close(holes[i], leave)
         found = lookup.find(i, leave)
@@ -16,11 +16,11 @@ def forward(table, keys, spans, arena, data, offsets, second):
             return found
         removed[i] = lookup.bucket(found[0]).rows[found[1]]
         lookup.take_out(*found)
-        if lookup.close(found, leave):
-            return found
         holes[i] = found
-        return None
+        if leave:
+            lookup.close(found, leave)
+        return found
 
-    lookup.in_parts(step)
+    lookup.in_parts(take_out, lambda i: i not in holes or lookup.close(holes[i], leave=False))
     lookup.save()
     return (keys.new_tensor(removed),)
