@@ -121,7 +121,9 @@ struct Item {
 struct Runs {
   Item* items;
   std::vector<int64_t> begin;  // of each run, and the end
+  int64_t buckets;             // of a run
   int64_t count() const { return int64_t(begin.size()) - 1; }
+  bool holds(int64_t run, int64_t bucket) const { return bucket / buckets == run; }
 };
 
 Runs sort_by_part(const Table& table, const uint64_t* keys, int64_t from, int64_t to, Scratch& scratch) {
@@ -129,7 +131,7 @@ Runs sort_by_part(const Table& table, const uint64_t* keys, int64_t from, int64_
   int shift = 0;  // 2^shift parts a run: runs that stay in a core's cache, none of few keys
   while (parts >> shift > 1 && (parts >> shift > 256 || n / (parts >> shift) < 256)) shift++;
   const int64_t runs = (parts + (int64_t(1) << shift) - 1) >> shift;
-  Runs out{scratch.take<Item>(n), std::vector<int64_t>(size_t(runs) + 1, 0)};
+  Runs out{scratch.take<Item>(n), std::vector<int64_t>(size_t(runs) + 1, 0), kPart << shift};
   out.begin[size_t(runs)] = n;
   if (runs == 1) {
     for (int64_t i = from; i < to; i++) out.items[i - from] = {keys[i], i};
@@ -210,10 +212,6 @@ bool consecutive(const int64_t* rows, int64_t n) {
 constexpr uint64_t kNoPlace = ~uint64_t(0);
 uint64_t code(Place place) { return place.bucket < 0 ? kNoPlace : uint64_t(place.bucket) * 8 + uint64_t(place.place); }
 Place place_of(uint64_t code) { return {int64_t(code / 8), int(code % 8)}; }
-void give_row(const Table& table, const Item& item, const int64_t* now) {
-  const Place place = place_of(item.key);
-  if (item.key != kNoPlace) set_row(table.at(place.bucket), place.place, now[item.i]);
-}
 
 struct Upsert {
   Table table;
@@ -250,9 +248,29 @@ struct Upsert {
     }
     for (int64_t i = from; i < to; i++) now[i] = row_now<mode>(i);
     if (mode != Mode::assign) return;
-    run_tasks(runs.count(), double(to - from) * 50, 0, [&](int64_t r, char*) {
-      for (int64_t k = runs.begin[size_t(r)]; k < runs.begin[size_t(r) + 1]; k++) give_row(table, runs.items[k], now);
+    give_rows(runs);
+  }
+
+  // New keys of a run by one thread. One that left its run lies in a bucket that another thread may be writing to, and
+  // comes at the end.
+  void give_rows(const Runs& runs) {
+    const auto give = [&](const Item& item) {
+      const Place place = place_of(item.key);
+      set_row(table.at(place.bucket), place.place, now[item.i]);
+    };
+    std::vector<std::vector<Item>> left(size_t(runs.count()));
+    run_tasks(runs.count(), double(runs.begin.back()) * 50, 0, [&](int64_t r, char*) {
+      for (int64_t k = runs.begin[size_t(r)]; k < runs.begin[size_t(r) + 1]; k++) {
+        const Item& item = runs.items[k];
+        if (item.key == kNoPlace) continue;
+        if (runs.holds(r, place_of(item.key).bucket))
+          give(item);
+        else
+          left[size_t(r)].push_back(item);
+      }
     });
+    for (const auto& some : left)
+      for (const Item& item : some) give(item);
   }
 
   template <Mode mode>
