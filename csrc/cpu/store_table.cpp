@@ -219,11 +219,18 @@ struct Upsert {
   ByteKeys text;
   const int64_t* rows;
   int64_t *now, *old, rank;  // rank: new keys so far
+  // Slices of byte keys whose rows are given at the end of the batch. The bytes of a new key are in the batch alone,
+  // and only a pending row says where: equal keys of later slices are told by it.
+  struct Waiting {
+    std::vector<Item> items;
+    Runs runs;
+  };
+  std::vector<Waiting> waiting = {};
 
   // One slice of the batch. Which new key gets which row is known at its end; until then element i has row
   // `first` + i - from: the one it gets if all keys are new, where rows follow each other, else a pending one.
   template <Mode mode, bool kInts>
-  void slice(int64_t from, int64_t to) {
+  void slice(int64_t from, int64_t to, int64_t n) {
     Scratch scratch;
     const Runs runs = sort_by_part(table, keys, from, to, scratch);
     int64_t* found = scratch.take<int64_t>(to - from);
@@ -248,7 +255,8 @@ struct Upsert {
     }
     for (int64_t i = from; i < to; i++) now[i] = row_now<mode>(i);
     if (mode != Mode::assign) return;
-    give_rows(runs);
+    if (kInts || (from == 0 && to == n)) return give_rows(runs);
+    waiting.push_back({std::vector<Item>(runs.items, runs.items + (to - from)), runs});
   }
 
   // New keys of a run by one thread. One that left its run lies in a bucket that another thread may be writing to, and
@@ -283,7 +291,11 @@ struct Upsert {
 
   template <Mode mode, bool kInts>
   void all(int64_t n) {
-    for (int64_t from = 0; from < n; from += kSlice) slice<mode, kInts>(from, std::min(n, from + kSlice));
+    for (int64_t from = 0; from < n; from += kSlice) slice<mode, kInts>(from, std::min(n, from + kSlice), n);
+    for (Waiting& one : waiting) {
+      one.runs.items = one.items.data();
+      give_rows(one.runs);
+    }
   }
 };
 
