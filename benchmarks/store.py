@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import memkernels as mk
-from memkernels.ops import store_find, store_upsert_
+from memkernels.ops import store_erase_, store_find, store_upsert_
 from memkernels.store.buffers import fresh
 
 TABLE, BATCH, WIDTH, UPSERTS, TEXTS = 10_000_000, 65536, 64, 1_000_000, 1_000_000
@@ -123,6 +123,28 @@ def find(kind: str, seconds: float) -> tuple[float, Figures]:
 
 
 @cache
+def worn() -> tuple[torch.Tensor, torch.Tensor]:
+    """The table when all of its keys have been replaced three times, a batch after the other, and the keys that came last."""
+    words, keys = fresh(table()[0].shape, torch.int64, torch.device("cpu")).copy_(table()[0]), table()[1].clone()
+    for turn in range(3):
+        for begin in range(0, TABLE, BATCH):
+            some = keys[begin : begin + BATCH]
+            rows = store_erase_(words, some)
+            some.copy_(random_keys(1000 * (turn + 1) + begin // BATCH, some.shape[0]))
+            store_upsert_(words, some, rows)
+    return words, keys
+
+
+def find_worn(kind: str, seconds: float) -> tuple[float, Figures]:
+    words, keys = worn()
+    draw = torch.Generator().manual_seed(1)
+    batches = queries(kind) if kind == "misses" else [keys[torch.randint(0, TABLE, (BATCH,), generator=draw)] for _ in range(BATCHES)]
+    assert bool(((store_find(words, batches[0]) < 0) == (kind == "misses")).all())
+    t = interleaved({"store": lambda i: store_find(words, batches[i % BATCHES])}, seconds)["store"]
+    return t * 1e3, {"million keys a second": (BATCH / t / 1e6, None)}
+
+
+@cache
 def filled() -> mk.KeyValueStore:
     """The same 10M keys with 64 float32 each."""
     store, keys = mk.KeyValueStore(WIDTH), table()[1]
@@ -208,10 +230,13 @@ def find_text(seconds: float) -> tuple[float, Figures]:
 
 
 def store_targets() -> Iterator[StoreTarget]:
-    """Every row of issue 6 that is about memory."""
+    """Every row of issue 6 that is about memory, and searches in a table that has been in use for long."""
     speed, peers = {"million keys a second": 30}, {"dict": 20, "searchsorted": 5}
     for kind in ("hits", "misses", "Zipf 1.05"):
         yield StoreTarget(f"store find 10M int64 {kind}", {**speed, **peers}, lambda seconds, kind=kind: find(kind, seconds))
+    for kind in ("hits", "misses"):
+        name = f"store find 10M int64 {kind}, all keys replaced 3 times"
+        yield StoreTarget(name, speed, lambda seconds, kind=kind: find_worn(kind, seconds))
     for kind in ("hits", "Zipf 1.05"):
         name = f"store retrieve 10M x 64 float32 {kind}"
         yield StoreTarget(name, {"copy bandwidth": 0.7}, lambda seconds, kind=kind: retrieve(kind, seconds))
