@@ -131,7 +131,7 @@ def dnc_sequence(
 def _last(weights: Tensor, old: DNCState) -> tuple[Tensor, Tensor]:
     """The weights of write and read heads after the last step."""
     read, write = old.read_weights, old.write_weights
-    if len(weights):
+    if weights.shape[0]:  # len() would fix the number of steps where a graph is traced with any
         read, write = weights[-1].to(read.dtype).split((read.shape[1], write.shape[1]), 1)
     return write.clone(memory_format=torch.contiguous_format), read.clone(memory_format=torch.contiguous_format)
 
@@ -160,7 +160,7 @@ def _allocate(input, memory, usage, link, precedence, write, read, reads, h, c, 
     (steps, batch, features), readers, writers = input.shape, read.shape[1], write.shape[1]
     rows, width = memory.shape[1:]
     interface = weights_and_options[4]
-    asked = features if interface is None else len(interface)
+    asked = features if interface is None else interface.shape[0]
     n = None if h is None else h.shape[1]
     return new_empties(
         input,
