@@ -107,9 +107,12 @@ def dnc_sequence(
             check_flag("dnc_sequence", name, flag)
     check_choice("dnc_sequence", "strength", strength, STRENGTHS)
     check_choice("dnc_sequence", "cosine", cosine, COSINES)
-    limit = math.inf if clip is None else check_number("dnc_sequence", "clip", clip)
-    if limit <= 0:
-        fail("dnc_sequence", "clip", "a positive number or None", clip)
+    limit = 0.0  # none; AOTInductor cannot read an infinite option from its package
+    if clip is not None:
+        limit = check_number("dnc_sequence", "clip", clip)
+        if not limit > 0:
+            fail("dnc_sequence", "clip", "a positive number or None", clip)
+        limit = 0.0 if limit == math.inf else limit
     old, asks = DNCState(*state), (None,) * 9 if controller is None else DNCController(*controller)
     if controller is not None:
         for name, tensor in zip(DNCController._fields, asks):
