@@ -192,6 +192,8 @@ def test_errors():
         mk.dnc_sequence(vectors, zeros(), key_mask=True)
     with pytest.raises(ValueError, match="dnc_sequence: clip: expected a positive number or None, got 0"):
         mk.dnc_sequence(vectors, zeros(), clip=0)
+    with pytest.raises(ValueError, match="dnc_sequence: clip: expected a positive number or None, got nan"):
+        mk.dnc_sequence(vectors, zeros(), clip=float("nan"))
     with pytest.raises(TypeError, match="dnc_sequence: bounded: expected True or False, got 1"):
         mk.dnc_sequence(vectors, zeros(), bounded=1)
     with pytest.raises(TypeError, match="dnc_sequence: weight_ih: expected a tensor, got NoneType"):

@@ -1,4 +1,4 @@
-"""The Python in docs/nn.md, docs/models.md and docs/store.md runs, and the docstrings' examples hold."""
+"""The Python in docs/nn.md, docs/models.md, docs/store.md and docs/distributed.md runs, and the docstrings' examples hold."""
 
 import doctest
 import importlib
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from child import run_python
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
@@ -23,6 +24,36 @@ def test_documentation_runs(name, tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8"), re.S)
     assert blocks
     exec(compile("\n".join(blocks), f"docs/{name}.md", "exec"), {})
+
+
+DISTRIBUTED = """
+import torch
+
+query, key, value = (torch.randn(2, 4, 6, 8, requires_grad=True) for _ in range(3))
+{ring}
+assert key.grad.shape == key.shape
+rows, values, key, strength, query = torch.randn(5, 8), torch.randn(5, 3), torch.randn(2, 8), torch.ones(2), torch.randn(3, 8)
+places, new_rows, new_values = torch.tensor([4, 0]), torch.randn(2, 8), torch.randn(2, 3)
+{memory}
+assert memory.topk_read(new_rows, k=1)[0].shape == (2, 3)
+keys, values = ["a", "b"], torch.randn(2, 64)
+{store}
+assert len(store) == 2 and found.all()
+store.close()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
+def test_documentation_of_several_processes_runs(tmp_path):
+    """As a group of one process."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8"), re.S)
+    assert len(blocks) == 3
+    own = f"'gloo', init_method='file://{tmp_path}/group', rank=0, world_size=1"
+    code = (
+        DISTRIBUTED.format(**dict(zip(("ring", "memory", "store"), blocks))).replace('"nccl"', own).replace('"shards"', f"'{tmp_path}/s'")
+    )
+    run_python(code)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,4 +1,5 @@
-"""Peak memory: content_read never holds a second copy of the memory, attention needs O(Q), lstm saves no more than torch.nn.LSTM."""
+"""Peak memory: content_read never holds a second copy of the memory, attention needs O(Q), lstm saves no more than torch.nn.LSTM,
+sequences over a memory keep about sqrt(T) copies of it, a retrieval from a frozen memory has no gradient of its size."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 from child import run_python
 
 import memkernels as mk
-from memkernels.bench.memory import saved_bytes
+from memkernels.bench.memory import extra_bytes, saved_bytes
 from memkernels.bench.peers import invoke
 from memkernels.bench.runner import Call, once
 from memkernels.testing.inputs import draw
@@ -100,3 +101,40 @@ def test_lstm_peak_is_at_most_torchs():
     call = Call(spec, lambda inputs, options: spec.call(spec.peers["torch"], inputs, options), sample, draw(spec, sample, torch.float32))
     once(call, "fwd+bwd", "cpu", 1)
     assert mine <= call.extra_mb("fwd+bwd", "cpu") * MB
+
+
+@needs_extension
+@pytest.mark.parametrize("op", ["ntm_sequence", "dnc_sequence"])
+def test_sequences_keep_few_copies_of_the_memory(op):
+    """Forward and backward over 256 steps: far less than the 256 memories that each step leaves, about 2 sqrt(256) of them."""
+    dims = dict(T=256, B=1, I=4, H=4, N=512, W=128, R=1, U=1, S=1)
+    one = 4 * dims["N"] * dims["W"]
+    if op == "dnc_sequence":  # its links are N x N
+        dims |= dict(N=160, W=48, P=200, I=200)
+        one = 4 * dims["N"] * (dims["W"] + dims["N"])
+    assert extra(op, torch.float32, "fwd+bwd", dims) < 80 * one
+
+
+@needs_extension
+def test_a_frozen_memory_of_retrieval_costs_nothing():
+    """Without a gradient of the memory nothing of its size is made, backward included; with one, both are."""
+    sizes = dict(B=1, NH=2, NHk=2, Q=8, K=8, D=32, V=32, N=1 << 16)
+    given = [torch.randn(1, 2, n, 32) for n in (8, 8, 8, sizes["N"], sizes["N"])]
+    index = torch.randint(sizes["N"], (1, 2, 8, 4))
+
+    def peak(number):
+        leaves = [t.detach().requires_grad_(i < number) for i, t in enumerate(given)]
+
+        def run():
+            out = mk.retrieval_attention(*leaves, index)
+            gradients = torch.autograd.grad(out.sum(), leaves[:number])
+            return [out, *gradients[:3]]  # what a memory's gradients need counts
+
+        run()
+        return [extra_bytes(run, [*leaves, index]) for _ in range(3)]
+
+    frozen, trained = peak(3), peak(5)
+    if None in frozen:
+        pytest.skip("this system does not tell the peak of resident memory")
+    both = 2 * given[3].numel() * 4
+    assert min(frozen) < both / 16 and max(trained) > both / 2

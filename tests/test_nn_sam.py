@@ -141,3 +141,18 @@ def test_trace(steps):
         assert torch.equal(trace.rows[:, -1], state.places) and torch.equal(trace.read[:, -1], state.weights)
         # The rows a head read are those it writes a step later, and the least recently accessed one.
         assert torch.equal(trace.write_rows[:, 1:, :, :3], trace.rows[:, :-1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_trains_over_ten_thousand_steps_and_a_million_rows():
+    """A copy of the memory at each step would be 320 GB."""
+    torch.manual_seed(0)
+    model = SAM(4, hidden_size=8, output_size=4, slots=1_000_000, width=8, heads=1)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    output, _ = model(torch.randn(1, 10_000, 4))
+    output.square().mean().backward()
+    optimizer.step()
+    assert output.isfinite().all() and all(p.isfinite().all() for p in model.parameters())
+    assert any((p != old).any() for p, old in zip(model.parameters(), before))

@@ -63,6 +63,22 @@ def test_parameters_of_hooks(name, change):
                 p.mul_(1.5)
 
 
+WHOLE_SEQUENCES = {name: MODULES[name][0] for name in ("LSTM", "GRU", "RNN", "NTM", "DNC", "ProductKeyMemory", "HopfieldRetrieval")} | {
+    "DNC.ixaxaar": lambda: nn.DNC.ixaxaar(6, 5, slots=4, width=3, read_heads=1),
+    "ExternalMemory dnc": lambda: nn.ExternalMemory(6, slots=4, width=3, read_heads=1, mode="dnc"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_SEQUENCES)
+def test_exported_with_any_number_of_steps(name):
+    """A graph of a module that runs all steps in one op holds for sequences of another length and for another batch."""
+    torch.manual_seed(0)
+    module, (batch, steps) = WHOLE_SEQUENCES[name]().eval(), torch.export.dims("B", "T")
+    exported = torch.export.export(module, (STEPS,), dynamic_shapes=({0: batch, 1: steps},)).module()
+    other = torch.randn(3, 7, 6)
+    torch.testing.assert_close(exported(other), module(other))
+
+
 @pytest.mark.parametrize("name", [n for n in MODULES if " " not in n])
 def test_nested_and_quantized(name):
     """One error that names the argument, in place of an internal one of torch."""

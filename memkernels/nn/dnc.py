@@ -211,7 +211,7 @@ class DNC(nn.Module):
         plain = plain and not has_hooks(self.controller) and not has_hooks(self.interface)
         clipped = self.clip is not None and self.clip < 1  # |h| < 1
         same = all(t.dtype == x.dtype for t in (*state.memory, *state[1:], self.interface.weight, self.controller.weight_hh_l0))
-        return plain and same and not clipped and self.layout.in_one_op(x) and len(x) > 0
+        return plain and same and not clipped and self.layout.in_one_op(x) and x.shape[0] > 0
 
     def _in_one_call(self, x: Tensor, state: DNCLayerState) -> tuple[Tensor, Tensor, DNCLayerState, Tensor]:
         lstm: Any = self.controller
@@ -245,9 +245,9 @@ class DNC(nn.Module):
 
     def _without_feedback(self, x: Tensor, state: DNCLayerState) -> tuple[Tensor, Tensor, DNCLayerState, Tensor]:
         memory, hidden, cell, reads = state
-        before = reads.flatten(1).to(x.dtype).expand(len(x), -1, -1)
+        before = reads.flatten(1).to(x.dtype).expand(x.shape[0], -1, -1)
         out, (hidden, cell) = self.controller(torch.cat([x, before], -1), (hidden, cell))
         out = self._clipped(out)
         found, memory, weights = self.layout.run(self.interface(out).to(memory.memory.dtype), memory, **self.step_options)
-        reads = found[-1].clone() if len(found) else reads
+        reads = found[-1].clone() if found.shape[0] else reads
         return out, found.flatten(2), DNCLayerState(memory, hidden, cell, reads), weights

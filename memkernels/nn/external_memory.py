@@ -217,8 +217,10 @@ class ExternalMemory(nn.Module):
         check_flag("ExternalMemory", "return_trace", return_trace)
         if isinstance(state, StoreState):
             stacked, state, traces = self._store(x, parts[0], state, keys, return_trace)
+        elif self._asks is not None:
+            stacked, state, traces = self._dnc(parts[0], state, return_trace)
         else:
-            run: Any = {"ntm": self._ntm, "dnc": self._dnc, "product": self._product}.get(self.mode, self._content)
+            run: Any = {"ntm": self._ntm, "product": self._product}.get(self.mode, self._content)
             reads, state, traces = run(parts, state, return_trace)
             stacked = torch.stack(reads).flatten(2) if reads else x.new_zeros(0, batch, self.read_heads * self.width)
         output = self.output(torch.cat([x, stacked.to(x.dtype)], -1))
@@ -309,11 +311,12 @@ class ExternalMemory(nn.Module):
                 traces.append((origin[0], gate * weights, *origin[1:]))
         return reads, ExternalMemoryState(memory), traces
 
-    def _dnc(self, parts: tuple[Tensor, ...], state: DNCState, traced: bool) -> _Steps:
+    def _dnc(self, vectors: Tensor, state: Any, traced: bool) -> tuple[Tensor, DNCState, Any]:
+        """All steps of mode "dnc": reads "T B R*W", the state, the traces of the steps."""
         assert self._asks is not None
-        found, state, weights = self._asks.run(parts[0], state)
+        found, state, weights = self._asks.run(vectors, state)
         traces = [w.split((self.read_heads, self.write_heads), 1) for w in weights.unbind(0)] if traced else []
-        return list(found.unbind(0)), state, traces
+        return found.flatten(2), state, traces
 
     def _best_rows(self, memory: Tensor, key: Tensor, strength: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """softmax(strength * similarity) over the k best rows: the strength goes into the key, the cosine's norms into both sides."""

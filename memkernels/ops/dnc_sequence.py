@@ -107,9 +107,12 @@ def dnc_sequence(
             check_flag("dnc_sequence", name, flag)
     check_choice("dnc_sequence", "strength", strength, STRENGTHS)
     check_choice("dnc_sequence", "cosine", cosine, COSINES)
-    limit = math.inf if clip is None else check_number("dnc_sequence", "clip", clip)
-    if limit <= 0:
-        fail("dnc_sequence", "clip", "a positive number or None", clip)
+    limit = 0.0  # none; AOTInductor cannot read an infinite option from its package
+    if clip is not None:
+        limit = check_number("dnc_sequence", "clip", clip)
+        if not limit > 0:
+            fail("dnc_sequence", "clip", "a positive number or None", clip)
+        limit = 0.0 if limit == math.inf else limit
     old, asks = DNCState(*state), (None,) * 9 if controller is None else DNCController(*controller)
     if controller is not None:
         for name, tensor in zip(DNCController._fields, asks):
@@ -131,7 +134,7 @@ def dnc_sequence(
 def _last(weights: Tensor, old: DNCState) -> tuple[Tensor, Tensor]:
     """The weights of write and read heads after the last step."""
     read, write = old.read_weights, old.write_weights
-    if len(weights):
+    if weights.shape[0]:  # len() would fix the number of steps where a graph is traced with any
         read, write = weights[-1].to(read.dtype).split((read.shape[1], write.shape[1]), 1)
     return write.clone(memory_format=torch.contiguous_format), read.clone(memory_format=torch.contiguous_format)
 
@@ -160,7 +163,7 @@ def _allocate(input, memory, usage, link, precedence, write, read, reads, h, c, 
     (steps, batch, features), readers, writers = input.shape, read.shape[1], write.shape[1]
     rows, width = memory.shape[1:]
     interface = weights_and_options[4]
-    asked = features if interface is None else len(interface)
+    asked = features if interface is None else interface.shape[0]
     n = None if h is None else h.shape[1]
     return new_empties(
         input,

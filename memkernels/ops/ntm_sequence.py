@@ -106,7 +106,7 @@ def ntm_sequence(
     SIGNATURE(*tensors)
     hidden, reads, memory, weights, cell, *_ = OP(*tensors, form)
     carried: Any = state[1:5]
-    if len(hidden):
+    if hidden.shape[0]:  # len() would fix the number of steps where a graph is traced with any
         heads = weights[-1].to(memory.dtype).split((read_key.shape[0], write_key.shape[0]), 1)
         carried = (*heads, reads[-1], hidden[-1])
     last = NTMState(*[memory, *(t.clone(memory_format=torch.contiguous_format) for t in carried), cell])

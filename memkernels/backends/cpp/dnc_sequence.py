@@ -1,5 +1,7 @@
 """dnc_sequence on the CPU (csrc/cpu/dnc_sequence.cpp), which takes everything but input and memory contiguous."""
 
+import math
+
 from memkernels._C import dnc_sequence as _forward
 from memkernels._C import dnc_sequence_backward as _backward
 
@@ -13,7 +15,7 @@ def _dense(tensors):
 
 
 def _options(key_mask, sharpen_links, deallocate, write_gradient, strength, cosine, bounded, clip):
-    return [key_mask, sharpen_links, deallocate, write_gradient, bounded], strength, cosine, clip
+    return [key_mask, sharpen_links, deallocate, write_gradient, bounded], strength, cosine, clip or math.inf
 
 
 def forward(*call):

@@ -20,7 +20,7 @@ class Options(NamedTuple):
     strength: str
     cosine: str
     bounded: bool
-    clip: float
+    clip: float  # 0: none
 
 
 class Layout:

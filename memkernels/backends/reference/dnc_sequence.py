@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def _run(inputs, options):
     x, *rest = (compute(t) for t in inputs)
     state, (reads, h, c), weights = State(*rest[:6]), rest[6:9], rest[9:]
     layout = Layout(state.read.shape[1], state.write.shape[1], state.memory.shape[2], options)
-    controller = None if h is None else _Controller(*[*weights, options.clip])
+    controller = None if h is None else _Controller(*[*weights, options.clip or math.inf])
     kept, raw, of_controller = [], None, None
     for row in x:
         old = c

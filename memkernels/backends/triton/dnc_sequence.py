@@ -50,7 +50,10 @@ class Options(NamedTuple):
     strength: str
     cosine: str
     bounded: bool
-    clip: float
+    clip: float  # 0: none
+
+    def limit(self) -> float:
+        return self.clip or math.inf
 
     def constants(self, backward: bool) -> dict[str, Any]:
         named = dict(MASK=self.key_mask, SHARPEN=self.sharpen_links, DEALLOCATE=self.deallocate, COSINE=self.cosine, BOUNDED=self.bounded)
@@ -92,7 +95,7 @@ class Run:
 
     def sizes(self):
         sizes = dict(T=self.steps, B=self.batch, H=self.hidden, N=self.count, W=self.width, R=self.readers, U=self.writers, P=self.asked)
-        return sizes | dict(clip=self.options.clip)
+        return sizes | dict(clip=self.options.limit())
 
     def empty(self, *shape):
         return torch.empty(shape, dtype=torch.float32, device=self.call.input.device)
@@ -182,7 +185,7 @@ def backward(*flat):
     dgates: Any = None
     if made.controller:
         h = rows[1:].reshape(made.rows, rows.shape[2])[:, rows.shape[2] - made.hidden :]
-        entered = torch.cat([call.cell[None].float(), cells[:-1].clamp(-options.clip, options.clip)])
+        entered = torch.cat([call.cell[None].float(), cells[:-1].clamp(-options.limit(), options.limit())])
         dcell_state, dgates = _state(want.cell, dcell, call.cell), torch.empty_like(gates)
     scratch, scratch_rows = made.scratch(True)
     run(
@@ -227,11 +230,11 @@ def _aot(kernel, dtype, name, options, controller):
     return replace(entry, stack=STACK[kernel])
 
 
-EVERY = Options(True, True, True, True, "oneplus", "product", True, math.inf)
+EVERY = Options(True, True, True, True, "oneplus", "product", True, 0.0)
 AOT = [
     _aot(kernel, dtype, name, options, controller)
     for dtype, name, options, controller in (
-        (torch.float32, "plain", Options(False, False, False, False, "softplus", "roots", False, math.inf), True),
+        (torch.float32, "plain", Options(False, False, False, False, "softplus", "roots", False, 0.0), True),
         (torch.bfloat16, "options", EVERY, False),
     )
     for kernel in (dnc_fwd_kernel, dnc_bwd_kernel)
