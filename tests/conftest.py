@@ -43,6 +43,12 @@ def fresh_memory_is_nan():
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+@pytest.fixture(autouse=True)
+def torchs_generator():
+    """The same random numbers in any order of the tests, on any worker. torch.manual_seed would keep a list of its calls for a GPU."""
+    torch.default_generator.manual_seed(0)
+
+
 @pytest.fixture
 def in_memory(tmp_path_factory):
     """A directory in memory where there is such a place: for tests about the order of calls, which would only wait for a disk."""

@@ -50,7 +50,7 @@ def test_results_are_few_files(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     run = gpu_module().Run(tmp_path)
     for name in "ab":
-        run.stage(name, lambda name=name: run.python(name, 20, "-c", f"print('{name}')"), needs_gpu=False)
+        run.stage(name, lambda name=name: run.python(name, 100, "-c", f"print('{name}')"), needs_gpu=False)
         assert [stage["stage"] for stage in json.loads(run.write().read_text())["stages"]] == list("ab")[: "ab".index(name) + 1]
     run.pack()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "logs.tar.gz", "mine.txt"]
@@ -62,8 +62,8 @@ def test_limits(tmp_path):
     """A stage that outlasts its limit was not run; one that exits with an error failed."""
     run = gpu_module().Run(tmp_path)
     run.stage("slow", lambda: run.python("slow", 6, "-c", "import time; time.sleep(30)"), needs_gpu=False)
-    run.stage("wrong", lambda: run.python("wrong", 20, "-c", "print('reason'); raise SystemExit(3)"), needs_gpu=False)
-    run.stage("right", lambda: run.python("right", 20, "-c", "print('fine')"), needs_gpu=False)
+    run.stage("wrong", lambda: run.python("wrong", 100, "-c", "print('reason'); raise SystemExit(3)"), needs_gpu=False)
+    run.stage("right", lambda: run.python("right", 100, "-c", "print('fine')"), needs_gpu=False)
     assert [(o.status, o.reason) for o in run.outcomes] == [
         ("NOT RUN", "stopped at its limit of 6 s"),
         ("FAILED", "exit code 3: reason"),

@@ -43,7 +43,7 @@ def in_child(check):
 
 GUARD = in_child("guard.check_guarded(case_of('odd'), 'end', module=BUG('memory_read'))")
 LARGE = in_child("large.check_far_apart(case_of())")
-FORK = in_child("processes.check_fork([case_of()], limit=5)")
+FORK = in_child("processes.check_fork([case_of()], limit=2 if BUG is HangsAfterFork else 240)")
 # The bug, the op it is planted in, the check that must catch it.
 BUGS = {
     "IgnoresGradientStride": (OP, accuracy(gradient="every_second")),
