@@ -1,5 +1,6 @@
 """The key-value store against a dict: random steps, every key type, every backend."""
 
+import gc
 import tempfile
 
 import pytest
@@ -145,6 +146,8 @@ class LoggedModel(Model):
 
 def check(model, examples, steps, derandomize=True):
     """The usual run draws the same every time; health checks are left out, as they measure time."""
+    gc.collect()
+    gc.freeze()  # many collections follow, each of which would go through all that the tests before have left: 26 s instead of 3
     options = dict(max_examples=examples, stateful_step_count=steps, derandomize=derandomize)
     run_state_machine_as_test(model, settings=settings(**options, deadline=None, suppress_health_check=list(HealthCheck)))
 
