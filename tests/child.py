@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_python(code: str, *, timeout: float = 120, environment: dict[str, str] | None = None, arguments: tuple[str, ...] = ()) -> str:
+def run_python(code: str, *, timeout: float = 280, environment: dict[str, str] | None = None, arguments: tuple[str, ...] = ()) -> str:
     """Standard output of the code; AssertionError with its end when it fails, crashes or takes too long."""
     variables = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **(environment or {})}
     command = [sys.executable, "-X", "faulthandler", *arguments, "-c", textwrap.dedent(code)]

@@ -10,9 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
+# Files with tests of many seconds.
+LONG = (
+    "test_cuda_build", "test_distributed", "test_gpu_command", "test_guard", "test_harness", "test_large", "test_sharded_store",
+    "test_threads", "test_triton_aot",
+)  # fmt: skip
+
 
 def pytest_configure(config):
     torch.set_num_threads(1)  # tiny samples, and xdist already uses the cores; the checks of threads set more themselves
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)  # or one worker has a long one left when the others are done
 
 
 def pytest_collection_finish(session):
@@ -41,6 +51,12 @@ def fresh_memory_is_nan():
     yield
     torch.use_deterministic_algorithms(before)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(autouse=True)
+def torchs_generator():
+    """The same random numbers in any order of the tests, on any worker. torch.manual_seed would keep a list of its calls for a GPU."""
+    torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture

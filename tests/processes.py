@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ def busy_cases() -> list[Case]:
     return found
 
 
-def check_fork(cases: list[Case], limit: float = 60) -> None:
+def check_fork(cases: list[Case], limit: float = 240) -> None:
     """A child forked after many threads ran finishes every op, forward and backward, with the same bits.
 
     The child calls nothing else of torch: torch's own parallel loops hang there.
@@ -96,27 +97,30 @@ def check_dataloader(cases: list[Case]) -> None:
     """Workers of a DataLoader, forked after the parent used its threads, give what the parent gives."""
     torch.set_num_threads(2)
     wanted = [Calls(cases)[i] for i in range(len(cases))]
-    loader = torch.utils.data.DataLoader(Calls(cases), batch_size=None, num_workers=2, timeout=60)
+    loader = torch.utils.data.DataLoader(Calls(cases), batch_size=None, num_workers=2, timeout=240)
     for case, found, right in zip(cases, loader, wanted):
         assert torch.allclose(found, right), f"{case}: {found} in a worker, {right} in the parent"
 
 
 def resident() -> int:
-    with open("/proc/self/statm") as f:
-        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of this process's own memory, page by page: the sums in statm are off by what each core has yet to add, and count the pages of
+    libraries, which come and go."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
 
 
 def check_memory(cases: list[Case], calls: int, allowed: int) -> None:
-    """Resident memory after `calls` more forward and backward calls."""
+    """Memory after `calls` more forward and backward calls. A heap may grow until it found its size: a leak grows every time."""
     for case in cases:
         given = case.inputs()
         for _ in range(100):
             case.evaluate(given)
-        before = resident()
-        for _ in range(calls):
-            case.evaluate(given)
-        grown = resident() - before
-        assert grown <= allowed, f"{case}: {grown} bytes more after {calls} calls"
+        found = [resident()]
+        while len(found) < 4 and (len(found) == 1 or found[-1] - found[-2] > allowed):
+            for _ in range(calls):
+                case.evaluate(given)
+            found.append(resident())
+        assert found[-1] - found[-2] <= allowed, f"{case}: bytes after each {calls} calls: {found}"
 
 
 def typical_cases(levels: str = "best") -> list[Case]:

@@ -24,7 +24,7 @@ def spawn(checks, size, store):
 
 def _child(rank, checks, size, store):
     torch.set_num_threads(1)
-    wait = datetime.timedelta(seconds=100)  # a rank may get little of a busy machine
+    wait = datetime.timedelta(seconds=400)  # a rank may get little of a busy machine
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=wait)
     try:
         for check in checks:

@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+from functools import cache
 
 import pytest
 import torch
@@ -71,6 +72,13 @@ def run(function, args, backend, threads=2, first=0, rounded=torch.float64):
         torch.set_num_threads(before)
 
 
+@cache
+def references(case, dtype):
+    """In this dtype, and in float64."""
+    function, args = CASES[case](dtype)
+    return run(function, args, "reference"), run(function, [t.double() for t in args], "reference", rounded=dtype)
+
+
 @pytest.mark.parametrize("backend", LABELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
@@ -81,9 +89,7 @@ def test_many_tasks(case, dtype, backend):
         assert torch.equal(one, two), "depends on the thread count"
     for alone, together in zip(run(function, args, backend, first=1), got):
         assert torch.equal(alone, together[1:]), "depends on the rest of the batch"
-    plain = run(function, args, "reference")
-    exact = run(function, [t.double() for t in args], "reference", rounded=dtype)
-    for i, (actual, reference, truth) in enumerate(zip(got, plain, exact)):
+    for i, (actual, reference, truth) in enumerate(zip(got, *references(case, dtype))):
         allowed = max((2 if i == 0 else 3) * error(reference, truth), 2 * torch.finfo(dtype).eps * float(truth.abs().max()))
         assert error(actual, truth) <= allowed, (i, error(actual, truth), error(reference, truth))
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -45,12 +46,18 @@ def test_every_kernel_is_known_as_ours():
     assert {"mk::cuda", "matmul_kernel", "recurrence_bwd_kernel", "_varlen_dquery_kernel", "_topk_search_kernel"} <= known
 
 
+def run_in(folder):
+    """Of one that asks no torch for its devices, which takes seconds."""
+    with mock.patch.object(gpu_module().Run, "query", lambda *_: []):
+        return gpu_module().Run(folder)
+
+
 def test_results_are_few_files(tmp_path):
     """Logs and parts go into one archive at the end; what was in the folder before stays."""
     (tmp_path / "mine.txt").write_text("mine")
-    run = gpu_module().Run(tmp_path)
+    run = run_in(tmp_path)
     for name in "ab":
-        run.stage(name, lambda name=name: run.python(name, 20, "-c", f"print('{name}')"), needs_gpu=False)
+        run.stage(name, lambda name=name: run.python(name, 100, "-c", f"print('{name}')"), needs_gpu=False)
         assert [stage["stage"] for stage in json.loads(run.write().read_text())["stages"]] == list("ab")[: "ab".index(name) + 1]
     run.pack()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "logs.tar.gz", "mine.txt"]
@@ -60,10 +67,10 @@ def test_results_are_few_files(tmp_path):
 
 def test_limits(tmp_path):
     """A stage that outlasts its limit was not run; one that exits with an error failed."""
-    run = gpu_module().Run(tmp_path)
+    run = run_in(tmp_path)
     run.stage("slow", lambda: run.python("slow", 6, "-c", "import time; time.sleep(30)"), needs_gpu=False)
-    run.stage("wrong", lambda: run.python("wrong", 20, "-c", "print('reason'); raise SystemExit(3)"), needs_gpu=False)
-    run.stage("right", lambda: run.python("right", 20, "-c", "print('fine')"), needs_gpu=False)
+    run.stage("wrong", lambda: run.python("wrong", 100, "-c", "print('reason'); raise SystemExit(3)"), needs_gpu=False)
+    run.stage("right", lambda: run.python("right", 100, "-c", "print('fine')"), needs_gpu=False)
     assert [(o.status, o.reason) for o in run.outcomes] == [
         ("NOT RUN", "stopped at its limit of 6 s"),
         ("FAILED", "exit code 3: reason"),
@@ -114,7 +121,7 @@ def test_shares(tmp_path, count, code, done):
 
 
 def test_what_was_wrong_before_the_limit_is_a_failure(tmp_path):
-    run = gpu_module().Run(tmp_path)
+    run = run_in(tmp_path)
     (tmp_path / "tests.log").write_text("[gw1] [ 12%] FAILED tests/gpu/test_cuda_kernels.py::test_side_stream[lstm-triton]\n")
     run.wrong_so_far("tests", ": error: ")
     with pytest.raises(RuntimeError, match=r"1 wrong before it was stopped.*test_side_stream"):

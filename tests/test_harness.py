@@ -25,25 +25,19 @@ def accuracy(sample="odd", dtype=torch.float32, **kwargs):
     return lambda op: checks.check_accuracy(case_of(sample, dtype, op), **kwargs)
 
 
-def in_child(check):
-    """The check in a process of its own, with the backend planted there."""
-
-    def run(bug):
-        run_python(
-            f"""
-            import guard, large, processes
-            from planted import *
-            with planted({bug}({OP!r})):
-                {check.replace("BUG", bug)}
-            """
-        )
-
-    return run
-
-
-GUARD = in_child("guard.check_guarded(case_of('odd'), 'end', module=BUG('memory_read'))")
-LARGE = in_child("large.check_far_apart(case_of())")
-FORK = in_child("processes.check_fork([case_of()], limit=5)")
+CHILD = """
+import guard, large, processes
+from planted import *
+def check(module, limit):
+    with planted(module({op!r})):
+        {check}
+check(Sound, 240)
+print("the sound one passed", flush=True)
+check({bug}, 2)
+"""
+GUARD = f"guard.check_guarded(case_of('odd'), 'end', module=module({OP!r}))"
+LARGE = "large.check_far_apart(case_of())"
+FORK = "processes.check_fork([case_of()], limit)"
 # The bug, the op it is planted in, the check that must catch it.
 BUGS = {
     "IgnoresGradientStride": (OP, accuracy(gradient="every_second")),
@@ -81,9 +75,9 @@ def test_planted_bug_is_caught(bug):
 @pytest.mark.parametrize("bug", IN_CHILD)
 def test_planted_bug_is_caught_in_a_child(bug):
     check, says = IN_CHILD[bug]
-    check("Sound")
-    with pytest.raises(AssertionError, match=says):
-        check(bug)
+    with pytest.raises(AssertionError, match=says) as caught:
+        run_python(CHILD.format(op=OP, check=check, bug=bug))
+    assert "the sound one passed" in str(caught.value)
 
 
 @pytest.mark.parametrize("bug", ("IgnoresGradientStride", "IgnoresInputStride", "DropsTail", "NoZeroInit", "ScalesByTheFirst"))

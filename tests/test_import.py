@@ -84,9 +84,9 @@ def test_import_of_the_package_is_light():
     out = run_python(
         """
         import sys, time, torch
-        before, start = set(sys.modules), time.perf_counter()
+        before, start = set(sys.modules), time.process_time()  # of this process alone: a busy machine, or a slow disk, counts not
         import memkernels
-        print(time.perf_counter() - start)
+        print(time.process_time() - start)
         heavy = {"triton", "typer", "rich", "safetensors", "matplotlib", "torch._dynamo", "torch._inductor"} - before
         assert not heavy & set(sys.modules), heavy & set(sys.modules)
         from torch.utils.flop_counter import flop_registry  # imports Triton; our formulas come with it

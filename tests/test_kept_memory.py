@@ -8,10 +8,10 @@ import threading
 
 import pytest
 import torch
+from processes import resident
 
 import memkernels as mk
 from memkernels import _config
-from memkernels.bench.memory import _resident
 
 pytestmark = pytest.mark.skipif(isinstance(mk.backends()["cpp"], str), reason="no extension")
 ROWS, WIDTH = 65_536, 160  # 40 MB of float32
@@ -111,9 +111,9 @@ def test_deterministic_torch_allocates_and_fills():
 @pytest.mark.skipif(not LINUX, reason="kept on Linux only")
 def test_empty_cache_gives_memory_back():
     large(fill=1.0)
-    before = _resident("VmRSS")
+    before = resident()
     mk.empty_cache()
-    assert before - _resident("VmRSS") > 35 << 20
+    assert before - resident() > 35 << 20
 
 
 def test_threads_take_and_give_back():

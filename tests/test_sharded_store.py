@@ -8,7 +8,7 @@ import sharded_store
 
 from memkernels.distributed import ShardedStore
 
-pytestmark = pytest.mark.timeout(300)  # 40 s a test with four busy loops beside it on two cores
+pytestmark = pytest.mark.timeout(600)  # 40 s a test with four busy loops beside it on two cores
 CHECKS = [sharded_store.check_against_a_dict, sharded_store.check_one_column, sharded_store.check_errors]
 
 ON_DISK = [sharded_store.check_other_numbers_of_ranks, sharded_store.check_damage, sharded_store.check_failures]

@@ -1,6 +1,7 @@
 """The ops of the key-value store: the same table byte for byte from every backend, sequential meaning, errors that change nothing."""
 
 import random
+from functools import cache
 
 import pytest
 import torch
@@ -237,12 +238,18 @@ def moved_in_steps(move, old, table, step):
     return after
 
 
+@cache
 def worn(buckets, load):
-    """A table in use for a while: full buckets, keys that wrap around, and places that became free."""
+    """A table in use for a while, not to be changed: full buckets, keys that wrap around, and places that became free."""
     table, keys = table_of(buckets), random_keys(buckets, int(5 * buckets * load), 100 * buckets)
     store_upsert_(table, keys, torch.arange(2**34 - keys.shape[0], 2**34))
     store_erase_(table, keys[::7])
     return table
+
+
+@cache
+def moved_as_before(load, buckets, step):
+    return moved_in_steps(move_as_before, worn(20_000, load), table_of(buckets), step)
 
 
 @CPP
@@ -265,12 +272,12 @@ def test_moving_by_any_number_of_threads(level):
     before, threads = mk.cpu_level(), torch.get_num_threads()
     mk.cpu_level(level)
     try:
-        for old, buckets in ((worn(20_000, 0.9), 30_000), (worn(20_000, 0.97), 17_000), (worn(20_000, 0.01), 300)):
+        for load, buckets in ((0.9, 30_000), (0.97, 17_000), (0.01, 300)):
             for step in (20_000, 17_001):
-                expected = moved_in_steps(move_as_before, old, table_of(buckets), step)
+                expected = moved_as_before(load, buckets, step)
                 for count in (1, 2, 5):
                     torch.set_num_threads(count)
-                    got = moved_in_steps(store_move_, old, table_of(buckets), step)
+                    got = moved_in_steps(store_move_, worn(20_000, load), table_of(buckets), step)
                     assert all(torch.equal(a, b) for a, b in zip(got, expected))
     finally:
         torch.set_num_threads(threads)

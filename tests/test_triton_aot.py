@@ -75,20 +75,26 @@ def entries(module):
     return {entry.name: entry.capabilities for entry in importlib.import_module(f"memkernels.backends.triton.{module}").AOT}
 
 
-@cache
-def reports(modules, full):
-    """Compiled in a process of its own: one that runs the interpreter has no kernels to compile."""
-    kernels = [(module, name, c) for module in modules for name, capabilities in entries(module).items() for c in capabilities]
-    wanted = [f"{module}:{name}:{c}" for module, name, c in kernels if full or (name in QUICK and c == max(90, min(entries(module)[name])))]
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """What a kernel uses, by a process of its own (one that runs the interpreter has no kernels to compile) that compiles one at a time."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = Path(__file__).parent
+    root, errors = Path(__file__).parent, tmp_path_factory.mktemp("aot") / "errors"
     environment["PYTHONPATH"] = os.pathsep.join([str(root.parent), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-W", "ignore", root / "triton_aot.py", *wanted]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == len(wanted)
-    return found
+    command = [sys.executable, "-W", "ignore", root / "triton_aot.py"]
+    with (
+        open(errors, "w") as file,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, env=environment) as process,
+    ):
+
+        def report(module, name, capability):
+            print(f"{module}:{name}:{capability}", file=process.stdin, flush=True)
+            answer = process.stdout.readline()
+            assert answer, f"{name} for sm_{capability}: {errors.read_text()[-3000:]}"
+            return json.loads(answer)
+
+        yield report
+        process.stdin.close()
 
 
 def check(report):
@@ -102,16 +108,17 @@ def check(report):
 
 
 @pytest.mark.parametrize("name", sorted(QUICK))
-def test_resources(name):
-    (report,) = (r for r in reports(MODULES, False) if r["kernel"] == name)
-    check(report)
+def test_resources(compiled, name):
+    (module,) = (module for module in MODULES if name in entries(module))
+    check(compiled(module, name, max(90, min(entries(module)[name]))))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES)
-def test_resources_of_every_kernel(module):
-    for report in reports((module,), True):
-        check(report)
+def test_resources_of_every_kernel(compiled, module):
+    for name, capabilities in entries(module).items():
+        for capability in capabilities:
+            check(compiled(module, name, capability))
 
 
 def test_every_module_is_covered():

@@ -8,7 +8,7 @@ from cases import INTERPRETED, places
 import memkernels as mk
 from memkernels.testing import compare
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 BACKENDS = sorted({label for label, device in places("all") if device == "cpu"})
 
 

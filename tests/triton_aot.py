@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels without a GPU and reports what they use, one JSON object a line: python triton_aot.py MODULE:NAME:SM ..."""
+"""Compiles Triton kernels without a GPU: reads lines MODULE:NAME:SM and answers each with what the kernel uses, a line of JSON."""
 
 import importlib
 import json
@@ -73,6 +73,6 @@ def report(module, name, capability):
 
 
 if __name__ == "__main__":
-    for request in sys.argv[1:]:
-        module, name, capability = request.split(":")
+    for request in sys.stdin:
+        module, name, capability = request.strip().split(":")
         print(json.dumps(report(module, name, int(capability))), flush=True)

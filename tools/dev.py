@@ -163,7 +163,7 @@ def prepare(word: str) -> tuple[str, dict[str, str]]:
 
 
 def check(python: str, environment: dict[str, str]) -> None:
-    """Lint, formatting, types, generated documentation: all of them run, then the first failure counts."""
+    """Lint, formatting, types, generated documentation: all of them run, beside each other, then any failure counts."""
     sources = [str(p) for p in sorted((ROOT / "csrc").rglob("*")) if p.suffix in (".cpp", ".h", ".cu", ".cuh")]
     binary = Path(python).parent / "clang-format"
     formatter = str(binary) if binary.exists() else "clang-format"
@@ -175,9 +175,14 @@ def check(python: str, environment: dict[str, str]) -> None:
         "generated docs": [python, "tools/docs.py", "--check"],
     }
     failed = []
-    for name, command in commands.items():
+    options = dict(cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    running = {name: subprocess.Popen(command, **options) for name, command in commands.items()}
+    for name, process in running.items():
+        output, _ = process.communicate()
         say(name)
-        if subprocess.run(command, cwd=ROOT, env=environment).returncode:
+        sys.stdout.buffer.write(output)
+        sys.stdout.flush()
+        if process.returncode:
             failed.append(name)
     if failed:
         say(f"check failed: {', '.join(failed)}")

@@ -58,7 +58,7 @@ class Group:
             except BaseException:  # kept by the log, which refuses to go on
                 return
             finally:
+                del items, write  # before anybody is told: a log that nobody else has then is gone, and so is its lock
                 with self._change:
                     self._busy = False
                     self._change.notify_all()
-                del items, write
