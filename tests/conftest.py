@@ -60,6 +60,14 @@ def torchs_generator():
 
 
 @pytest.fixture
+def three_threads():
+    """More than one, as users have."""
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def in_memory(tmp_path_factory):
     """A directory in memory where there is such a place: for tests about the order of calls, which would only wait for a disk."""
     if not os.access("/dev/shm", os.W_OK):

@@ -7,6 +7,7 @@ import torch
 
 import memkernels as mk
 
+pytestmark = pytest.mark.usefixtures("three_threads")
 SIZES = (1, 50, 3000, 40_000, 150_000)  # the index takes 65,536 elements at a time
 
 

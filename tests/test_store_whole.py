@@ -157,3 +157,43 @@ def test_a_state_that_the_disk_refuses_leaves_what_was_there(tmp_path, monkeypat
         assert held(store) == {1: 1, 2: 2}
     with mk.KeyValueStore.open(tmp_path / "s") as reader:
         assert held(reader) == {1: 1, 2: 2}
+
+
+@pytest.mark.parametrize("disk", [False, True])
+@pytest.mark.parametrize("key_type", ["int64", "str", "bytes"])
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_no_memory_for_the_index_changes_nothing(monkeypatch, tmp_path, call, key_type, disk):
+    """Of the allocations of a table and of the bytes of keys, the given one fails."""
+    from memkernels.store import index
+
+    calls = 0
+
+    def failing(make):
+        def wrapped(*args):
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                raise MemoryError("no more")
+            return make(*args)
+
+        return wrapped
+
+    name = {"int64": lambda n: n, "str": lambda n: f"key {n}", "bytes": lambda n: b"key %d" % n}[key_type]
+    names, numbers = [name(n) for n in range(400)], torch.arange(400)
+    store = mk.KeyValueStore((), torch.int64, key_type=key_type, path=tmp_path / "s" if disk else None)
+    store.store(names[:10], numbers[:10])
+    with monkeypatch.context() as patch:
+        for function in ("fresh", "grown"):
+            patch.setattr(index, function, failing(getattr(index, function)))
+        try:
+            store.store(names[5:], numbers[5:])
+        except MemoryError:
+            assert len(store) == 10 and not store.contains(names[10:]).any()
+        else:
+            assert calls < call  # it had fewer of them
+    assert store.retrieve(names[:10])[0].tolist() == list(range(10))
+    store.store(names, numbers)
+    assert len(store) == 400 == sum(len(keys) for keys, _ in store.items())
+    assert torch.equal(store.retrieve(names)[0], numbers)
+    assert store.erase(names).all() and len(store) == 0 == sum(len(keys) for keys, _ in store.items())
+    store.close()

@@ -139,12 +139,12 @@ Runs sort_by_part(const Table& table, const uint64_t* keys, int64_t from, int64_
   }
   const int64_t slices = std::min<int64_t>(num_threads(), std::max<int64_t>(1, n / 4096));
   const int64_t each = (n + slices - 1) / slices;
-  uint8_t* run = scratch.take<uint8_t>(n);
+  uint16_t* run = scratch.take<uint16_t>(n);  // up to 257 of them
   std::vector<int64_t> counts(size_t(slices * runs), 0);
   parallel_for(slices, 1, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; s++)
       for (int64_t i = s * each; i < std::min(n, (s + 1) * each); i++) {
-        run[i] = uint8_t(home_of(keys[from + i], table.buckets) / kPart >> shift);
+        run[i] = uint16_t(home_of(keys[from + i], table.buckets) / kPart >> shift);
         counts[size_t(s * runs + run[i])]++;
       }
   });
@@ -285,7 +285,7 @@ struct Upsert {
   int64_t row_now(int64_t i) {
     if (old[i] == -2) return -1;
     if (old[i] == -1) return rows[mode == Mode::assign ? rank++ : i];
-    if (old[i] >= kPending) old[i] = now[old[i] - kPending];  // a key of this slice
+    if (mode == Mode::assign && old[i] >= kPending) old[i] = now[old[i] - kPending];  // a key of this batch
     return mode == Mode::replace ? rows[i] : old[i];
   }
 

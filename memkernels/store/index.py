@@ -103,6 +103,9 @@ class Index:
         return self._assign(batch, rows)
 
     def _assign(self, batch: KeyBatch, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.texts is not None and self.texts.lacks_room(batch.data.shape[0], rows):  # type: ignore[union-attr]
+            absent = self.entries(batch) < 0  # before the table names them: there may be no memory for their bytes
+            self.texts.make_room(int(batch.lengths()[absent].sum()), rows[: int(absent.sum())])
         keys, byte_keys = self._prepare(batch)
         now, old = store_upsert_(self.table, keys, rows.to(self.device), "assign", byte_keys)
         new = self._count(old)
@@ -172,10 +175,9 @@ class Index:
             return
         if self.old is not None:
             self._move(self.old.shape[0])
-        self.old, self.moved = self.table, 0
-        self.table = self._new_table(max(self._buckets(count), int(GROWTH * self.table.shape[0])))
-        if self.count == 0:
-            self.old = None
+        table = self._new_table(max(self._buckets(count), int(GROWTH * self.table.shape[0])))  # before anything changes: it may be too much
+        self.old, self.moved = self.table if self.count else None, 0
+        self.table = table
 
     def _move(self, buckets: int) -> None:
         """Moves the next buckets of the old table, in the order of the hash, which is the order of the new table too."""
@@ -237,22 +239,29 @@ class Texts:
             return entries
         return torch.where(entries < 0, entries, self.rows[entries.clamp(min=0)])
 
-    def add(self, batch: KeyBatch, second: torch.Tensor, entries: torch.Tensor) -> None:
-        """The bytes of new keys, and the second halves of their hashes."""
-        if not len(batch):
-            return
-        assert batch.data is not None and batch.offsets is not None
-        last = (max(entries.tolist()) if len(batch) <= 16 else int(entries.max())) + 1
+    def lacks_room(self, size: int, entries: torch.Tensor) -> bool:
+        return self.end + size > self.arena.shape[0] or _end_of(entries) > min(self.spans.shape[0], self.rows.shape[0])
+
+    def make_room(self, size: int, entries: torch.Tensor) -> None:
+        """For bytes of new keys, and for entries of these numbers."""
+        last = _end_of(entries)
+        number = max(last, int(GROWTH * self.rows.shape[0]), 64)
         if last > self.spans.shape[0]:
-            size = max(last, int(GROWTH * self.spans.shape[0]), 64)
-            self.spans, self.rows = grown(self.spans, size), grown(self.rows, size)
-        if self.end + batch.data.shape[0] > self.arena.shape[0] and 2 * self.dead > self.end:
+            self.spans = grown(self.spans, number)
+        if last > self.rows.shape[0]:  # not at once with the spans: each is whole when there is no memory for the other
+            self.rows = grown(self.rows, number)
+        if self.end + size > self.arena.shape[0] and 2 * self.dead > self.end:
             self._close_gaps()
-        end = self.end + batch.data.shape[0]
+        end = self.end + size
         if end >> 63 - LENGTH_BITS:
             raise MemoryError(f"store: expected less than {1 << 63 - LENGTH_BITS} bytes of keys, got {end}")
         if end > self.arena.shape[0]:
             self.arena = grown(self.arena, max(end, int(GROWTH * self.arena.shape[0]), 1024))
+
+    def add(self, batch: KeyBatch, second: torch.Tensor, entries: torch.Tensor) -> None:
+        """The bytes of new keys, for which there is room, and the second halves of their hashes."""
+        assert batch.data is not None and batch.offsets is not None
+        end = self.end + batch.data.shape[0]
         self.arena[self.end : end] = batch.data
         begins = batch.offsets[:-1] + self.end
         self.spans[entries] = torch.stack([begins << LENGTH_BITS | batch.lengths(), second], 1)
@@ -303,3 +312,10 @@ class Texts:
     def clear(self) -> None:
         for tensor in (self.arena, self.spans, self.rows):
             wipe(tensor)
+
+
+def _end_of(entries: torch.Tensor) -> int:
+    """One more than the largest number of an entry."""
+    if len(entries) <= 16:  # calls of torch take longer
+        return max(entries.tolist(), default=-1) + 1
+    return int(entries.max()) + 1

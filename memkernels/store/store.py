@@ -283,7 +283,8 @@ class KeyValueStore:
     @property
     def nbytes(self) -> int:
         """Bytes of memory for keys, rows and values."""
-        return self._data.nbytes
+        with self._lock:  # the tables change hands in a growth
+            return self._data.nbytes
 
     @property
     def columns(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
