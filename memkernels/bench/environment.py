@@ -90,13 +90,22 @@ def _fastest(call: Callable[[], Any], device: str, repeats: int = 7) -> float:
     return min(times)
 
 
+# Bytes: no last-level cache of this size keeps them from one call to the next.
+_NOT_IN_A_CACHE = 1 << 28
+
+
 @cache
 def ceilings(device: str, threads: int) -> dict[str, float]:
-    """Measured ceilings: copy (read + write) and read bandwidth in GB/s, matrix product rate per dtype in GFLOP/s."""
+    """Measured ceilings: copy (read + write) and read bandwidth in GB/s, matrix product rate per dtype in GFLOP/s.
+
+    read_gb_s is of 128 MiB on a CPU, which the last-level cache of a server may hold, memory_read_gb_s of 1 GiB.
+    """
     n = 1 << (28 if device == "cuda" else 25)
     source, target = torch.rand(n, device=device), torch.empty(n, device=device)
     found = {"copy_gb_s": 8e-9 * n / _fastest(lambda: target.copy_(source), device)}
     found["read_gb_s"] = 4e-9 * n / _fastest(lambda: torch.dot(source, source), device)
+    large = source if device == "cuda" else torch.ones(1 << 28)
+    found["memory_read_gb_s"] = 4e-9 * len(large) / _fastest(lambda: torch.dot(large, large), device)
     size = 8192 if device == "cuda" else 1024
     for dtype in (torch.float32, torch.bfloat16, torch.float16) + ((torch.float64,) if device == "cpu" else ()):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -107,6 +116,6 @@ def ceilings(device: str, threads: int) -> dict[str, float]:
 def floor_seconds(moved: float, flops: float, dtype: torch.dtype, device: str) -> float:
     """The least time for these bytes and operations at this machine's measured ceilings."""
     found = ceilings(device, torch.get_num_threads())
-    bandwidth = max(found["copy_gb_s"], found["read_gb_s"])
+    bandwidth = max(found["copy_gb_s"], found["read_gb_s" if moved < _NOT_IN_A_CACHE else "memory_read_gb_s"])
     rate = found.get(f"{str(dtype).removeprefix('torch.')}_gflop_s", found["float32_gflop_s"])
     return max(moved / bandwidth, flops / rate) * 1e-9
