@@ -11,6 +11,7 @@ import torch
 
 from memkernels._checks import fail
 from memkernels.store.columns import as_values
+from memkernels.store.interrupts import uninterrupted
 from memkernels.store.keys import MOST_BYTES, KeyBatch, join
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def from_tensors(store: KeyValueStore, op: str, state: Any) -> None:
     with store._opened(op, True):
         if store._parameters is not None:
             fail(op, "store", "a store whose values are no parameter", "one after as_parameter()")
-        store._data.replace(batch, values)
+        with uninterrupted():
+            store._data.replace(batch, values)
 
 
 def _parts(store: KeyValueStore, op: str, state: Any) -> tuple[KeyBatch, dict[str, torch.Tensor]]:

@@ -9,6 +9,7 @@ import torch
 from memkernels._checks import fail
 from memkernels.store.columns import Columns
 from memkernels.store.index import Index
+from memkernels.store.interrupts import uninterrupted
 from memkernels.store.keys import KeyBatch, distinct
 from memkernels.store.pool import Pool
 from memkernels.store.use import POLICIES, Evicted, Held, Outcome, Use, Values, distinct_absent, in_slices
@@ -169,13 +170,14 @@ class InMemory:
 
     def _become(self, fresh: InMemory) -> None:
         """What this one held is wiped."""
-        self.index.clear()
-        self.pool.clear()
-        if self.use:
-            self.use.wipe()
-        self.index, self.pool, self.use = fresh.index, fresh.pool, fresh.use
-        if self.use:
-            self.use.store = self
+        with uninterrupted():
+            self.index.clear()
+            self.pool.clear()
+            if self.use:
+                self.use.wipe()
+            self.index, self.pool, self.use = fresh.index, fresh.pool, fresh.use
+            if self.use:
+                self.use.store = self
 
     def _zero(self, name: str) -> torch.Tensor:
         shape, dtype = self.columns[name]

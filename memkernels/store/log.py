@@ -272,6 +272,10 @@ class Log(View):
         if self._journal is not None:
             self._journal.clear()
 
+    def refuse(self, error: BaseException) -> None:
+        """No more writes: the caller does not know what is there."""
+        self._failed = self._failed or error
+
     def _fail(self, error: BaseException) -> None:
         """No more writes. What the system still holds of the files may not be what the disk holds, and is not to be trusted either."""
         self._failed = error

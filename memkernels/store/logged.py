@@ -14,6 +14,7 @@ from memkernels._freed import wipe_freed
 from memkernels.store.columns import Columns, as_bytes, gather, row_bytes
 from memkernels.store.index import Index
 from memkernels.store.inmemory import ADDED, KEPT, NEW, REPLACED
+from memkernels.store.interrupts import uninterrupted
 from memkernels.store.key_use import KeyUse
 from memkernels.store.keys import KeyBatch, distinct, join
 from memkernels.store.log import Log, Schema, StoreError, StoreFormatError
@@ -47,6 +48,7 @@ class Logged:
             self._use_as_written(self.use)
 
     def __len__(self) -> int:
+        self._check_whole()
         return len(self.index)
 
     @property
@@ -181,8 +183,9 @@ class Logged:
             self.use.erase(batch)
 
     def commit(self) -> int:
-        number = self.log.commit()
-        self._undo.clear()
+        with uninterrupted():
+            number = self.log.commit()
+            self._undo.clear()
         return number
 
     def rollback(self) -> None:
@@ -218,9 +221,15 @@ class Logged:
         if erase:
             wipe_freed()  # the new engine takes memory that it does not fill
         held = ((batch, self.index.find(batch)) for batch in self.use.batches()) if self.use else self.index.items()
-        self.log.rewrite(((batch, self._row_values(rows)) for batch, rows in held), erase)
-        self.index.clear()
-        self._replay()
+        try:
+            self.log.rewrite(((batch, self._row_values(rows)) for batch, rows in held), erase)
+            self.index.clear()
+            self._replay()
+        except BaseException as error:
+            if self.log.generation != self._generation:  # new files, but not yet all of their rows: nothing may be read or written by these
+                self._generation = -1
+                self.log.refuse(error)
+            raise
         if self.use:
             self.use.compact(erase)
 
@@ -242,7 +251,13 @@ class Logged:
     def rows(self, batch: KeyBatch, touch: bool) -> torch.Tensor:
         if touch and self.use:
             self.use.touch(batch)
+        self._check_whole()
         return self.index.find(batch)
+
+    def _check_whole(self) -> None:
+        """The index has all keys of a commit: a `refresh` or `compact` that fails on its way leaves it with some."""
+        if self._generation < 0:
+            raise StoreError(f"store: {self.log.path}: the last refresh or compact failed on its way: refresh, or open it again, first")
 
     def read(self, name: str, rows: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
         shape, dtype = self.columns[name]
@@ -268,6 +283,7 @@ class Logged:
         self._seen = now
 
     def items(self) -> Iterator[tuple[KeyBatch, torch.Tensor]]:
+        self._check_whole()
         return self.index.items()
 
 

@@ -44,9 +44,9 @@ class Segment:
         self.chunk: Chunk | None = None
 
     def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-        self.fd, self.chunk = -1, None
+        fd, self.fd, self.chunk = self.fd, -1, None  # first: one that is interrupted does not close the number again
+        if fd >= 0:
+            os.close(fd)
 
     def __del__(self) -> None:
         self.close()
@@ -136,8 +136,9 @@ class Segments:
         if len(self._buffer) < rows * stride:
             full = max(1, BLOCK // stride)
             most = full if rows > full // 8 else rows  # single rows do not take a megabyte
-            self._buffer = bytearray(most * stride)
-            self._staged = self._views(self._buffer, 0, most)
+            buffer = bytearray(most * stride)
+            self._staged = self._views(buffer, 0, most)
+            self._buffer = buffer  # last: what is written is the buffer that the views are of, or a next call makes both anew
         for name, value in values.items():
             self._staged[name][:rows].copy_(value)
         return memoryview(self._buffer)[: rows * stride]

@@ -19,6 +19,7 @@ from memkernels.store.arguments import as_device, as_folder
 from memkernels.store.columns import ONE, as_columns, as_default, as_names, as_values
 from memkernels.store.errors import StoreError, StoreFormatError
 from memkernels.store.inmemory import InMemory
+from memkernels.store.interrupts import uninterrupted
 from memkernels.store.keys import KEY_TYPES, KeyBatch, as_batch
 from memkernels.store.use import POLICIES, Evicted
 
@@ -186,7 +187,8 @@ class KeyValueStore:
                 for name, (_, dtype) in self._columns.items():
                     if dtype == torch.bool:
                         fail(op, "accumulate", "columns of numbers", f"bool in column {name!r}", TypeError)
-            status, evicted = self._data.put(batch, given, if_absent, accumulate)
+            with uninterrupted():
+                status, evicted = self._data.put(batch, given, if_absent, accumulate)
         return (status, evicted) if return_evicted else status
 
     def retrieve(self, keys: Any, *, default: Any = None, columns: Any = None) -> tuple[Any, torch.Tensor]:
@@ -225,7 +227,9 @@ class KeyValueStore:
         `compact(erase=True)` removes every trace.
         """
         with self._opened("erase", True):
-            return self._data.erase(as_batch("erase", self._key_type, keys))
+            batch = as_batch("erase", self._key_type, keys)
+            with uninterrupted():
+                return self._data.erase(batch)
 
     def contains(self, keys: Any) -> torch.Tensor:
         """Whether keys are there: bool "n". Does not count as a use."""
@@ -376,7 +380,8 @@ class KeyValueStore:
         """Back to the last commit: what was stored and erased since is undone. Only a store with a path has commits to go back to."""
         with self._opened("rollback", True):
             self._need_path("rollback")
-            self._data.rollback()
+            with uninterrupted():
+                self._data.rollback()
 
     def refresh(self) -> bool:
         """Take in what another process has committed since this store was opened or last refreshed; whether there was anything."""
