@@ -1,4 +1,4 @@
-"""Helpers of the store's log tests: keys and values by number, and what a log holds as a dict."""
+"""Helpers of the store's tests: keys as Python's, and, of the log's, keys and values by number, and what a log holds as a dict."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ ROW = 32  # bytes of a row of SMALL
 SEGMENT = 4096 + 40 * ROW  # 40 rows a segment
 needs_lmdb = pytest.mark.skipif(importlib.util.find_spec("lmdb") is None, reason="lmdb is not installed")
 ENGINES = ["sqlite", pytest.param("lmdb", marks=needs_lmdb)]
+
+
+def plain(keys):
+    """Keys as a store gives them, as a list."""
+    return keys.tolist() if isinstance(keys, torch.Tensor) else keys
 
 
 def ints(keys):

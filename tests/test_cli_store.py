@@ -93,6 +93,7 @@ BAD = {
     "deep.jsonl": ("[" * 100_000, "line 1: not JSON"),
     "list.jsonl": ("[1]", "line 1: expected an object with fields, got [1]"),
     "cells.csv": ("key,value\n1,2\n1,2,3\n", "line 3: expected 2 fields as in the first line, got 3"),
+    "large.jsonl": ('{"key": 1, "value": 1}\n{"key": 2, "value": -1e999}\n', "line 2: not JSON (-1e999 is beyond float64)"),
     "range.csv": ("key,value\n9223372036854775808,1\n", "row 1: key: expected an int64"),
     "empty.csv": ("", "line 1: expected the names key, value, got none"),
     "names.csv": ("key,other\n", "line 1: expected the names key, value, got key, other"),
@@ -138,6 +139,7 @@ def test_errors(run, tmp_path):
         (["export", "old", "x.csv", "--key", "value"], "--key: expected a name that no column has"),
         (["import", "old", "x.csv", "--key", "value"], "--key: expected a name that no column has"),
         (["put", "old", "1", "[1, 1e39]"], "value: expected float32 [2], got '[1, 1e39]'"),
+        (["put", "old", "1", "[1, 1e999]"], "value: expected float32 [2], got '[1, 1e999]'"),
         (["compact", "missing"], "there is no store at"),
         (["verify", "missing"], "there is no store at"),
     ):

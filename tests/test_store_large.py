@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from store_logs import plain
 
 import memkernels as mk
 
@@ -27,7 +28,7 @@ class Model:
     def numbers(self, keys):
         """Which keys a batch of evicted ones holds."""
         known = {key: i for i, key in enumerate(self.ints.tolist() if self.names is None else self.names)}
-        return torch.tensor([known[key] for key in keys.tolist()], dtype=torch.int64)
+        return torch.tensor([known[key] for key in plain(keys)], dtype=torch.int64)
 
     def first(self, index):
         """Whether an element is the first of its key in the batch."""
@@ -71,7 +72,7 @@ def program(store, model, source, steps, capacity):
             if gone is not None:
                 evicted = model.numbers(gone.keys)
                 assert capacity and there[evicted].all() and not torch.isin(evicted, index).any()
-                assert torch.equal(gone.values["value"], before[evicted])
+                assert torch.equal(gone.values, before[evicted])
                 model.there[evicted] = False
         else:
             assert torch.equal(store.erase(model.keys(index)).bool(), model.erase(index))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from store_logs import plain
 
 import memkernels as mk
 from memkernels.store.errors import StoreError
@@ -30,11 +31,7 @@ def made(path, capacity=4, policy="lru", **options):
 
 def held(store):
     """What is there, without using it."""
-    return {
-        key: value
-        for keys, values in store.items()
-        for key, value in zip(keys.tolist() if isinstance(keys, torch.Tensor) else keys, values.tolist(), strict=True)
-    }
+    return {key: value for keys, values in store.items() for key, value in zip(plain(keys), values.tolist(), strict=True)}
 
 
 @pytest.mark.parametrize("write", WRITES)
@@ -93,7 +90,7 @@ def test_a_batch_beyond_the_capacity_is_stored_whole_or_not_at_all(tmp_path, mon
         assert held(store) == everyone
         store.commit()
         assert reader.refresh() and held(reader) == everyone and reader.verify().ok
-        gone = [store.store([name(n)], torch.tensor([n]), return_evicted=True)[1].keys.tolist() for n in (30, 31, 32, 33)]
+        gone = [plain(store.store([name(n)], torch.tensor([n]), return_evicted=True)[1].keys) for n in (30, 31, 32, 33)]
         assert gone == [[name(2)], [name(4)], [name(1)], [name(3)]]  # the order of use is as it was
         store.rollback()
         assert held(store) == everyone
@@ -129,7 +126,7 @@ def test_the_same_in_memory(monkeypatch, call, numbers, how, key_type):
             return  # it had fewer of these calls
     assert len(store) == 4
     gone = [put([n], return_evicted=True)[1] for n in (30, 31, 32, 33)]  # the order of use is as it was
-    assert [one.keys.tolist() for one in gone] == [[name(2)], [name(3)], [name(4)], [name(1)]]
+    assert [plain(one.keys) for one in gone] == [[name(2)], [name(3)], [name(4)], [name(1)]]
     assert [(one.values["a"].tolist(), one.values["b"].tolist()) for one in gone] == [([n], [[n, -n]]) for n in (2, 3, 4, 1)]
 
 

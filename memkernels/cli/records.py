@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -22,6 +24,15 @@ DTYPES = (
 )  # fmt: skip
 BATCH = 8192  # rows
 Columns = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def _number(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"{text} is beyond float64")  # Infinity is a number of its own
+    return number
+
+
+from_json = functools.partial(json.loads, parse_float=_number)
 
 
 class Codec(NamedTuple):
@@ -76,7 +87,7 @@ class Codec(NamedTuple):
         if self.is_text(column):
             return self._text(column, got, shape[0])
         try:
-            plain = json.loads(got.lower() if got in ("True", "False") else got) if isinstance(got, str) else got
+            plain = from_json(got.lower() if got in ("True", "False") else got) if isinstance(got, str) else got
             _fits(plain, dtype)
             value = torch.tensor(plain, dtype=dtype)
             if dtype.is_floating_point and bool((torch.tensor(plain, dtype=torch.float64).isfinite() & ~value.double().isfinite()).any()):
@@ -244,7 +255,7 @@ def _csv(path: Path, lines: _counted, expected: list[str]) -> Iterator[tuple[int
 def _jsonl(path: Path, lines: _counted) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = from_json(line)
         except ValueError as error:
             raise UserError(f"{path}: line {number}: not JSON ({error})") from None
         except RecursionError:

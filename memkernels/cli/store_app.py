@@ -100,13 +100,14 @@ def put(
 ) -> int:
     """Stores one value, durably; makes the store where there is none and --column says what it holds."""
     from memkernels.cli.errors import UserError
+    from memkernels.cli.records import from_json
 
     with _writing(folder, key_type, columns) as store:
         codec = _codec(store, text)
         row: dict[str, Any] = dict.fromkeys(codec.columns, value)
         if len(row) > 1:
             try:
-                row = json.loads(value)
+                row = from_json(value)
             except ValueError:
                 row = {}
             if not isinstance(row, dict) or set(row) != set(codec.columns):

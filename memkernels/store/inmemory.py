@@ -12,7 +12,7 @@ from memkernels.store.index import Index
 from memkernels.store.interrupts import uninterrupted
 from memkernels.store.keys import KeyBatch, distinct
 from memkernels.store.pool import Pool
-from memkernels.store.use import POLICIES, Evicted, Held, Outcome, Use, Values, distinct_absent, in_slices
+from memkernels.store.use import POLICIES, Held, Lost, Outcome, Use, Values, distinct_absent, in_slices
 
 NEW, REPLACED, KEPT, ADDED = range(4)  # what `store` did with an element
 
@@ -70,14 +70,14 @@ class InMemory:
             self.use.order = None  # those who were to go first did not go
             raise
 
-    def _make_room(self, batch: KeyBatch, undo: list[Held]) -> Evicted | None:
+    def _make_room(self, batch: KeyBatch, undo: list[Held]) -> Lost | None:
         assert self.use is not None and self.capacity is not None
         rows = self.use.victims(batch, self.capacity)
         if not rows.shape[0]:
             return None
         undo.append(self._held(self.use.keys_at(rows)))
         self.erase(undo[-1].keys)
-        return Evicted(undo[-1].keys, undo[-1].values)
+        return Lost(undo[-1].keys, undo[-1].values)
 
     def _held(self, batch: KeyBatch) -> Held:
         """Distinct keys as they are now."""

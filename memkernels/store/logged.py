@@ -19,7 +19,7 @@ from memkernels.store.key_use import KeyUse
 from memkernels.store.keys import KeyBatch, distinct, join
 from memkernels.store.log import Log, Schema, StoreError, StoreFormatError
 from memkernels.store.pool import wider
-from memkernels.store.use import POLICIES, Evicted, Outcome, Values, in_slices
+from memkernels.store.use import POLICIES, Lost, Outcome, Values, in_slices
 
 
 class Logged:
@@ -108,7 +108,7 @@ class Logged:
             assert use is not None
             gone = use.victims(part)
             rows = self.index.find(gone)
-            lost = Evicted(gone, self._row_values(rows)) if len(gone) else None
+            lost = Lost(gone, self._row_values(rows)) if len(gone) else None
             status = self._put(part, chosen, if_absent, accumulate)
             if lost:
                 self._take_out(gone, rows)

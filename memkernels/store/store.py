@@ -167,7 +167,7 @@ class KeyValueStore:
             values: "n ...", a tensor of the store's dtype; with several columns a dict of them.
             if_absent: leave keys that are there as they are. accumulate: add to the value that is there (an absent key begins at zero);
                 in the order of the batch, floats of 16 and 8 bits in float32 within a batch.
-            return_evicted: also return what had to go, `Evicted(keys, values)` or None.
+            return_evicted: also return what had to go, `Evicted(keys, values)` or None: keys and values as `items` gives them.
 
         Returns:
             status: "n", int8: 0 the key is new, 1 its value was replaced, 2 it was there and was kept, 3 it was there and was added to.
@@ -189,7 +189,9 @@ class KeyValueStore:
                         fail(op, "accumulate", "columns of numbers", f"bool in column {name!r}", TypeError)
             with uninterrupted():
                 status, evicted = self._data.put(batch, given, if_absent, accumulate)
-        return (status, evicted) if return_evicted else status
+        if not return_evicted:
+            return status
+        return status, (None if evicted is None else Evicted(*self._shown(evicted.keys, evicted.values)))
 
     def retrieve(self, keys: Any, *, default: Any = None, columns: Any = None) -> tuple[Any, torch.Tensor]:
         """The values of keys.
@@ -268,7 +270,10 @@ class KeyValueStore:
         Keys come as a tensor of int64 or a list of bytes or str; values as `retrieve` gives them.
         """
         for batch, values in self._batches("items"):
-            yield batch.ints if batch.ints is not None else batch.tolist(), (values[ONE] if list(self._columns) == [ONE] else values)
+            yield self._shown(batch, values)
+
+    def _shown(self, batch: KeyBatch, values: dict[str, torch.Tensor]) -> tuple[Any, Any]:
+        return batch.ints if batch.ints is not None else batch.tolist(), (values[ONE] if list(self._columns) == [ONE] else values)
 
     def _batches(self, op: str) -> Iterator[tuple[KeyBatch, dict[str, torch.Tensor]]]:
         zero = {name: as_default(op, name, column, None, self._device) for name, column in self._columns.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -18,13 +18,20 @@ POLICIES = ("lru", "lfu")
 
 
 class Evicted(NamedTuple):
-    """Keys that made room for others, with the values they had."""
+    """Keys that made room for others, with the values they had, as `KeyValueStore.items` gives them."""
+
+    keys: Any
+    values: Any
+
+
+class Lost(NamedTuple):
+    """What `Evicted` is made of."""
 
     keys: KeyBatch
     values: Values
 
 
-Outcome = tuple[torch.Tensor, Evicted | None]  # what was done with each element, and who had to go
+Outcome = tuple[torch.Tensor, Lost | None]  # what was done with each element, and who had to go
 
 
 def in_slices(batch: KeyBatch, values: Values, capacity: int, put: Callable[[KeyBatch, Values], Outcome]) -> Outcome:
@@ -40,7 +47,7 @@ def in_slices(batch: KeyBatch, values: Values, capacity: int, put: Callable[[Key
             lost.append(gone)
     if not lost:
         return torch.cat(states), None
-    return torch.cat(states), Evicted(join([e.keys for e in lost]), {name: torch.cat([e.values[name] for e in lost]) for name in values})
+    return torch.cat(states), Lost(join([e.keys for e in lost]), {name: torch.cat([e.values[name] for e in lost]) for name in values})
 
 
 def distinct_absent(batch: KeyBatch, absent: torch.Tensor) -> int:
