@@ -84,6 +84,22 @@ def test_a_token_of_no_row_or_of_hardly_any_probability(tokens, weight, sure):
     assert (lm.evaluate(tokens[:50], window=16) < math.inf) or weight == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("similarity", ["l2", "dot", "cosine"])
+def test_numbers_are_chosen_by_the_score_that_evaluate_gives(tokens, dtype, similarity):
+    """Also where the datastore has 16 bits and a temperature far above the best one is among those to choose from."""
+    lm = make(dtype, similarity=similarity)
+    lm.build(tokens, window=16)
+    alone = lm.tune(tokens[:50], k=(4,), temperature=(0.001,), weight=(0.5,), window=16)
+    best = lm.tune(tokens[:50], k=(4, 64), temperature=(0.001, 10.0), weight=(0.5,), window=16)
+    assert best <= alone * (1 + 1e-4) and best == pytest.approx(lm.evaluate(tokens[:50], window=16), rel=1e-4)
+    lm.k, lm.temperature = 8, 0.1
+    log_p, _ = lm(tokens[None, :16])
+    torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(1, 16), rtol=1e-5, atol=1e-5)
+    by_call = -log_p[0].gather(1, tokens[1:17, None]).mean().item() / math.log(2)
+    assert lm.evaluate(tokens[:17], window=16) == pytest.approx(by_call, rel=1e-2 if dtype == torch.bfloat16 else 2e-3)
+
+
 class Stopped(Exception):
     pass
 
@@ -162,6 +178,10 @@ MODEL = make().model
         (lambda: KnnLM(torch.nn.Linear(2, 2), None), TypeError, r"KnnLM: model: expected a model with hidden\(\), got Linear"),
         (lambda: KnnLM(MODEL, {}), TypeError, "KnnLM: store: expected a KeyValueStore, got dict"),
         (lambda: KnnLM(MODEL, KeyValueStore(3)), ValueError, "columns 'hidden', 'token', got int64 keys and columns 'value'"),
+        (lambda: KnnLM(MODEL, KnnLM.datastore(MODEL, dtype=torch.int8)), ValueError, "store: expected columns 'hidden' .H. of a floating"),
+        (lambda: make().neighbours(torch.zeros(1, 8), 2, 1.0), ValueError, "KnnLM: store: expected rows .build fills it., got none"),
+        (lambda: make().tune(torch.zeros(4, dtype=torch.int64), k=(-3, 4)), ValueError, "KnnLM.tune: k: expected 1 to 4096, got -3"),
+        (lambda: make().tune(torch.zeros(4, dtype=torch.int64), k=(2.5, 4)), TypeError, "KnnLM.tune: k: expected an integer, got float"),
         (lambda: make(k=0), ValueError, "KnnLM: k: expected 1 to 4096, got 0"),
         (lambda: make(weight=1.5), ValueError, r"KnnLM: weight: expected a number in \[0, 1\], got 1.5"),
         (lambda: make(temperature=0), ValueError, "KnnLM: temperature: expected a number above 0, got 0"),

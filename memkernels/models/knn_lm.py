@@ -17,12 +17,14 @@ from memkernels.models.memory_lm import check_tokens, evaluated, windows
 from memkernels.nn._arguments import check_probability, check_sizes
 from memkernels.ops.topk_read import check_slots, topk_read
 from memkernels.store import KeyValueStore
+from memkernels.store.interrupts import uninterrupted
 from memkernels.store.log import Log
 
 NAME = "KnnLM"
 SIMILARITIES = ("l2", "dot", "cosine")
 COLUMNS = ("hidden", "token")
 ROWS_AT_ONCE = 1 << 16  # of the store, where it is read
+COSINE_EPS = 1e-6  # as topk_read has it
 
 
 class KnnLM(nn.Module):
@@ -112,8 +114,9 @@ class KnnLM(nn.Module):
                 hidden, _ = self.model.hidden(self._placed(piece[:, :-1]))
                 rows = torch.arange(done, done + hidden.shape[0] * hidden.shape[1])
                 columns = {"hidden": hidden.flatten(0, 1).to(self._dtype()).cpu(), "token": piece[:, 1:].flatten().long().cpu()}
-                self.store.store(rows, columns)
-                self.store.commit()
+                with uninterrupted():  # rows that are there and not committed would be taken for committed ones by the next build
+                    self.store.store(rows, columns)
+                    self.store.commit()
                 done += len(rows)
                 report(done, total)
         self._rows = None
@@ -145,17 +148,41 @@ class KnnLM(nn.Module):
 
         Where the store has fewer rows, the last shares are 0.
         """
-        keys, token = self._loaded(hidden.device)
-        _, weights, index = topk_read(
+        shares, index = self._search(hidden, k, temperature)
+        shares = shares.float()  # of 16 bits they add up to 1 only nearly
+        return shares / shares.sum(1, keepdim=True), self._loaded(hidden.device)[1][index.clamp(min=0)]
+
+    def _search(self, hidden: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """Shares "Q k" in the dtype of the datastore, and numbers "Q k" of the rows, nearest first; -1 where the store has fewer."""
+        if not len(self.store):
+            fail(NAME, "store", "rows (build fills it)", "none")
+        keys, _ = self._loaded(hidden.device)
+        _, shares, index = topk_read(
             hidden.to(keys.dtype)[None], keys, keys[:, :1], k, similarity=self.similarity, scale=1 / _temperature(temperature)
         )
-        return weights[0].float(), token[index[0].clamp(min=0)]
+        return shares[0], index[0]
+
+    def _similarities(self, hidden: Tensor, index: Tensor) -> Tensor:
+        """ "Q k" of "Q H" and the rows "Q k": in float32 at least, so that any temperature may follow; -inf where there is no row."""
+        keys, _ = self._loaded(hidden.device)
+        exact = torch.promote_types(keys.dtype, torch.float32)
+        queries, found = hidden.to(keys.dtype).to(exact), []
+        at_once = max(1, ROWS_AT_ONCE * 128 // (index.shape[1] * keys.shape[1]))
+        for query, rows in zip(queries.split(at_once), index.split(at_once)):
+            near = keys[rows.clamp(min=0)].to(exact)
+            if self.similarity == "l2":
+                found.append((near - query[:, None]).square_().sum(-1).neg_())
+            else:
+                found.append((near @ query[:, :, None])[..., 0])
+                if self.similarity == "cosine":
+                    found[-1] /= (near.square().sum(-1) + COSINE_EPS).sqrt() * (query.square().sum(-1, keepdim=True) + COSINE_EPS).sqrt()
+        return torch.cat(found).masked_fill(index < 0, -math.inf)
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, window: int = 128, batch: int = 32) -> float:
         """Bits per token over `tokens` "L", of which every one but the first is predicted once, from within its window of steps."""
-        log_lm, weights, hit = self._scored(tokens, window, batch, self.k, self.temperature)
-        return _bits(log_lm, (weights * hit).sum(1), self.weight)
+        log_lm, near, hit = self._scored(tokens, window, batch, self.k)
+        return _bits(log_lm, (torch.softmax(near / self.temperature, 1) * hit).sum(1), self.weight)
 
     @torch.no_grad()
     def tune(
@@ -176,36 +203,34 @@ class KnnLM(nn.Module):
         for name, given in (("k", ks), ("temperature", temperatures), ("weight", weights)):
             if not given:
                 fail(f"{NAME}.tune", name, "at least one value", "none")
-        flattest = max(map(_temperature, temperatures))
-        log_lm, shares, hit = self._scored(tokens, window, batch, max(ks), flattest)
+            for value in given:
+                CHECKS[name](f"{NAME}.tune", value)
+        log_lm, near, hit = self._scored(tokens, window, batch, max(ks))
         best = (math.inf, self.k, self.temperature, self.weight)
         for rows, warmth in itertools.product(ks, temperatures):
-            sharper = torch.softmax(shares[:, :rows].log() * (flattest / warmth), 1)  # of the same similarities
-            p = (sharper * hit[:, :rows]).sum(1)
+            p = (torch.softmax(near[:, :rows] / warmth, 1) * hit[:, :rows]).sum(1)
             for part in weights:
-                check_probability(f"{NAME}.tune", "weight", part)
                 best = min(best, (_bits(log_lm, p, part), rows, warmth, part))
         score, self.k, self.temperature, self.weight = best[0], best[1], float(best[2]), float(best[3])
         return score
 
-    def _scored(self, tokens: Tensor, window: int, batch: int, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every token that is predicted: log p_LM "Q", the shares of its neighbours "Q k", and which of them have that token."""
+    def _scored(self, tokens: Tensor, window: int, batch: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every token that is predicted: log p_LM "Q", the similarities of its neighbours "Q k", and which of them have that token."""
         check_tokens(f"{NAME}.evaluate", tokens, 1, "[L]")
         check_sizes(f"{NAME}.evaluate", window=window, batch=batch)
         if len(tokens) < 2:
             fail(f"{NAME}.evaluate", "tokens", "at least 2 tokens", len(tokens))
-        if not len(self.store):
-            fail(f"{NAME}.evaluate", "store", "rows (build fills it)", "none")
         found = []
         with evaluated(self.model):
             for piece in windows(tokens, window, batch):
                 hidden, _ = self.model.hidden(self._placed(piece[:, :-1]))
                 hidden, target = hidden.flatten(0, 1), self._placed(piece[:, 1:]).flatten().long()[:, None]
                 log_lm = torch.log_softmax(self.model.dense(hidden).float(), -1).gather(1, target)[:, 0]
-                weights, near = self.neighbours(hidden, k, temperature)
-                found.append((log_lm, weights, near == target))
-        log_lm, weights, hit = (torch.cat(parts) for parts in zip(*found))
-        return log_lm, weights, hit
+                _, index = self._search(hidden, k, 1.0)
+                token = self._loaded(hidden.device)[1][index.clamp(min=0)]
+                found.append((log_lm, self._similarities(hidden, index), token == target))
+        log_lm, near, hit = (torch.cat(parts) for parts in zip(*found))
+        return log_lm, near, hit
 
     def _loaded(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """All hidden states "N H" and tokens "N" of the store, on a device; read once."""
@@ -248,12 +273,23 @@ def _check_store(store: Any) -> None:
             f"{store.key_type} keys and columns {', '.join(map(repr, store.columns))}",
         )
 
+    (shape, dtype), token = (store.columns[name] for name in COLUMNS)
+    if len(shape) != 1 or not dtype.is_floating_point or token != ((), torch.int64):
+        fail(NAME, "store", "columns 'hidden' \"H\" of a floating dtype and 'token' of single int64", f"{store.columns}")
 
-def _temperature(got: Any) -> float:
-    value = float(check_number(NAME, "temperature", got))
+
+def _temperature(got: Any, op: str = NAME) -> float:
+    value = float(check_number(op, "temperature", got))
     if not 0 < value < math.inf:
-        fail(NAME, "temperature", "a number above 0", got)
+        fail(op, "temperature", "a number above 0", got)
     return value
+
+
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "k": check_slots,
+    "temperature": lambda op, got: _temperature(got, op),
+    "weight": lambda op, got: check_probability(op, "weight", got),
+}
 
 
 def _mixed(log_lm: Tensor, p: Tensor, weight: float) -> Tensor:
