@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import itertools
 import json
 import math
@@ -32,7 +31,7 @@ def _number(text: str) -> float:
     return number
 
 
-from_json = functools.partial(json.loads, parse_float=_number)
+from_json = json.JSONDecoder(parse_float=_number).decode  # json.loads with an option makes a decoder for every call
 
 
 class Codec(NamedTuple):
@@ -81,29 +80,30 @@ class Codec(NamedTuple):
         shape, dtype = self.columns[column]
         return self.text and dtype == torch.uint8 and len(shape) == 1
 
-    def parse_value(self, column: str, got: Any) -> torch.Tensor:
-        """One value, from a string of the command line or of a CSV cell, or from what JSON has."""
+    def parse_column(self, column: str, got: list[Any]) -> torch.Tensor:
+        """Values of rows, each from a string of the command line or of a CSV cell, or from what JSON has; the error is of the first row."""
         shape, dtype = self.columns[column]
         if self.is_text(column):
-            return self._text(column, got, shape[0])
+            return self._texts(column, got, shape[0])
         try:
-            plain = from_json(got.lower() if got in ("True", "False") else got) if isinstance(got, str) else got
-            _fits(plain, dtype)
-            value = torch.tensor(plain, dtype=dtype)
-            if dtype.is_floating_point and bool((torch.tensor(plain, dtype=torch.float64).isfinite() & ~value.double().isfinite()).any()):
-                raise OverflowError  # 1e39 becomes infinite in float32
-        except (ValueError, TypeError, RuntimeError, OverflowError):
-            raise UserError(f"{column}: expected {describe(shape, dtype)}, got {_short(got)}") from None
-        if tuple(value.shape) != shape:
-            raise UserError(f"{column}: expected {describe(shape, dtype)}, got shape {list(value.shape)}")
-        return value
+            plain = [from_json(cell.lower() if cell in ("True", "False") else cell) if isinstance(cell, str) else cell for cell in got]
+            values = _exact(plain, dtype)
+        except (ValueError, TypeError, RuntimeError, OverflowError, RecursionError):
+            raise UserError(f"{column}: expected {describe(shape, dtype)}, got {_short(got[0])}") from None
+        if tuple(values.shape[1:]) != shape:
+            raise UserError(f"{column}: expected {describe(shape, dtype)}, got shape {list(values.shape[1:])}")
+        return values
 
-    def _text(self, column: str, got: Any, width: int) -> torch.Tensor:
-        data = _utf8(got) if isinstance(got, str) else None
-        if data is None or len(data) > width or data.endswith(b"\0"):
-            what = f"{len(data)} bytes" if data is not None else _short(got)
-            raise UserError(f"{column}: expected a text of at most {width} bytes of UTF-8, got {what}")
-        return torch.tensor(list(data.ljust(width, b"\0")), dtype=torch.uint8)
+    def _texts(self, column: str, got: list[Any], width: int) -> torch.Tensor:
+        joined = bytearray()
+        for text in got:
+            data = _utf8(text) if isinstance(text, str) else None
+            if data is None or len(data) > width or data.endswith(b"\0"):
+                what = f"{len(data)} bytes" if data is not None else _short(text)
+                raise UserError(f"{column}: expected a text of at most {width} bytes of UTF-8, got {what}")
+            joined += data.ljust(width, b"\0")
+        values = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
+        return values.view(len(got), width)
 
     def show_value(self, column: str, value: torch.Tensor, errors: str = "replace") -> Any:
         """The value as JSON has it; `errors`: of bytes that are no UTF-8 in a column of text, as `bytes.decode` takes it."""
@@ -111,29 +111,43 @@ class Codec(NamedTuple):
             return bytes(value.tolist()).rstrip(b"\0").decode("utf-8", errors)
         return value.tolist()
 
-    def batch(self, rows: list[tuple[Any, dict[str, torch.Tensor]]]) -> tuple[Any, dict[str, torch.Tensor]]:
-        """Rows as the keys and values of one call of `store`."""
-        keys = [key for key, _ in rows]
-        values = {name: torch.stack([row[name] for _, row in rows]) for name in self.columns}
-        return (torch.tensor(keys) if self.key_type == "int64" else keys), values
+    def as_keys(self, keys: list[Any]) -> Any:
+        """Keys of `parse_key` as `store` takes them."""
+        return torch.tensor(keys) if self.key_type == "int64" else keys
+
+    def parse(self, records: list[dict[str, Any]]) -> tuple[Any, dict[str, torch.Tensor]]:
+        """Rows as the keys and values of one call of `store`. What is wrong with one of many is told by `parse` of that one."""
+        expected = [self.key, *self.columns]
+        for record in records:
+            if set(record) != set(expected):
+                raise UserError(f"expected fields {', '.join(expected)}, got {', '.join(map(str, record)) or 'none'}")
+        keys = self.as_keys([self.parse_key(record[self.key]) for record in records])
+        return keys, {name: self.parse_column(name, [record[name] for record in records]) for name in self.columns}
 
     def read(self, path: Path) -> Iterator[tuple[int, Any, dict[str, torch.Tensor]]]:
-        """The rows of a file and, before each, how many bytes of it are done. Raises UserError that names file and row."""
+        """The rows of a file, many at a time, as `parse` gives them, and how many bytes of the file are done then.
+
+        Raises UserError that names file and row.
+        """
         with _opened(path) as file:
             lines = _counted(file)
-            for number, (done, record) in enumerate(
-                _csv(path, lines, [self.key, *self.columns]) if path.suffix == ".csv" else _jsonl(path, lines), 1
-            ):
+            rows = _csv(path, lines, [self.key, *self.columns]) if path.suffix == ".csv" else _jsonl(path, lines)
+            before = 0
+            while records := list(itertools.islice(rows, BATCH)):
                 try:
-                    yield done, *self._row(record)
-                except UserError as error:
-                    raise UserError(f"{path}: row {number}: {error}") from None
+                    parsed = self.parse(records)
+                except UserError:
+                    self._find_wrong(path, before, records)
+                    raise
+                yield lines.done, *parsed
+                before += len(records)
 
-    def _row(self, record: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
-        expected = [self.key, *self.columns]
-        if set(record) != set(expected):
-            raise UserError(f"expected fields {', '.join(expected)}, got {', '.join(map(str, record)) or 'none'}")
-        return self.parse_key(record[self.key]), {name: self.parse_value(name, record[name]) for name in self.columns}
+    def _find_wrong(self, path: Path, before: int, records: list[dict[str, Any]]) -> None:
+        for number, record in enumerate(records, before + 1):
+            try:
+                self.parse([record])
+            except UserError as error:
+                raise UserError(f"{path}: row {number}: {error}") from None
 
     def write(self, file: IO[str], suffix: str, batches: Iterable[tuple[Any, dict[str, torch.Tensor]]]) -> Iterator[int]:
         """Writes rows; yields the number of them after every batch."""
@@ -154,12 +168,6 @@ class Codec(NamedTuple):
                     file.write(json.dumps(dict(zip(names, fields)), ensure_ascii=False) + "\n")
             rows += len(plain)
             yield rows
-
-
-def batches(rows: Iterator[tuple[int, Any, dict[str, torch.Tensor]]]) -> Iterator[tuple[int, list[tuple[Any, dict[str, torch.Tensor]]]]]:
-    """Rows of `Codec.read`, many at a time, and how many bytes are done then."""
-    while some := list(itertools.islice(rows, BATCH)):
-        yield some[-1][0], [(key, values) for _, key, values in some]
 
 
 def as_columns(options: list[str]) -> Columns:
@@ -184,15 +192,23 @@ def check_suffix(path: Path) -> None:
         raise OptionError(f"FILE: expected a name that ends in {' or '.join(FORMATS)}, got {path.name!r}")
 
 
-def _fits(got: Any, dtype: torch.dtype) -> None:
-    """torch.tensor cuts 1.5 to 1, and True counts as 1: here neither fits."""
-    if isinstance(got, list):
-        for item in got:
-            _fits(item, dtype)
-    elif isinstance(got, bool) != (dtype == torch.bool) or not isinstance(got, (int, float) if dtype.is_floating_point else int):
+def _exact(plain: list[Any], dtype: torch.dtype) -> torch.Tensor:
+    """torch.tensor cuts 1.5 to 1, counts True as 1 and takes 1e39 for infinity in float32: here none of them fits."""
+    leaves = plain
+    while (kinds := set(map(type, leaves))) == {list}:
+        leaves = list(itertools.chain.from_iterable(leaves))
+    if not kinds <= ({int, float} if dtype.is_floating_point else {bool} if dtype == torch.bool else {int}):
         raise ValueError
-    elif not dtype.is_floating_point and dtype != torch.bool and not torch.iinfo(dtype).min <= got <= torch.iinfo(dtype).max:
-        raise ValueError
+    if not dtype.is_floating_point:
+        limits = None if dtype == torch.bool else torch.iinfo(dtype)
+        if limits and leaves and not limits.min <= min(leaves) <= max(leaves) <= limits.max:
+            raise ValueError
+        return torch.tensor(plain, dtype=dtype)
+    wide = torch.tensor(plain, dtype=torch.float64)
+    values = wide.to(dtype)
+    if bool((wide.isfinite() & ~values.isfinite()).any()):
+        raise OverflowError
+    return values
 
 
 def _utf8(text: str) -> bytes | None:
@@ -234,7 +250,7 @@ class _counted:
                 raise UserError(f"{self.file.name}: line {number}: not UTF-8 text (byte 0x{line[error.start]:02x})") from None
 
 
-def _csv(path: Path, lines: _counted, expected: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv(path: Path, lines: _counted, expected: list[str]) -> Iterator[dict[str, Any]]:
     """A file of no rows still has its line of names."""
     csv.field_size_limit(sys.maxsize)  # of 131072 characters, a row of ten thousand numbers has more
     table = csv.reader(lines, strict=True)
@@ -247,12 +263,12 @@ def _csv(path: Path, lines: _counted, expected: list[str]) -> Iterator[tuple[int
         for cells in table:
             if len(cells) != len(names):
                 raise UserError(f"{path}: line {table.line_num}: expected {len(names)} fields as in the first line, got {len(cells)}")
-            yield lines.done, dict(zip(names, cells))
+            yield dict(zip(names, cells))
     except csv.Error as error:
         raise UserError(f"{path}: line {table.line_num}: {error}") from None
 
 
-def _jsonl(path: Path, lines: _counted) -> Iterator[tuple[int, dict[str, Any]]]:
+def _jsonl(path: Path, lines: _counted) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             record = from_json(line)
@@ -262,4 +278,4 @@ def _jsonl(path: Path, lines: _counted) -> Iterator[tuple[int, dict[str, Any]]]:
             raise UserError(f"{path}: line {number}: not JSON (nested too deep)") from None
         if not isinstance(record, dict):
             raise UserError(f"{path}: line {number}: expected an object with fields, got {_short(record)}")
-        yield lines.done, record
+        yield record

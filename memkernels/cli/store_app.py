@@ -112,8 +112,8 @@ def put(
                 row = {}
             if not isinstance(row, dict) or set(row) != set(codec.columns):
                 raise UserError(f"VALUE: expected an object with {', '.join(codec.columns)}, got {value!r}")
-        parsed = codec.parse_key(key), {name: codec.parse_value(name, row[name]) for name in codec.columns}
-        keys, values = codec.batch([parsed])
+        keys = codec.as_keys([codec.parse_key(key)])
+        values = {name: codec.parse_column(name, [row[name]]) for name in codec.columns}
         kept = if_absent and bool(store.contains(keys)[0])
         store.store(keys, values, if_absent=if_absent)
         store.commit()
@@ -134,7 +134,7 @@ def import_(
     columns: Fields = None,
 ) -> None:
     """Stores every row of a file, all of them in one commit or, if one is wrong, none. Later rows of a key win."""
-    from memkernels.cli.records import batches, check_suffix
+    from memkernels.cli.records import check_suffix
 
     check_suffix(file)
     with (
@@ -143,9 +143,9 @@ def import_(
     ):
         before, rows, codec = len(store), 0, _codec(store, text, key)
         codec.check_fields()
-        for done, some in batches(codec.read(file)):
-            store.store(*codec.batch(some), if_absent=if_absent)
-            rows += len(some)
+        for done, keys, values in codec.read(file):
+            store.store(keys, values, if_absent=if_absent)
+            rows += len(keys)
             advance(done)
         store.commit()
         after = len(store)
