@@ -92,7 +92,8 @@ def test_every_16_bit_value_survives_a_copy(level, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_to_16_bits_is_torchs(level, dtype):
     x = torch.randn(70001).to(dtype)
-    torch.testing.assert_close(apply("sqrt", x.abs()), x.abs().float().sqrt().to(dtype), rtol=0, atol=0)
+    root = x.abs().double().sqrt().float()  # torch's float32 sqrt is MKL's, which on AMD misses the nearest number now and then
+    torch.testing.assert_close(apply("sqrt", x.abs()), root.to(dtype), rtol=0, atol=0)
     torch.testing.assert_close(
         apply("exp", x * 8).float(), (x * 8).float().exp().to(dtype).float(), rtol=torch.finfo(dtype).eps, atol=2**-24
     )

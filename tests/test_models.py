@@ -128,7 +128,8 @@ def test_a_model_comes_back_in_its_dtype(tmp_path, kwargs, dtype):
     assert all(torch.equal(a, b) and a.dtype == b.dtype == dtype for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert all(p.requires_grad for p in other.parameters())
     tokens = torch.randint(1, 10, (2, 5))
-    assert torch.equal(other(tokens)[0], model(tokens)[0]) and other.train_step(tokens, torch.optim.SGD(other.parameters())) > 0
+    torch.testing.assert_close(other(tokens)[0], model(tokens)[0], rtol=1e-12, atol=1e-12)  # MKL's products see where parameters lie
+    assert other.train_step(tokens, torch.optim.SGD(other.parameters())) > 0
 
 
 def test_a_model_that_is_not_finite_is_not_saved(tmp_path):

@@ -85,12 +85,12 @@ Results = tuple[dict[str, Any], list[dict[str, Any]]]  # environment and rows
 
 
 def latest() -> list[Results]:
-    """The newest CPU results of each level of kernels, the best level first."""
-    found: dict[str, Results] = {}
+    """The newest CPU results of each machine, the best level of kernels first."""
+    found: dict[tuple[str, str], Results] = {}
     for path in sorted(p for p in (ROOT / "benchmarks" / "results").glob("*.json") if not p.name.startswith("gpu")):
         data = json.loads(path.read_text())
-        found[data["environment"]["cpu_level"]] = data["environment"], data["rows"]
-    return [found[level] for level in ("amx", "avx512", "avx2", "baseline") if level in found]
+        found[data["environment"]["cpu_level"], data["environment"]["cpu"]] = data["environment"], data["rows"]
+    return [found[key] for level in ("amx", "avx512", "avx2", "baseline") for key in sorted(found) if key[0] == level]
 
 
 def measured_on(environment: dict[str, Any]) -> str:
@@ -172,12 +172,12 @@ def tiny(rows: list[dict[str, Any]]) -> str:
 
 
 def targets() -> str:
-    """The bars of this project, each with what was measured and whether it was reached; a table for each level of kernels."""
+    """The bars of this project, each with what was measured and whether it was reached; a table for each machine."""
     return "\n\n".join(target_table(*results) for results in latest()) or measured_on({})
 
 
 def target_table(environment: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    lines = [f"### Kernels at level `{environment['cpu_level']}`", "", measured_on(environment)]
+    lines = [f"### Kernels at level `{environment['cpu_level']}` on {environment['cpu'].rsplit(' (', 1)[0]}", "", measured_on(environment)]
     ceilings = ", ".join(f"{name} {value:.0f}" for name, value in environment["ceilings"].items())
     lines += ["", f"Ceilings measured in the same process: {ceilings}.", ""]
     heads = "target | against | ms | GB/s | of floor | needed | measured | | extra MB | peer's | checked"

@@ -188,12 +188,17 @@ def _upstream(dtype: torch.dtype, gradient: str | None, seed: int) -> Callable[.
 def _over_draws(
     spec: OpSpec, sample: Sample, dtype: torch.dtype, backend: str, layout: str, gradient: str | None, seed: int, device: str
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """By tensor, the largest of MANY draws: errors of the backend, floors, errors of the reference."""
+    """By tensor, the largest of MANY draws: errors of the backend, floors, errors of the reference.
+
+    And of as many neighbours of the draw itself, a unit in the last place away: it may be an ill-conditioned one, of a thousand times the
+    error of any other, and then no other draw says how large the reference's error on it is but for luck.
+    """
     wrong: dict[str, float] = {}
     low: dict[str, float] = {}
     theirs: dict[str, float] = {}
-    for s in range(seed, seed + 6 * MANY, 6):  # as in `own_errors`
-        given = make.laid_out(make.draw(spec, sample, dtype, s, device), layout)
+    drawn = [(s, make.draw(spec, sample, dtype, s, device)) for s in range(seed, seed + 6 * MANY, 6)]  # as in `own_errors`
+    for s, tensors in [*drawn, *((seed, make.neighbour(drawn[0][1], i)) for i in range(MANY))]:
+        given = make.laid_out(tensors, layout)
         asked = _upstream(dtype, gradient, s)
         with using(backend):
             actual = evaluate(spec, given, dict(sample.options), asked)

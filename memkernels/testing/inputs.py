@@ -48,6 +48,19 @@ def draw(spec: OpSpec, sample: Sample, dtype: torch.dtype, seed: int = 0, device
     return {name: None if t is None else t.to(device, spec.inputs[name].dtype_in(dtype)).contiguous() for name, t in drawn.items()}
 
 
+def neighbour(given: Tensors, seed: int) -> Tensors:
+    """Each number a unit in the last place larger, smaller or as it is; zeros, infinities and integers stay."""
+    numbers = torch.Generator().manual_seed(seed)
+
+    def moved(t: torch.Tensor | None) -> torch.Tensor | None:
+        if t is None or not t.is_floating_point():
+            return t
+        steps = torch.randint(-1, 2, t.shape, generator=numbers).to(t.device, t.dtype)
+        return torch.where(t.isfinite(), t + t * steps * torch.finfo(t.dtype).eps, t)
+
+    return {name: moved(t) for name, t in given.items()}
+
+
 def differentiable(spec: OpSpec, inputs: Tensors) -> list[str]:
     """Names of the inputs that gradients are asked for: present and of the call's floating dtype."""
     return [name for name, t in inputs.items() if t is not None and spec.inputs[name].dtype is None]

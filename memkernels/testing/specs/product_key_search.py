@@ -30,7 +30,8 @@ def _eighths(inputs):
 
 
 def _peaked(inputs):
-    """One subkey of each half towers over the others, which are equal."""
+    """One subkey of each half towers over the others, which are equal; equal scores stay equal in any order of a sum."""
+    inputs = _eighths(inputs)
     subkeys = inputs["subkeys"][:, :, :1].expand_as(inputs["subkeys"]).clone()
     subkeys[:, :, 1] *= 100
     return {**inputs, "subkeys": subkeys}
