@@ -190,15 +190,14 @@ def _over_draws(
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
     """By tensor, the largest of MANY draws: errors of the backend, floors, errors of the reference.
 
-    And of as many neighbours of the draw itself, a unit in the last place away: it may be an ill-conditioned one, of a thousand times the
-    error of any other, and then no other draw says how large the reference's error on it is but for luck.
+    The errors of the reference are also those on as many neighbours of the draw itself, a unit in the last place away: it may be an
+    ill-conditioned one, of a thousand times the error of any other, and then no other draw says how large its error there is but for luck.
     """
     wrong: dict[str, float] = {}
     low: dict[str, float] = {}
     theirs: dict[str, float] = {}
-    drawn = [(s, make.draw(spec, sample, dtype, s, device)) for s in range(seed, seed + 6 * MANY, 6)]  # as in `own_errors`
-    for s, tensors in [*drawn, *((seed, make.neighbour(drawn[0][1], i)) for i in range(MANY))]:
-        given = make.laid_out(tensors, layout)
+    for s in range(seed, seed + 6 * MANY, 6):  # as in `own_errors`
+        given = make.laid_out(make.draw(spec, sample, dtype, s, device), layout)
         asked = _upstream(dtype, gradient, s)
         with using(backend):
             actual = evaluate(spec, given, dict(sample.options), asked)
@@ -207,6 +206,11 @@ def _over_draws(
             wrong[name] = max(wrong.get(name, 0.0), error(actual[name], t))
             low[name] = max(low.get(name, 0.0), floor(t, actual[name].dtype))
             theirs[name] = max(theirs.get(name, 0.0), own[name] if math.isfinite(own[name]) else 0.0)
+    here, asked = make.draw(spec, sample, dtype, seed, device), _upstream(dtype, gradient, seed)
+    for i in range(MANY):
+        given = make.laid_out(make.neighbour(here, i), layout)
+        for name, near in _reference(spec, given, dict(sample.options), dtype, asked)[1].items():
+            theirs[name] = max(theirs[name], near if math.isfinite(near) else 0.0)
     return wrong, low, theirs
 
 
