@@ -1,4 +1,4 @@
-"""A store whose folder others move, remove, lock anew or may only read; kills that leave shared memory behind; a fork beside SQLite."""
+"""A store whose folder others move, remove, lock anew or may only read; kills that leave shared memory behind; forks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import threading
 import time
 
 import pytest
+import torch
 from store_faults import fork, in_child, wait
 from store_logs import ENGINES, contents, ints, new, put, stored
 
-from memkernels.store import engine_sqlite
+from memkernels.store import KeyValueStore, engine_sqlite
 from memkernels.store.log import Log, StoreError
 
 
@@ -162,3 +163,45 @@ def test_a_commit_that_only_the_file_names(in_memory, engine, goes_on):
     with Log.open(path) as log:
         assert contents(log) == (dict.fromkeys(range(5), 3) if goes_on else dict.fromkeys(range(3), 1))
         assert log.verify().ok
+
+
+@pytest.mark.parametrize("count", [10, 60_000])
+def test_a_child_has_none_of_the_threads_of_torch(in_memory, count):
+    """Its own ops would wait there for ever, with more than one thread; those of a store end."""
+    keys, values = [f"key{i}" for i in range(count)], torch.arange(count * 3).view(count, 3)
+    store = KeyValueStore(3, torch.int64, key_type="str")
+    store.store(keys, values)
+    with KeyValueStore(3, torch.int64, key_type="str", path=in_memory / "s") as disk:
+        disk.store(keys, values)
+        disk.commit()
+
+    def same(store, expected):
+        assert torch.equal(store.retrieve(keys)[0], expected)
+        assert sum(len(part) for part, _ in store.items()) == count
+
+    def child():
+        signal.alarm(60)
+        torch.set_num_threads(3)
+        same(store, values)
+        store.store(keys, values, accumulate=True)
+        state = store.state_dict()
+        store.erase(keys[::2])
+        store.load_state_dict(state)
+        store.compact()
+        same(store, 2 * values)
+        with KeyValueStore.open(in_memory / "s", "w", verify="open") as disk:
+            disk.store(keys, 3 * values)
+            disk.commit()
+            disk.compact(erase=True)
+            same(disk, 3 * values)
+        other = KeyValueStore(3, torch.int64, on_full="lru", capacity=count)
+        other.store(torch.arange(2 * count), torch.arange(6 * count).view(-1, 3))
+        return torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.ones(1 << 20).add_(1)  # starts them
+        assert in_child(child) == "3"
+    finally:
+        torch.set_num_threads(before)

@@ -18,6 +18,7 @@ from memkernels.store import exchange
 from memkernels.store.arguments import as_device, as_folder
 from memkernels.store.columns import ONE, as_columns, as_default, as_names, as_values
 from memkernels.store.errors import StoreError, StoreFormatError
+from memkernels.store.forked import serial_in_child
 from memkernels.store.inmemory import InMemory
 from memkernels.store.interrupts import uninterrupted
 from memkernels.store.keys import KEY_TYPES, KeyBatch, as_batch
@@ -92,11 +93,13 @@ class KeyValueStore:
         self._path = None if path is None else as_folder(op, path)
         self._extra: dict[str, Any] = {"capacity": capacity, "on_full": on_full}
         if self._path is None:
-            self._data: Any = InMemory(key_type, self._columns, self._device, capacity, on_full)
+            with serial_in_child():
+                self._data: Any = InMemory(key_type, self._columns, self._device, capacity, on_full)
             return
         if self._device.type != "cpu":
             fail(op, "device", "'cpu' with a path", repr(device))
-        self._data = self._logged(self._path, durability)
+        with serial_in_child():
+            self._data = self._logged(self._path, durability)
 
     def _begin(self) -> None:
         self._lock, self._closed = threading.RLock(), False
@@ -149,7 +152,8 @@ class KeyValueStore:
             capacity, on_full = self._extra.get("capacity"), self._extra.get("on_full", "grow")
             if on_full not in ON_FULL or type(capacity) not in (int, type(None)) or (capacity or 1) < 1:
                 raise StoreFormatError(f"store: {path} is damaged: capacity {capacity!r} with on_full {on_full!r}")
-            self._data = logged.Logged(log, capacity, on_full, verify)
+            with serial_in_child():
+                self._data = logged.Logged(log, capacity, on_full, verify)
         except BaseException:
             log.close()
             raise
@@ -213,7 +217,7 @@ class KeyValueStore:
             defaults = {name: as_default(op, name, self._columns[name], default, self._device) for name in wanted}
             rows = self._data.rows(as_batch(op, self._key_type, keys), True)
             values = {name: self._read(name, rows, defaults[name]) for name in wanted}
-        return (values[ONE] if list(self._columns) == [ONE] and wanted else values), rows >= 0
+            return (values[ONE] if list(self._columns) == [ONE] and wanted else values), rows >= 0
 
     def _read(self, name: str, rows: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
         if self._parameters is None or name not in self._parameters or not torch.is_grad_enabled():
@@ -357,19 +361,23 @@ class KeyValueStore:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Everything stored, as tensors: "keys" (bytes and str: "key_data" and "key_offsets") and "column.NAME" for each column."""
-        return exchange.to_tensors(self)
+        with serial_in_child():
+            return exchange.to_tensors(self)
 
     def load_state_dict(self, state: Any) -> None:
         """Replace what is stored by a `state_dict`, of a store of the same key type and columns; errors leave the store as it was."""
-        exchange.from_tensors(self, "load_state_dict", state)
+        with serial_in_child():
+            exchange.from_tensors(self, "load_state_dict", state)
 
     def export_safetensors(self, path: Any) -> None:
         """Write `state_dict` to one safetensors file: beside it first, then renamed, so an interrupted export leaves what was there."""
-        exchange.export_file(self, as_folder("export_safetensors", path))
+        with serial_in_child():
+            exchange.export_file(self, as_folder("export_safetensors", path))
 
     def import_safetensors(self, path: Any) -> None:
         """Store what `export_safetensors` wrote, over what is there."""
-        exchange.import_file(self, as_folder("import_safetensors", path))
+        with serial_in_child():
+            exchange.import_file(self, as_folder("import_safetensors", path))
 
     # --- life
 
@@ -448,7 +456,8 @@ class KeyValueStore:
             self._changes += changing
             self._writers += changing
             try:
-                yield
+                with serial_in_child():
+                    yield
             finally:
                 self._writers -= changing
 
