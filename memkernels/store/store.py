@@ -428,7 +428,8 @@ class KeyValueStore:
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self._data.close()
+                with serial_in_child():
+                    self._data.close()
 
     @property
     def closed(self) -> bool:
