@@ -1,11 +1,16 @@
 """`memkernels store`, run what a user sees of it: exit code, output, files."""
 
+import io
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from rich.console import Console
 
-from memkernels.cli import records
+from memkernels.cli import records, store_app
 from memkernels.cli.app import app
 from memkernels.store import KeyValueStore
 from memkernels.store.log import Log
@@ -232,3 +237,115 @@ def test_rows_of_many_numbers_go_out_and_in(run, tmp_path, suffix):
     run("import", "again", f"wide.{suffix}", "--column", "value:float32:20000")
     with KeyValueStore.open(tmp_path / "again") as store:
         assert torch.equal(store.retrieve([1, 2])[0], wide)
+
+
+@pytest.mark.parametrize(
+    ("redirected", "code", "error"),
+    [
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        (">/dev/full", 1, "memkernels: standard output: No space left on device\n"),
+        ("| sleep 0", 1, ""),
+    ],
+)
+def test_standard_files_that_are_closed_or_full(tmp_path, redirected, code, error):
+    with KeyValueStore((), dtype=torch.int64, path=tmp_path / "s") as store:
+        store.store([1], torch.tensor([5]))
+        store.commit()
+    name = "\udcff.csv"  # no UTF-8: said as it is
+    command = f'"$0" -c "from memkernels.cli import main; main()" store export s "$1" {redirected}; exit ${{PIPESTATUS[0]}}'
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"} | {"PYTHONIOENCODING": "utf-8:strict"}
+    ended = subprocess.run(["bash", "-c", command, sys.executable, name], cwd=tmp_path, env=environment, capture_output=True)
+    assert (ended.returncode, ended.stderr.decode()) == (code, error)
+    assert ended.stdout in (b"", b"1 rows written to \xff.csv\n")
+    assert (tmp_path / name).read_text() == "key,value\n1,5\n"
+    with KeyValueStore.open(tmp_path / "s") as store:
+        assert store.verify().ok
+
+
+def test_names_in_brackets_are_no_markup(run, tmp_path, monkeypatch):
+    run("put", "[/x]", "1", '{"[bold]": 2, "[/y]": 3}', "--column", "[bold]:int64", "--column", "[/y]:int64")
+    shown = run("info", "[/x]")[0]
+    assert "[/x]" in shown and "column [bold]" in shown and "column [/y]" in shown
+    monkeypatch.setattr(store_app, "console", Console(file=io.StringIO(), force_terminal=True))  # where the bar is drawn
+    run("export", "[/x]", "[red].csv")
+    run("import", "[/x]", "[red].csv")
+    assert "reading [red].csv" in store_app.console.file.getvalue()
+
+
+def test_info_beside_a_writer_that_removes_a_file(run, tmp_path, monkeypatch):
+    run("put", "s", "1", "2", "--column", "v:int64")
+    there = sorted((tmp_path / "s").iterdir())
+    monkeypatch.setattr(type(tmp_path), "rglob", lambda self, pattern: [*there, self / "removed"])
+    assert json.loads(run("info", "s", "--json")[0])["bytes_on_disk"] == sum(file.stat().st_blocks * 512 for file in there)
+
+
+FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_every_number_of_8_bits_goes_out_and_in(run, tmp_path, dtype, suffix):
+    values = torch.arange(256, dtype=torch.uint8).view(dtype)
+    with KeyValueStore((), dtype=dtype, path=tmp_path / "a") as store, KeyValueStore((), dtype=dtype, path=tmp_path / "b"):
+        store.store(torch.arange(256), values)
+        store.commit()
+    run("export", "a", f"f.{suffix}")
+    run("import", "b", f"f.{suffix}")
+    with KeyValueStore.open(tmp_path / "b") as store:
+        found = store.retrieve(torch.arange(256))[0]
+    nan = values.float().isnan()
+    assert torch.equal(found.float().isnan(), nan)
+    assert torch.equal(found.view(torch.uint8)[~nan], values.view(torch.uint8)[~nan])
+    assert "expected one float8" in run("put", "b", "1", "1e6", code=1)[1]
+    infinite = dtype == torch.float8_e5m2  # the others have none
+    run("put", "b", "1", "Infinity", code=0 if infinite else 1)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 2), (2, 0, 3)])
+def test_values_without_elements_go_out_and_in(run, shape, suffix):
+    column = ("--column", "v:int16:" + ",".join(map(str, shape)))
+    run("put", "a", "1", str(torch.empty(shape).tolist()), *column)
+    run("export", "a", f"f.{suffix}")
+    run("import", "b", f"f.{suffix}", *column)
+    assert json.loads(run("get", "b", "1")[0]) == torch.empty(shape).tolist()
+    assert "got shape" in run("put", "b", "1", "[[[[[]]]]]", code=1)[1]
+
+
+def test_an_object_with_a_field_twice_is_refused(run, tmp_path):
+    (tmp_path / "f.jsonl").write_text('{"key": 1, "v": 2}\n{"key": 2, "v": 2, "v": 3}\n')
+    assert "line 2: not JSON (an object with a field twice)" in run("import", "s", "f.jsonl", "--column", "v:int64", code=1)[1]
+    columns = ("--column", "v:int64", "--column", "w:int64")
+    assert "expected an object" in run("put", "s", "1", '{"v": 1, "w": 2, "v": 3}', *columns, code=1)[1]
+
+
+def test_lists_too_deep_for_an_object(run):
+    columns = ("--column", "v:int64", "--column", "w:int64")
+    assert "expected an object with v, w" in run("put", "s", "1", "[" * 50000, *columns, code=1)[1]
+
+
+LONG = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("key_type", "name", "content"),
+    [
+        ("int64", "f.jsonl", json.dumps({"key": LONG, "v": 1})),
+        ("bytes", "f.jsonl", json.dumps({"key": LONG, "v": 1})),
+        ("str", "f.jsonl", json.dumps({"key": "\ud800" + LONG, "v": 1})),
+        ("str", "f.jsonl", json.dumps({"key": [LONG], "v": 1})),
+        ("str", "f.jsonl", json.dumps({"key": "a", LONG: 1})),
+        ("str", "f.jsonl", '{"key": "a", "v": 1' + "0" * 100_000 + "e1}"),
+        ("str", "f.csv", f"key,{LONG}\n"),
+        ("str", "f.csv", f"key,v,{LONG},{LONG}\n"),
+    ],
+)
+def test_a_long_field_does_not_make_a_long_error(run, tmp_path, key_type, name, content):
+    (tmp_path / name).write_text(content)
+    assert len(run("import", "s", name, "--key-type", key_type, "--column", "v:int64", code=1)[1]) < 600
+
+
+def test_a_long_key_of_no_text_does_not_make_a_long_error(run):
+    run("put", "s", LONG, json.dumps([255]), "--key-type", "str", "--column", "v:uint8:1")
+    assert len(run("export", "s", "f.csv", "--text", code=1)[1]) < 600

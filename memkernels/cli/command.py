@@ -24,9 +24,10 @@ def one_line_errors(command: Callable[..., int | None]) -> Callable[..., None]:
 
         try:
             code = command(*args, **kwargs)
+        except BrokenPipeError:  # whoever reads has enough
+            code = 1
         except (UserError, ValueError, OSError, ImportError, BackendError, StoreError) as error:
-            message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-            print(f"memkernels: {' '.join(message.split())}", file=sys.stderr)
+            print(f"memkernels: {' '.join(_message(error).split())}", file=sys.stderr)
             code = error.code if isinstance(error, UserError) else 1
         except (MemoryError, RuntimeError) as error:
             if not _is_memory(error):
@@ -39,6 +40,12 @@ def one_line_errors(command: Callable[..., int | None]) -> Callable[..., None]:
         raise typer.Exit(code or 0)
 
     return wrapped
+
+
+def _message(error: Exception) -> str:
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    return f"{error.filename or 'standard output'}: {error.strerror}"  # of the files, every one has its name
 
 
 def _is_memory(error: BaseException) -> bool:

@@ -27,11 +27,19 @@ Columns = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 def _number(text: str) -> float:
     if math.isinf(number := float(text)):
-        raise ValueError(f"{text} is beyond float64")  # Infinity is a number of its own
+        raise ValueError(f"{cut(text, 60)} is beyond float64")  # Infinity is a number of its own
     return number
 
 
-from_json = json.JSONDecoder(parse_float=_number).decode  # json.loads with an option makes a decoder for every call
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an object with a field twice")
+    return found
+
+
+# json.loads with an option makes a decoder for every call
+from_json = json.JSONDecoder(parse_float=_number, object_pairs_hook=_object).decode
 
 
 class Codec(NamedTuple):
@@ -49,18 +57,18 @@ class Codec(NamedTuple):
             if isinstance(got, str) and re.fullmatch(r"\s*[+-]?\d{1,100}\s*", got):
                 number = int(got)
             if number is None or not -(2**63) <= number < 2**63:
-                raise UserError(f"{self.key}: expected an int64, got {got!r}")
+                raise UserError(f"{self.key}: expected an int64, got {short(got)}")
             return number
         if not isinstance(got, str):
-            raise UserError(f"{self.key}: expected a string, got {got!r}")
+            raise UserError(f"{self.key}: expected a string, got {short(got)}")
         if self.key_type == "str":
             if _utf8(got) is None:
-                raise UserError(f"{self.key}: expected a text with a UTF-8 form, got {got!r}")
+                raise UserError(f"{self.key}: expected a text with a UTF-8 form, got {short(got)}")
             return got
         try:
             return bytes.fromhex(got)
         except ValueError:
-            raise UserError(f"{self.key}: expected bytes in hexadecimal, got {got!r}") from None
+            raise UserError(f"{self.key}: expected bytes in hexadecimal, got {short(got)}") from None
 
     def show_key(self, key: Any) -> Any:
         return key.hex() if isinstance(key, bytes) else key
@@ -89,17 +97,18 @@ class Codec(NamedTuple):
             plain = [from_json(cell.lower() if cell in ("True", "False") else cell) if isinstance(cell, str) else cell for cell in got]
             values = _exact(plain, dtype)
         except (ValueError, TypeError, RuntimeError, OverflowError, RecursionError):
-            raise UserError(f"{column}: expected {describe(shape, dtype)}, got {_short(got[0])}") from None
-        if tuple(values.shape[1:]) != shape:
+            raise UserError(f"{column}: expected {describe(shape, dtype)}, got {short(got[0])}") from None
+        told = shape[: shape.index(0) + 1] if 0 in shape else shape  # an empty list does not say what it is empty of
+        if tuple(values.shape[1:]) != told:
             raise UserError(f"{column}: expected {describe(shape, dtype)}, got shape {list(values.shape[1:])}")
-        return values
+        return values.view(len(got), *shape)
 
     def _texts(self, column: str, got: list[Any], width: int) -> torch.Tensor:
         joined = bytearray()
         for text in got:
             data = _utf8(text) if isinstance(text, str) else None
             if data is None or len(data) > width or data.endswith(b"\0"):
-                what = f"{len(data)} bytes" if data is not None else _short(text)
+                what = f"{len(data)} bytes" if data is not None else short(text)
                 raise UserError(f"{column}: expected a text of at most {width} bytes of UTF-8, got {what}")
             joined += data.ljust(width, b"\0")
         values = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
@@ -120,7 +129,7 @@ class Codec(NamedTuple):
         expected = [self.key, *self.columns]
         for record in records:
             if set(record) != set(expected):
-                raise UserError(f"expected fields {', '.join(expected)}, got {', '.join(map(str, record)) or 'none'}")
+                raise UserError(f"expected fields {', '.join(expected)}, got {_names(record) or 'none'}")
         keys = self.as_keys([self.parse_key(record[self.key]) for record in records])
         return keys, {name: self.parse_column(name, [record[name] for record in records]) for name in self.columns}
 
@@ -161,7 +170,7 @@ class Codec(NamedTuple):
                 try:
                     fields = [self.show_key(key), *(self.show_value(name, values[name][i], "strict") for name in self.columns)]
                 except UnicodeDecodeError:
-                    raise UserError(f"key {self.show_key(key)!r}: not UTF-8 text: without --text its bytes are written") from None
+                    raise UserError(f"key {short(self.show_key(key))}: not UTF-8 text: without --text its bytes are written") from None
                 if suffix == ".csv":
                     table.writerow([f if isinstance(f, str) else json.dumps(f) for f in fields])
                 else:
@@ -206,7 +215,9 @@ def _exact(plain: list[Any], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(plain, dtype=dtype)
     wide = torch.tensor(plain, dtype=torch.float64)
     values = wide.to(dtype)
-    if bool((wide.isfinite() & ~values.isfinite()).any()):
+    largest, step = torch.finfo(dtype).max, torch.finfo(dtype).eps
+    limit = largest + 2.0 ** math.floor(math.log2(largest)) * step / 2  # rounded, it would be beyond; some of 8 bits are cut to the largest
+    if bool((wide.isfinite() & (wide.abs() >= limit)).any()) or not torch.equal(wide.isinf(), values.double().isinf()):
         raise OverflowError
     return values
 
@@ -219,9 +230,20 @@ def _utf8(text: str) -> bytes | None:
         return None
 
 
-def _short(got: Any) -> str:
-    text = repr(got)
-    return text if len(text) <= 60 else text[:57] + "..."
+def short(got: Any) -> str:
+    try:
+        text = repr(got)
+    except RecursionError:
+        return "lists in lists, too deep"
+    return cut(text, 60)
+
+
+def cut(text: str, size: int) -> str:
+    return text if len(text) <= size else text[: size - 3] + "..."
+
+
+def _names(found: Iterable[str]) -> str:
+    return cut(", ".join(found), 300)
 
 
 @contextmanager
@@ -257,9 +279,9 @@ def _csv(path: Path, lines: _counted, expected: list[str]) -> Iterator[dict[str,
     try:
         names = next(table, [])
         if not set(expected) <= set(names):
-            raise UserError(f"{path}: line 1: expected the names {', '.join(expected)}, got {', '.join(names) or 'none'}")
+            raise UserError(f"{path}: line 1: expected the names {', '.join(expected)}, got {_names(names) or 'none'}")
         if len(set(names)) < len(names):
-            raise UserError(f"{path}: line 1: expected distinct names, got {', '.join(names)}")
+            raise UserError(f"{path}: line 1: expected distinct names, got {_names(names)}")
         for cells in table:
             if len(cells) != len(names):
                 raise UserError(f"{path}: line {table.line_num}: expected {len(names)} fields as in the first line, got {len(cells)}")
@@ -277,5 +299,5 @@ def _jsonl(path: Path, lines: _counted) -> Iterator[dict[str, Any]]:
         except RecursionError:
             raise UserError(f"{path}: line {number}: not JSON (nested too deep)") from None
         if not isinstance(record, dict):
-            raise UserError(f"{path}: line {number}: expected an object with fields, got {_short(record)}")
+            raise UserError(f"{path}: line {number}: expected an object with fields, got {short(record)}")
         yield record

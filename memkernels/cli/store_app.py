@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,21 +35,22 @@ Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
 def info(folder: Folder, as_json: Json = False) -> None:
     """What a store holds, and what it costs."""
     from rich.table import Table
+    from rich.text import Text as Plain
 
     from memkernels.cli.records import describe
 
     with _reading(folder) as store:
-        size = sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
+        size = _bytes(folder)
         values = {name: describe(*column) for name, column in store.columns.items()}
         payload = sum(dtype.itemsize * _count(shape) for shape, dtype in store.columns.values())
         found = dict(keys=len(store), key_type=store.key_type, columns=values, bytes_on_disk=size, bytes_of_values=payload * len(store))
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    table = Table(title=str(folder), show_header=False)
+    table = Table(title=Plain(str(folder), "table.title"), show_header=False)  # not as markup: names may have brackets
     table.add_row("keys", f"{found['keys']:,}, {found['key_type']}")
     for name, text in values.items():
-        table.add_row(f"column {name}", text)
+        table.add_row(Plain(f"column {name}"), text)
     table.add_row("on disk", f"{size:,} bytes, values alone {found['bytes_of_values']:,}")
     console.print(table)
 
@@ -100,7 +102,7 @@ def put(
 ) -> int:
     """Stores one value, durably; makes the store where there is none and --column says what it holds."""
     from memkernels.cli.errors import UserError
-    from memkernels.cli.records import from_json
+    from memkernels.cli.records import from_json, short
 
     with _writing(folder, key_type, columns) as store:
         codec = _codec(store, text)
@@ -108,10 +110,10 @@ def put(
         if len(row) > 1:
             try:
                 row = from_json(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = {}
             if not isinstance(row, dict) or set(row) != set(codec.columns):
-                raise UserError(f"VALUE: expected an object with {', '.join(codec.columns)}, got {value!r}")
+                raise UserError(f"VALUE: expected an object with {', '.join(codec.columns)}, got {short(value)}")
         keys = codec.as_keys([codec.parse_key(key)])
         values = {name: codec.parse_column(name, [row[name]]) for name in codec.columns}
         kept = if_absent and bool(store.contains(keys)[0])
@@ -210,7 +212,13 @@ def verify(folder: Folder) -> int:
 
 
 def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
+    """Of the files on disk, without those that a writer removes meanwhile."""
+    size = 0
+    for file in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            found = file.stat()
+            size += found.st_blocks * 512 * stat.S_ISREG(found.st_mode)
+    return size
 
 
 def _codec(store: KeyValueStore, text: bool, key: str = "key") -> Codec:
@@ -273,7 +281,13 @@ def _remove(folder: Path, keep: bool) -> None:
 def _bar(text: str, total: int | None) -> Iterator[Any]:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(text, total=total)
         yield lambda done: progress.update(task, completed=done)

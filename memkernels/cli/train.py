@@ -80,7 +80,7 @@ def train(console: Console, trainer: Trainer, limit: Limit, out: Path | None, sa
     recent: list[float] = []
     saved = evaluated = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress, interruptible() as stopped:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress, interruptible() as stopped:
         task = progress.add_task(_describe(points[-1]), total=1.0)
         for loss in trainer.run(limit):
             recent = [*recent[-49:], loss]

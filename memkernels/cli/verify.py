@@ -73,7 +73,7 @@ def run(console: Console, ops: Names, backends: Names, dtypes: Names, device: st
     """Verifies with a progress line, prints the table, writes the rows."""
     kinds = [getattr(torch, name) for name in dtypes] if dtypes else None
     rows = []
-    with Progress(TextColumn("verifying {task.description}"), console=console, transient=True) as progress:
+    with Progress(TextColumn("verifying {task.description}"), console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("")
         for row in compare.verify(ops or None, backends or None, kinds, device):
             rows.append(row)
