@@ -346,6 +346,10 @@ def test_a_long_field_does_not_make_a_long_error(run, tmp_path, key_type, name, 
     assert len(run("import", "s", name, "--key-type", key_type, "--column", "v:int64", code=1)[1]) < 600
 
 
+def test_a_long_option_does_not_make_a_long_error(run):
+    assert "expected distinct NAME:DTYPE" in run("put", "s", "1", "1", "--column", "v:uint8:" + "9" * 5000, code=2)[1]
+
+
 def test_a_long_key_of_no_text_does_not_make_a_long_error(run):
     run("put", "s", LONG, json.dumps([255]), "--key-type", "str", "--column", "v:uint8:1")
     assert len(run("export", "s", "f.csv", "--text", code=1)[1]) < 600

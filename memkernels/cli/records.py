@@ -185,7 +185,7 @@ def as_columns(options: list[str]) -> Columns:
     for option in options:
         name, _, rest = option.partition(":")
         dtype, _, sizes = rest.partition(":")
-        if not name or dtype not in DTYPES or not re.fullmatch(r"(\d+(,\d+)*)?", sizes) or name in found:
+        if not name or dtype not in DTYPES or not re.fullmatch(r"(\d{1,18}(,\d{1,18})*)?", sizes) or name in found:
             raise OptionError(f"--column: expected distinct NAME:DTYPE or NAME:DTYPE:SIZES (DTYPE: {', '.join(DTYPES)}), got {option!r}")
         found[name] = tuple(int(n) for n in sizes.split(",") if n), getattr(torch, dtype)
     return found
