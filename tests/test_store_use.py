@@ -96,7 +96,7 @@ def test_fork_while_another_thread_has_the_store():
             held.set()
             done.wait()
 
-    for changing, expected in [(False, "1.0"), (True, "StoreError: retrieve: store: another thread was writing to it")]:
+    for changing, expected in [(False, "1.0"), (True, "StoreError: get: store: another thread was writing to it")]:
         held.clear()
         done.clear()
         thread = threading.Thread(target=hold, args=(changing,))

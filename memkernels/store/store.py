@@ -18,10 +18,10 @@ from memkernels.store import exchange
 from memkernels.store.arguments import as_device, as_folder
 from memkernels.store.columns import ONE, as_columns, as_default, as_names, as_values
 from memkernels.store.errors import StoreError, StoreFormatError
-from memkernels.store.forked import serial_in_child
 from memkernels.store.inmemory import InMemory
 from memkernels.store.interrupts import uninterrupted
 from memkernels.store.keys import KEY_TYPES, KeyBatch, as_batch
+from memkernels.store.modes import own_modes
 from memkernels.store.use import POLICIES, Evicted
 
 _stores: weakref.WeakSet[KeyValueStore] = weakref.WeakSet()
@@ -93,12 +93,12 @@ class KeyValueStore:
         self._path = None if path is None else as_folder(op, path)
         self._extra: dict[str, Any] = {"capacity": capacity, "on_full": on_full}
         if self._path is None:
-            with serial_in_child():
+            with own_modes():
                 self._data: Any = InMemory(key_type, self._columns, self._device, capacity, on_full)
             return
         if self._device.type != "cpu":
             fail(op, "device", "'cpu' with a path", repr(device))
-        with serial_in_child():
+        with own_modes():
             self._data = self._logged(self._path, durability)
 
     def _begin(self) -> None:
@@ -152,7 +152,7 @@ class KeyValueStore:
             capacity, on_full = self._extra.get("capacity"), self._extra.get("on_full", "grow")
             if on_full not in ON_FULL or type(capacity) not in (int, type(None)) or (capacity or 1) < 1:
                 raise StoreFormatError(f"store: {path} is damaged: capacity {capacity!r} with on_full {on_full!r}")
-            with serial_in_child():
+            with own_modes():
                 self._data = logged.Logged(log, capacity, on_full, verify)
         except BaseException:
             log.close()
@@ -211,7 +211,9 @@ class KeyValueStore:
         Gradients:
             To the stored values after `as_parameter`; otherwise none.
         """
-        op = "retrieve"
+        return self._values("retrieve", keys, default, columns)
+
+    def _values(self, op: str, keys: Any, default: Any = None, columns: Any = None) -> tuple[Any, torch.Tensor]:
         with self._opened(op):
             wanted = as_names(op, columns, self._columns)
             defaults = {name: as_default(op, name, self._columns[name], default, self._device) for name in wanted}
@@ -254,7 +256,7 @@ class KeyValueStore:
             >>> s.get(7), s.get(8)
             (tensor([1., 2.]), None)
         """
-        values, found = self.retrieve([key])
+        values, found = self._values("get", [key])
         if not bool(found[0]):
             return None
         return {name: value[0] for name, value in values.items()} if isinstance(values, dict) else values[0]
@@ -361,22 +363,22 @@ class KeyValueStore:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Everything stored, as tensors: "keys" (bytes and str: "key_data" and "key_offsets") and "column.NAME" for each column."""
-        with serial_in_child():
+        with own_modes():
             return exchange.to_tensors(self)
 
     def load_state_dict(self, state: Any) -> None:
         """Replace what is stored by a `state_dict`, of a store of the same key type and columns; errors leave the store as it was."""
-        with serial_in_child():
+        with own_modes():
             exchange.from_tensors(self, "load_state_dict", state)
 
     def export_safetensors(self, path: Any) -> None:
         """Write `state_dict` to one safetensors file: beside it first, then renamed, so an interrupted export leaves what was there."""
-        with serial_in_child():
+        with own_modes():
             exchange.export_file(self, as_folder("export_safetensors", path))
 
     def import_safetensors(self, path: Any) -> None:
         """Store what `export_safetensors` wrote, over what is there."""
-        with serial_in_child():
+        with own_modes():
             exchange.import_file(self, as_folder("import_safetensors", path))
 
     # --- life
@@ -428,7 +430,7 @@ class KeyValueStore:
         with self._lock:
             if not self._closed:
                 self._closed = True
-                with serial_in_child():
+                with own_modes():
                     self._data.close()
 
     @property
@@ -457,7 +459,7 @@ class KeyValueStore:
             self._changes += changing
             self._writers += changing
             try:
-                with serial_in_child():
+                with own_modes():
                     yield
             finally:
                 self._writers -= changing
