@@ -216,7 +216,7 @@ def _exact(plain: list[Any], dtype: torch.dtype) -> torch.Tensor:
     wide = torch.tensor(plain, dtype=torch.float64)
     values = wide.to(dtype)
     largest, step = torch.finfo(dtype).max, torch.finfo(dtype).eps
-    limit = largest + 2.0 ** math.floor(math.log2(largest)) * step / 2  # rounded, it would be beyond; some of 8 bits are cut to the largest
+    limit = largest + math.ldexp(step, math.frexp(largest)[1] - 2)  # rounded, it would be beyond; some of 8 bits are cut to the largest
     if bool((wide.isfinite() & (wide.abs() >= limit)).any()) or not torch.equal(wide.isinf(), values.double().isinf()):
         raise OverflowError
     return values
